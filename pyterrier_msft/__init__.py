@@ -14,7 +14,7 @@ _HOMES = {
     "Stage": "sequences",
     "fit_sequences": "sequences",
 }
-_MODULES = ("losses",)
+_MODULES = ("losses", "plots", "significance", "teachers")
 
 if TYPE_CHECKING:
     from pyterrier_msft import losses

@@ -1,0 +1,294 @@
+"""What a stage of fine-tuning is, declared: `Contrastive`, `Distillation`, and sequences of them by `>>`."""
+
+import hashlib
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+import pyterrier as pt
+
+from pyterrier_msft import losses, teachers
+from pyterrier_msft.groups import DataReport, Groups, frame_digest, from_qrels, from_teacher, missing_positives
+from pyterrier_msft.training import Hyperparameters, Loss
+
+PACKAGE = __name__.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class FitterSequence:
+    """Fitters one after another, on the same data: `Contrastive() >> Distillation(teacher=...)`."""
+
+    stages: tuple["Fitter", ...]
+
+    def __rshift__(self, other: "Fitter | FitterSequence") -> "FitterSequence":
+        return FitterSequence((*self.stages, *_stages(other)))
+
+    def __repr__(self) -> str:
+        return " >> ".join(map(repr, self.stages))
+
+    def digest(self) -> str:
+        """A digest of all that decides the result."""
+        return _sha256([stage.digest() for stage in self.stages])
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Fitter(Hyperparameters):
+    """A stage of fine-tuning: an objective, what it learns from, and its hyperparameters."""
+
+    loss: Loss = field(default=losses.localized_contrastive)
+
+    supplies: ClassVar[frozenset[str]] = frozenset()  # the kinds of labels that this objective's data can give
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.loss):
+            raise ValueError(f"expected a loss function such as losses.ranknet, found {self.loss!r}")
+
+    @property
+    def stages(self) -> tuple["Fitter", ...]:
+        """The stages in order: just this one."""
+        return (self,)
+
+    def __rshift__(self, other: "Fitter | FitterSequence") -> FitterSequence:
+        return FitterSequence((self, *_stages(other)))
+
+    def __repr__(self) -> str:
+        """As it was written: what differs from the defaults."""
+        changed = [
+            f"{f.name}={_written(getattr(self, f.name))}"
+            for f in fields(self)
+            if not _same(getattr(self, f.name), f.default if f.default is not MISSING else f.default_factory())  # type: ignore[misc]
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    def groups(
+        self,
+        results: pd.DataFrame,
+        qrels: pd.DataFrame | None,
+        *,
+        text_field: str = "text",
+        load_text: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+    ) -> tuple[Groups, DataReport]:
+        """What this objective learns from, out of a first stage's results, and what was found in the data.
+
+        Args:
+            results: qid, query, docno, text, and score or rank.
+            qrels: qid, docno, label.
+            text_field: The results' column of text.
+            load_text: Adds the column of text to a frame of docnos.
+
+        Raises:
+            ValueError: If a column is missing or nothing is left to learn from.
+        """
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """A digest of all that decides the result (not of how fast it comes), for cache keys."""
+        values = {f.name: _content(getattr(self, f.name), f.name) for f in fields(self)}
+        return _sha256([type(self).__name__, sorted(values.items())])
+
+    def _check_labels(self) -> None:
+        needed = getattr(self.loss, "labels", None)
+        if needed is not None and needed not in self.supplies:
+            raise ValueError(
+                f"expected a loss for {' or '.join(sorted(self.supplies))} labels in {type(self).__name__}, found "
+                f"{_written(self.loss)}, which needs {needed} labels"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Contrastive(Fitter):
+    """Learns from relevance labels: a relevant document against negatives of the first stage.
+
+    The default is the localized contrastive objective of Gao, Dai and Callan (ECIR 2021). An epoch takes each query
+    once: one of its relevant documents and `n_negatives` of the others, both drawn anew.
+
+    Args:
+        n_negatives: Documents that are not relevant, a group.
+        depth: How deep in the results negatives are looked for; relevant documents may stand at any depth.
+        min_relevance: The least label of a relevant document.
+        add_missing_positives: Whether relevant documents that the first stage missed are learnt from too; their
+            text comes from the re-ranker's `text`.
+        loss: A loss for binary or graded labels.
+        **shared: See `Hyperparameters`.
+    """
+
+    n_negatives: int = 7
+    depth: int | None = 100
+    min_relevance: float = 1
+    add_missing_positives: bool = False
+    loss: Loss = field(default=losses.localized_contrastive)
+
+    supplies: ClassVar[frozenset[str]] = frozenset({"binary", "graded", "order"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n_negatives", "depth", "min_relevance"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"expected {name} above 0, found {value!r}")
+        self._check_labels()
+
+    def groups(
+        self,
+        results: pd.DataFrame,
+        qrels: pd.DataFrame | None,
+        *,
+        text_field: str = "text",
+        load_text: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+    ) -> tuple[Groups, DataReport]:
+        """See `Fitter.groups`."""
+        if qrels is None:
+            raise ValueError(
+                "expected qrels to learn from, found None: give them as the second argument of fit, or distil a "
+                "ranking by MonoCE(..., fitter=Distillation(...))"
+            )
+        if self.add_missing_positives:
+            if load_text is None:
+                raise ValueError(
+                    "expected MonoCE(..., text=dataset) with add_missing_positives=True, found no text: the results "
+                    "don't have the text of documents that the first stage missed"
+                )
+            extra = missing_positives(results, qrels, min_relevance=self.min_relevance)
+            if len(extra):
+                lowest = {"score": float("-inf")} if "score" in results.columns else {"rank": 2**31 - 1}
+                results = pd.concat([results, load_text(extra).assign(**lowest)], ignore_index=True)
+        groups, report = from_qrels(
+            results, qrels, depth=self.depth, n_negatives=self.n_negatives, min_relevance=self.min_relevance,
+            text_field=text_field,
+        )  # fmt: skip
+        if not len(groups):
+            raise ValueError(
+                "expected queries with a relevant document and one that is not among their results, found none "
+                f"of {report.queries} queries (qids such as {_example(results, 'qid')!r} in the results and "
+                f"{_example(qrels, 'qid')!r} in the qrels)"
+            )
+        return groups, report
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Distillation(Fitter):
+    """Learns from a teacher's ranking of the first stage's documents, such as an LLM's.
+
+    The default is RankNet (Burges et al., ICML 2005) on the pairs that the teacher orders. Labels are the teacher's
+    ranks, or its scores for a loss that needs scores.
+
+    Args:
+        teacher: None: the incoming ranking is the teacher's. Else a result frame (qid, docno, score or rank) or the
+            path of a TREC run.
+        depth: Documents a query, from the top of the results.
+        loss: A loss for ordered labels, or for scores where the teacher has them.
+        **shared: See `Hyperparameters`.
+    """
+
+    teacher: Any = None
+    depth: int | None = 20
+    loss: Loss = field(default=losses.ranknet)
+
+    supplies: ClassVar[frozenset[str]] = frozenset({"order", "scores"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.depth is not None and not self.depth > 1:
+            raise ValueError(f"expected a depth of at least 2, found {self.depth!r}")
+        teachers.check(self.teacher)
+        self._check_labels()
+
+    def groups(
+        self,
+        results: pd.DataFrame,
+        qrels: pd.DataFrame | None,
+        *,
+        text_field: str = "text",
+        load_text: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+    ) -> tuple[Groups, DataReport]:
+        """See `Fitter.groups`; the qrels are not looked at."""
+        ranking = teachers.ranking(self.teacher, results)
+        keep_scores = getattr(self.loss, "labels", None) == "scores"
+        if keep_scores and teachers.bare_ranks(results if ranking is None else ranking):
+            raise ValueError(
+                f"expected a teacher with scores for {_written(self.loss)}, found a ranking whose scores only restate "
+                "its ranks; take a loss for ranks, such as losses.ranknet"
+            )
+        groups, report = from_teacher(
+            results, ranking, depth=self.depth, keep_scores=keep_scores, text_field=text_field
+        )
+        if not len(groups):
+            raise ValueError(
+                f"expected queries with documents that the teacher puts in an order, found none of {report.queries}"
+            )
+        if report.upside_down():
+            warnings.warn(
+                "the teacher's ranking looks upside down: its rank correlation with the first stage is "
+                f"{report.agreement:.2f}; a score must be higher, and a rank lower, for a better document",
+                stacklevel=3,
+            )
+        return groups, report
+
+
+def check_fitter(fitter: Any) -> "Fitter | FitterSequence":
+    """The fitter itself; a ValueError for anything else."""
+    if isinstance(fitter, Fitter | FitterSequence):
+        return fitter
+    raise ValueError(f"expected a fitter such as Contrastive() or Distillation(teacher=...), found {fitter!r}")
+
+
+def _stages(other: Any) -> tuple[Fitter, ...]:
+    if isinstance(other, pt.Transformer):
+        raise ValueError(
+            f"expected a fitter after a fitter, found the transformer {other!r}: a fitter goes into MonoCE(..., fitter=...)"
+        )
+    return check_fitter(other).stages
+
+
+def _example(frame: pd.DataFrame, column: str) -> Any:
+    return frame[column].iloc[0] if len(frame) and column in frame.columns else None
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value is default or (not isinstance(value, pd.DataFrame) and type(value) is type(default) and value == default)
+
+
+def _written(value: Any) -> str:
+    """A value as the user may have written it, without addresses and without a frame's rows."""
+    if isinstance(value, pd.DataFrame):
+        return f"<{len(value):,} rows>"
+    if inspect.isfunction(value):
+        return f"losses.{value.__name__}" if value.__module__ == losses.__name__ else value.__qualname__
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_written(item)}" for key, item in value.items()) + "}"
+    return str(value) if not isinstance(value, str | Path) else repr(str(value))
+
+
+def _content(value: Any, name: str) -> Any:
+    """What of a value decides the result, as something that JSON can hold."""
+    if isinstance(value, pd.DataFrame):
+        return frame_digest(value)
+    if isinstance(value, Mapping):
+        return sorted((key, _content(item, name)) for key, item in value.items())
+    if name == "teacher" and isinstance(value, str | Path):
+        return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+    if inspect.isfunction(value):
+        # A function of the user's may change under the same name; ours change with the package's digest.
+        source = None
+        if not value.__module__.startswith(PACKAGE):
+            try:
+                source = inspect.getsource(value)
+            except OSError as error:
+                raise ValueError(f"expected a function whose source can be read, found {value!r}") from error
+        return [value.__module__, value.__qualname__, source]
+    if isinstance(value, pt.Transformer):
+        raise ValueError(
+            f"expected a {name} whose content can be told, found the transformer {value!r}: run it on the results "
+            f"first and give the frame that comes out"
+        )
+    return value if value is None or isinstance(value, int | float | str) else repr(value)
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

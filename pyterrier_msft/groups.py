@@ -1,0 +1,355 @@
+"""Result frames with qrels, or with a teacher's ranking, to groups that a listwise loss learns from.
+
+A group is a query with some of its documents and a label for each, higher being better. Ranks become labels here
+and nowhere else.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+PASSAGE = r"%p\d+$"  # what pt.text.sliding appends to a docno
+
+
+@dataclass(frozen=True)
+class Group:
+    """One query's documents as they go into a batch: `texts` and `labels` have the same length."""
+
+    qid: str
+    query: str
+    texts: list[str]
+    labels: np.ndarray  # (documents,) float32, higher is better
+
+
+@dataclass(frozen=True)
+class Groups:
+    """All that a stage trains on, a list a query, from which each epoch draws its groups.
+
+    Without `n_negatives` a draw takes the whole list. With it, a draw takes `n_positives` of the documents with a
+    label above 0 (None: all) and `n_negatives` of the others (fewer where there are fewer), anew each epoch.
+    """
+
+    qids: list[str]
+    queries: list[str]
+    texts: list[str]  # each distinct text once
+    documents: list[np.ndarray]  # for each query, indices into texts, the best-ranked first
+    labels: list[np.ndarray]  # for each query, float32 labels of its documents
+    n_negatives: int | None = None
+    n_positives: int | None = 1
+
+    def __len__(self) -> int:
+        return len(self.qids)
+
+    def draw(self, index: int, *, seed: int, epoch: int) -> Group:
+        """The group of one query in one epoch: the same for the same arguments, whatever was drawn before."""
+        documents, labels = self.documents[index], self.labels[index]
+        if self.n_negatives is not None:
+            rng = np.random.default_rng([seed, epoch, index])
+            relevant = labels > 0
+            chosen = np.concatenate(
+                [_choose(rng, np.flatnonzero(relevant), self.n_positives), _choose(rng, np.flatnonzero(~relevant), self.n_negatives)]
+            )
+            documents, labels = documents[chosen], labels[chosen]
+        return Group(self.qids[index], self.queries[index], [self.texts[i] for i in documents], labels)
+
+    def lengths(self) -> np.ndarray:
+        """Characters of each query's longest document with the query: what batches of like length are made by."""
+        characters = np.array([len(text) for text in self.texts], dtype=np.int64)
+        longest = [characters[documents].max(initial=0) for documents in self.documents]
+        return np.array([len(query) for query in self.queries], dtype=np.int64) + np.array(longest, dtype=np.int64)
+
+
+def _choose(rng: np.random.Generator, items: np.ndarray, n: int | None) -> np.ndarray:
+    return items if n is None or n >= len(items) else rng.choice(items, n, replace=False)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a stage found in its training data, counted before training. Shares are between 0 and 1."""
+
+    queries: int = 0
+    groups: int = 0
+    documents: int = 0  # query-document pairs that groups are drawn from
+    duplicates: int = 0  # pairs given more than once
+    without_text: int = 0  # pairs
+    without_relevant: int = 0  # queries
+    without_negatives: int = 0  # queries
+    without_teacher: int = 0  # queries
+    unranked_by_teacher: int = 0  # pairs
+    tied_labels: float = 0.0  # of the pairs of documents in a list, by a teacher
+    agreement: float | None = None  # mean rank correlation of the teacher with the first stage, -1 to 1
+    truncated_queries: float = 0.0
+    truncated_documents: float = 0.0
+
+    def __repr__(self) -> str:
+        lines = [f"{self.groups:,} of {self.queries:,} queries to learn from, with {self.documents:,} documents"]
+        counts = {
+            "queries without a relevant document": self.without_relevant,
+            "queries without a document that is not relevant": self.without_negatives,
+            "queries without the teacher's ranking": self.without_teacher,
+            "documents that the teacher did not rank": self.unranked_by_teacher,
+            "documents without text": self.without_text,
+            "documents given twice for a query": self.duplicates,
+        }
+        lines += [f"{count:,} {what}: left out" for what, count in counts.items() if count]
+        shares = {
+            "of the teacher's pairs of documents are tied": self.tied_labels,
+            "of the queries are cut to fit (max_query_length)": self.truncated_queries,
+            "of the documents are cut to fit (max_length)": self.truncated_documents,
+        }
+        lines += [f"{share:.1%} {what}" for what, share in shares.items() if share]
+        if self.agreement is not None:
+            lines.append(f"teacher and first stage agree by a rank correlation of {self.agreement:.2f}")
+        return "\n  ".join(["DataReport:", *lines])
+
+    def dropped(self) -> str:
+        """What was left out, in words, for a warning; empty if nothing was."""
+        return "; ".join(line.strip().removesuffix(": left out") for line in repr(self).split("\n") if line.endswith("left out"))
+
+    def upside_down(self) -> bool:
+        """Whether the teacher seems to rank the worst first: it contradicts the first stage on the whole."""
+        return self.agreement is not None and self.agreement < -0.2
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """Result rows made clean: one row a (qid, docno), each query's best first, and what that cost."""
+
+    rows: pd.DataFrame  # qid, query, docno, text, key (higher is better) and order (0 for a query's best)
+    ordered: bool  # whether the results said an order
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def clean_results(results: pd.DataFrame, *, text_field: str) -> _Lists:
+    """Ids as strings, each query's documents in order of score (or rank), without duplicates and empty texts.
+
+    Raises:
+        ValueError: If a column is missing, or there is a score that is not a number.
+    """
+    require_columns(results, ["qid", "query", "docno", text_field], "training results")
+    rows = pd.DataFrame(
+        {"qid": as_ids(results["qid"]), "query": results["query"].to_numpy(), "docno": as_ids(results["docno"])}
+    )
+    rows["text"] = results[text_field].to_numpy()
+    key = order_key(results)
+    ordered = key is not None
+    rows["key"] = key if key is not None else -np.arange(len(rows), dtype=np.float64)
+    rows = rows.sort_values("key", ascending=False, kind="stable")
+    n_queries = rows["qid"].nunique()
+    unique = rows.drop_duplicates(["qid", "docno"])
+    with_text = unique[unique["text"].map(lambda text: isinstance(text, str) and bool(text.strip())).astype(bool)]
+    with_text = with_text.assign(order=with_text.groupby("qid", sort=False).cumcount())
+    counts = {"queries": n_queries, "duplicates": len(rows) - len(unique), "without_text": len(unique) - len(with_text)}
+    return _Lists(with_text.reset_index(drop=True), ordered, counts)
+
+
+def from_qrels(
+    results: pd.DataFrame,
+    qrels: pd.DataFrame,
+    *,
+    depth: int | None,
+    n_negatives: int,
+    min_relevance: float,
+    n_positives: int | None = 1,
+    text_field: str = "text",
+) -> tuple[Groups, DataReport]:
+    """Groups of relevant documents and negatives, for a contrastive loss.
+
+    A document of at least `min_relevance` is relevant, with its grade as label, wherever it stands in the results;
+    the others, judged or not, are negatives if they stand in the top `depth`, with label 0. Passages (docno `d%p0`)
+    have their document's grade. An epoch takes each query once, with a relevant document drawn anew.
+    """
+    lists = clean_results(results, text_field=text_field)
+    grades = grades_of(qrels)
+    rows = lists.rows
+    pairs = pd.MultiIndex.from_arrays([rows["qid"], rows["docno"].str.replace(PASSAGE, "", regex=True)])
+    grade = grades.reindex(pairs).to_numpy(dtype=np.float64)
+    rows = rows.assign(label=np.where(grade >= min_relevance, grade, 0.0))  # NaN >= x is False
+    if (rows["label"] < 0).any() or min_relevance <= 0:
+        raise ValueError(f"expected min_relevance above 0, found {min_relevance}")
+    if depth is not None:
+        rows = rows[(rows["label"] > 0) | (rows["order"] < depth)]
+    relevant = rows["label"] > 0
+    has_relevant = relevant.groupby(rows["qid"]).transform("any")
+    has_negative = (~relevant).groupby(rows["qid"]).transform("any")
+    groups = _groups(rows[has_relevant & has_negative], n_negatives=n_negatives, n_positives=n_positives)
+    without_relevant = lists.counts["queries"] - rows.loc[has_relevant, "qid"].nunique()
+    return groups, DataReport(
+        groups=len(groups),
+        documents=_count(groups),
+        without_relevant=without_relevant,
+        without_negatives=lists.counts["queries"] - without_relevant - len(groups),
+        **lists.counts,
+    )
+
+
+def missing_positives(results: pd.DataFrame, qrels: pd.DataFrame, *, min_relevance: float) -> pd.DataFrame:
+    """The relevant documents of the results' queries that the results lack: a frame of qid, query, docno."""
+    grades = grades_of(qrels)
+    relevant = grades[grades >= min_relevance].index.to_frame(index=False)
+    queries = pd.DataFrame({"qid": as_ids(results["qid"]), "query": results["query"].to_numpy()}).drop_duplicates("qid")
+    docnos = as_ids(results["docno"]).str.replace(PASSAGE, "", regex=True)
+    present = pd.MultiIndex.from_arrays([as_ids(results["qid"]), docnos])
+    wanted = relevant.merge(queries, on="qid")
+    return wanted[~pd.MultiIndex.from_frame(wanted[["qid", "docno"]]).isin(present)].reset_index(drop=True)
+
+
+def from_teacher(
+    results: pd.DataFrame,
+    ranking: pd.DataFrame | None,
+    *,
+    depth: int | None,
+    keep_scores: bool = False,
+    text_field: str = "text",
+) -> tuple[Groups, DataReport]:
+    """Groups of the first stage's top `depth` documents with the teacher's ranking as labels, for distillation.
+
+    Args:
+        results: The first stage's results; with `ranking=None` they are the teacher's.
+        ranking: The teacher's: qid, docno and score, or rank where there is no score.
+        depth: Documents a query, from the top of the results. None: all.
+        keep_scores: Whether the teacher's scores are the labels; else its ranks are, a label being the number of
+            the list's documents that the teacher places below (equal for equal scores).
+        text_field: The results' column of text.
+
+    Raises:
+        ValueError: If neither the results nor the ranking say an order, or they have no query in common.
+    """
+    lists = clean_results(results, text_field=text_field)
+    teacher = results if ranking is None else ranking
+    require_columns(teacher, ["qid", "docno"], "a teacher's ranking")
+    key = order_key(teacher)
+    if key is None:
+        raise ValueError(
+            f"expected a score or a rank in the teacher's ranking, found columns {list(map(str, teacher.columns))}"
+        )
+    if keep_scores and "score" not in teacher.columns:
+        raise ValueError("expected a column 'score' in the teacher's ranking, found ranks only")
+    rows = lists.rows if depth is None else lists.rows[lists.rows["order"] < depth]
+    if ranking is not None:
+        scores = pd.Series(key, index=pd.MultiIndex.from_arrays([as_ids(teacher["qid"]), as_ids(teacher["docno"])]))
+        scores = scores.groupby(level=[0, 1]).max()  # of a document ranked twice the better place
+        rows = rows.assign(key=scores.reindex(pd.MultiIndex.from_frame(rows[["qid", "docno"]])).to_numpy())
+    ranked = rows[rows["key"].notna()]
+    known = ranked["qid"].nunique()
+    if not known and len(rows):
+        raise ValueError(
+            "expected the teacher's ranking to share queries and documents with the results, found none in common "
+            f"(qids such as {rows['qid'].iloc[0]!r} here, {teacher['qid'].iloc[0] if len(teacher) else 'none'!r} there)"
+        )
+    by_query = ranked.groupby("qid", sort=False)["key"]
+    labels = ranked["key"] if keep_scores else by_query.rank(method="min") - 1
+    ranked = ranked.assign(label=labels)
+    # A list of one document, or whose documents are all tied, has nothing to say.
+    ranked = ranked[by_query.transform("nunique") > 1]
+    groups = _groups(ranked, n_negatives=None, n_positives=None)
+    return groups, DataReport(
+        groups=len(groups),
+        documents=_count(groups),
+        without_teacher=lists.counts["queries"] - known,
+        unranked_by_teacher=int(rows.loc[rows["qid"].isin(ranked["qid"].unique()), "key"].isna().sum()),
+        tied_labels=_tied_share(groups),
+        agreement=_agreement(ranked) if ranking is not None and lists.ordered else None,
+        **lists.counts,
+    )
+
+
+def bare_ranks(ranking: pd.DataFrame) -> bool:
+    """Whether a ranking's scores only restate its ranks, as 1/rank or depth - rank do, and are no model's scores."""
+    if "score" not in ranking.columns or not len(ranking):
+        return True
+    scores = ranking["score"].astype(float).groupby(as_ids(ranking["qid"]).to_numpy())
+    place = scores.rank(method="first", ascending=False)
+    if place.max() == 1 or scores.ngroups == 1:
+        return bool(np.allclose(scores.transform("max") - ranking["score"], place - 1))
+    from_top, from_zero = scores.transform("max") - ranking["score"], ranking["score"]
+    return any(bool((values.groupby(place).agg(np.ptp) < 1e-9).all()) for values in (from_top, from_zero))
+
+
+def grades_of(qrels: pd.DataFrame) -> pd.Series:
+    """Qrels as a series of labels over (qid, docno), ids as strings; of a pair judged twice the higher label."""
+    require_columns(qrels, ["qid", "docno", "label"], "qrels")
+    labels = pd.to_numeric(qrels["label"])
+    index = pd.MultiIndex.from_arrays([as_ids(qrels["qid"]), as_ids(qrels["docno"])], names=["qid", "docno"])
+    return pd.Series(labels.to_numpy(dtype=np.float64), index=index).groupby(level=[0, 1]).max()
+
+
+def as_ids(values: pd.Series) -> pd.Series:
+    """Ids as strings with a plain index: after `|` a result frame's index is not unique."""
+    return values.astype(str).reset_index(drop=True)
+
+
+def order_key(frame: pd.DataFrame) -> np.ndarray | None:
+    """What orders a result frame, higher being better: the score, else the negative rank, else None."""
+    if "score" in frame.columns:
+        key = pd.to_numeric(frame["score"]).to_numpy(dtype=np.float64)
+    elif "rank" in frame.columns:
+        key = -pd.to_numeric(frame["rank"]).to_numpy(dtype=np.float64)
+    else:
+        return None
+    if np.isnan(key).any():
+        raise ValueError(f"expected a number as every score, found {int(np.isnan(key).sum())} NaN")
+    return key
+
+
+def require_columns(frame: pd.DataFrame, columns: list[str], what: str) -> None:
+    """Raise a ValueError that names what is expected and what is there."""
+    missing = [column for column in columns if column not in frame.columns]
+    if missing:
+        raise ValueError(f"expected columns {columns} in {what}, found {list(map(str, frame.columns))}")
+
+
+def frame_digest(frame: pd.DataFrame) -> str:
+    """A digest of a frame's content and column names, for cache keys: another order of rows is another digest."""
+    digest = hashlib.sha256(repr(sorted(map(str, frame.columns))).encode())
+    for column in sorted(frame.columns, key=str):
+        values = frame[column]
+        if not pd.api.types.is_numeric_dtype(values):
+            values = values.astype(str)
+        digest.update(pd.util.hash_pandas_object(values, index=False).to_numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _groups(rows: pd.DataFrame, *, n_negatives: int | None, n_positives: int | None) -> Groups:
+    """Rows of (qid, query, text, label, order) as groups."""
+    # Sorted by qid, so that the order of the results doesn't decide what a seed draws.
+    rows = rows.sort_values(["qid", "order"], kind="stable")
+    codes, texts = pd.factorize(rows["text"])
+    starts = np.flatnonzero(~rows["qid"].duplicated().to_numpy())
+    first = rows.iloc[starts]
+    return Groups(
+        qids=first["qid"].tolist(),
+        queries=first["query"].astype(str).tolist(),
+        texts=list(texts),
+        documents=np.split(codes, starts[1:]) if len(rows) else [],
+        labels=np.split(rows["label"].to_numpy(dtype=np.float32), starts[1:]) if len(rows) else [],
+        n_negatives=n_negatives,
+        n_positives=n_positives,
+    )
+
+
+def _count(groups: Groups) -> int:
+    return sum(map(len, groups.documents))
+
+
+def _tied_share(groups: Groups) -> float:
+    tied = pairs = 0
+    for labels in groups.labels:
+        counts = np.unique(labels, return_counts=True)[1]
+        tied += int((counts * (counts - 1)).sum())
+        pairs += len(labels) * (len(labels) - 1)
+    return tied / pairs if pairs else 0.0
+
+
+def _agreement(rows: pd.DataFrame) -> float | None:
+    """Spearman's correlation of the teacher's labels with the first stage's order, the mean over queries."""
+    ranks = pd.DataFrame({"teacher": rows["label"], "first": -rows["order"]}).groupby(rows["qid"]).rank()
+    centred = ranks - ranks.groupby(rows["qid"]).transform("mean")
+    products = pd.DataFrame(
+        {"both": centred["teacher"] * centred["first"], "teacher": centred["teacher"] ** 2, "first": centred["first"] ** 2}
+    )
+    sums = products.groupby(rows["qid"]).sum()
+    correlation = sums["both"] / np.sqrt(sums["teacher"] * sums["first"])
+    return float(correlation.mean()) if len(correlation) else None

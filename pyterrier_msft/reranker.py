@@ -1,0 +1,537 @@
+"""`MonoCE`: the cross-encoder as PyTerrier sees it."""
+
+import copy
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pyterrier_msft import __version__
+from pyterrier_msft.fitters import Contrastive, Fitter, FitterSequence, check_fitter
+from pyterrier_msft.groups import (
+    PASSAGE,
+    DataReport,
+    Groups,
+    as_ids,
+    frame_digest,
+    grades_of,
+    require_columns,
+)
+from pyterrier_msft.scoring import (
+    PairEncoder,
+    load_model,
+    quiet_transformers,
+    resolve_device,
+    resolve_dtype,
+    score_pairs,
+    token_limit,
+)
+from pyterrier_msft.training import Validation, train
+
+RECORD = "msft.json"
+ARTIFACT = {"type": "cross_encoder", "format": "hf", "package_hint": "pyterrier-msft"}
+TRUNCATION_SAMPLE = 1000  # pairs tokenised to tell what share is cut
+
+
+class MonoCE(pt.Estimator):
+    """A Transformer that re-scores each query's documents with a point-wise cross-encoder.
+
+    Needs the columns qid, query, docno and text; sets score and rank; leaves all others alone. `fit` trains the
+    model in place and returns the re-ranker; two fits in a row are two stages.
+
+    The model reads `[CLS] query [SEP] document [SEP]` and gives one number (monoBERT: Nogueira and Cho, 2019).
+
+    Args:
+        model: A name on the Hugging Face hub, a folder, or a loaded `PreTrainedModel`: a backbone, which gets a new
+            head, or any published cross-encoder with a single score.
+        fitter: What `fit` does. None: `Contrastive()`.
+        text_field: The column of the documents' text.
+        text: Where a document's text comes from if the results don't have it: a dataset or an index with
+            `.text_loader()`.
+        max_length: Tokens of a pair; a longer document is cut.
+        max_query_length: Tokens of a query; a longer query is cut. None: half of `max_length`.
+        batch_size: Pairs a pass when scoring. None: by a budget of tokens that suits the device.
+        dtype: "auto" (bfloat16 where the hardware has it, else float32), "float32", "bfloat16" or "float16".
+        device: Such as "cpu" or "cuda:1". None: a GPU if there is one.
+        seed: Decides the weights of a new head.
+        trust_remote_code: Whether code that comes with a model may run.
+        verbose: Whether to show progress bars.
+
+    Example:
+        >>> pipeline = bm25 % 100 >> dataset.text_loader() >> MonoCE("FacebookAI/roberta-base")
+        >>> pipeline.fit(train_topics, train_qrels)
+    """
+
+    # Kept from PyTerrier's own, which look at the repr: two re-rankers are the same only if they are one object,
+    # or an experiment would compute a prefix of two systems once and give both the same scores.
+    __hash__ = object.__hash__
+
+    schematic = {"label": "MonoCE", "help_url": "https://github.com/terrierteam/pyterrier_msft"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel = "google/electra-base-discriminator",
+        *,
+        fitter: Fitter | FitterSequence | None = None,
+        text_field: str = "text",
+        text: Any = None,
+        max_length: int = 256,
+        max_query_length: int | None = None,
+        batch_size: int | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        seed: int = 42,
+        trust_remote_code: bool = False,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, Path):
+            model = str(model)
+        if isinstance(model, str):
+            _check_folder(model)
+        elif not isinstance(model, PreTrainedModel):
+            raise ValueError(f"expected a model's name, its folder, or a PreTrainedModel, found {type(model).__name__}")
+        for name, value in {"max_length": max_length, "max_query_length": max_query_length, "batch_size": batch_size}.items():
+            if value is not None and not (isinstance(value, int) and value > 0):
+                raise ValueError(f"expected {name} as a whole number above 0, found {value!r}")
+        if text is not None and not callable(getattr(text, "text_loader", None)):
+            raise ValueError(f"expected text as something with .text_loader(), found {text!r}")
+        resolve_dtype(dtype, torch.device("cpu" if device is None else device))
+        self.fitter = None if fitter is None else check_fitter(fitter)
+        self.text_field = text_field
+        self.text = text
+        self.max_length = max_length
+        self.max_query_length = max_query_length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.trust_remote_code = trust_remote_code
+        self.verbose = verbose
+        self._model = model if isinstance(model, str) else model.name_or_path or type(model).__name__
+        self._dtype = dtype
+        self._device = device
+        self._network: PreTrainedModel | None = None if isinstance(model, str) else _one_score(model)
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._head_is_new = False
+        self._fingerprint: tuple[Any, str] | None = None
+        self._stages: list[dict[str, Any]] = []
+        self._reports: list[DataReport] = []
+
+    # ---- scoring
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        """Score each row's (query, text) pair and rank each query's documents by it.
+
+        Args:
+            inp: Results with qid, query, docno and the text (without the text, where `text` was given).
+
+        Returns:
+            The same rows in the same order, with `score` (the model's raw output) and `rank` (from 0) set anew.
+        """
+        wanted = ["query"] if self.text is not None else ["query", self.text_field]
+        pt.validate.result_frame(inp, extra_columns=wanted, context=self)
+        if not len(inp):
+            out = inp.assign(score=pd.Series(dtype="float64"))
+            if self.text_field not in out.columns:
+                out = out.assign(**{self.text_field: pd.Series(dtype="object")})
+            return pt.model.add_ranks(out)
+        inp = self._with_text(inp)
+        network, encoder = self._load()
+        if self._head_is_new:
+            warnings.warn(
+                f"{self!r} scores at random: its head is new until fit() reaches it. An estimator is fitted inside "
+                "`>>`, but not inside a cache, a `+` or a `|`",
+                stacklevel=2,
+            )
+        with pt.tqdm(total=len(inp), desc="MonoCE", unit="pair", disable=not self.verbose) as bar:
+            scores = score_pairs(
+                network, encoder, inp["query"].tolist(), inp[self.text_field].tolist(),
+                dtype=resolve_dtype(self._dtype, network.device), batch_size=self.batch_size, progress=bar.update,
+            )  # fmt: skip
+        if not np.isfinite(scores).all():
+            raise ValueError(f"expected finite scores, found {np.sum(~np.isfinite(scores)):,} of {len(scores):,} that are not")
+        # An array and not a Series: after `|` the frame's index is not unique.
+        return pt.model.add_ranks(inp.assign(score=scores.astype(np.float64)))
+
+    def _with_text(self, results: pd.DataFrame) -> pd.DataFrame:
+        return results if self.text is None or self.text_field in results.columns else self._load_text(results)
+
+    def _load_text(self, results: pd.DataFrame) -> pd.DataFrame:
+        loaded: pd.DataFrame = self.text.text_loader(fields=[self.text_field])(results)
+        require_columns(loaded, [self.text_field], "what the text loader gives")
+        return loaded
+
+    # ---- training
+
+    def fit(
+        self,
+        topics_or_res_tr: pd.DataFrame,
+        qrels_tr: pd.DataFrame | None = None,
+        topics_or_res_va: pd.DataFrame | None = None,
+        qrels_va: pd.DataFrame | None = None,
+        *,
+        fitter: Fitter | FitterSequence | None = None,
+        checkpoint_dir: str | Path | None = None,
+    ) -> Self:
+        """Train the model in place on a first stage's results.
+
+        Args:
+            topics_or_res_tr: The results: qid, query, docno, text, and score or rank.
+            qrels_tr: qid, docno, label. Not needed for distillation.
+            topics_or_res_va: Validation results, of other queries. Then the best weights by the fitter's metric are kept.
+            qrels_va: Their qrels.
+            fitter: In place of the re-ranker's own.
+            checkpoint_dir: Where checkpoints go. The same call again goes on from the last one.
+
+        Returns:
+            The re-ranker itself.
+
+        Raises:
+            ValueError: If something is missing or nothing is left to learn from, before any training.
+        """
+        chosen = check_fitter(fitter or self.fitter or Contrastive())
+        # Everything that can be known to be wrong is said before the first stage trains for hours.
+        prepared = [self._prepare(stage, topics_or_res_tr, qrels_tr) for stage in chosen.stages]
+        results_va = self._validation_frame(topics_or_res_va, qrels_va, topics_or_res_tr)
+        for number, (stage, (groups, report, data)) in enumerate(zip(chosen.stages, prepared, strict=True)):
+            folder = checkpoint_dir
+            if folder is not None and len(chosen.stages) > 1:
+                folder = Path(folder) / f"stage-{number + 1}"
+            self._train(stage, groups, report, data, results_va, folder)
+        return self
+
+    def _prepare(self, stage: Fitter, results: Any, qrels: pd.DataFrame | None) -> tuple[Groups, DataReport, str]:
+        if not isinstance(results, pd.DataFrame):
+            raise ValueError(f"expected a data frame of results to train on, found {type(results).__name__}")
+        require_columns(results, ["qid", "query", "docno"], "training results (the output of a first stage)")
+        if self.text is None and self.text_field not in results.columns:
+            raise ValueError(
+                f"expected a column {self.text_field!r} with the documents' text, found {list(map(str, results.columns))}: "
+                "put dataset.text_loader() before MonoCE, or give MonoCE(..., text=dataset)"
+            )
+        results = self._with_text(results)
+        groups, report = stage.groups(
+            results, qrels, text_field=self.text_field, load_text=self._load_text if self.text is not None else None
+        )
+        if report.dropped():
+            warnings.warn(f"{type(stage).__name__} leaves out: {report.dropped()}", stacklevel=4)
+        data = frame_digest(results) + ("" if qrels is None else frame_digest(qrels))
+        return groups, report, hashlib.sha256(data.encode()).hexdigest()
+
+    def _validation_frame(
+        self, results: pd.DataFrame | None, qrels: pd.DataFrame | None, training: pd.DataFrame
+    ) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+        if results is None:
+            return None
+        if qrels is None:
+            raise ValueError("expected qrels with the validation results, found None")
+        results = self._with_text(results)
+        require_columns(results, ["qid", "query", "docno", self.text_field], "validation results")
+        frame = pd.DataFrame({"qid": as_ids(results["qid"]), "docno": as_ids(results["docno"])})
+        frame["query"], frame["text"] = results["query"].to_numpy(), results[self.text_field].to_numpy()
+        # Passages are judged as their documents, as in training.
+        frame["docno"] = frame["docno"].str.replace(PASSAGE, "", regex=True)
+        labels = grades_of(qrels).rename("label").reset_index()
+        labels = labels[labels["qid"].isin(frame["qid"].unique())]
+        frame = frame[frame["qid"].isin(labels["qid"].unique())].reset_index(drop=True)
+        if not len(frame):
+            raise ValueError("expected judged queries among the validation results, found none")
+        common = frame["qid"].drop_duplicates().isin(as_ids(training["qid"]).unique()).sum()
+        if common:
+            warnings.warn(f"{common} validation queries are training queries too: the metric will flatter", stacklevel=3)
+        return frame, labels.astype({"label": int})
+
+    def _train(
+        self,
+        stage: Fitter,
+        groups: Groups,
+        report: DataReport,
+        data: str,
+        validation: tuple[pd.DataFrame, pd.DataFrame] | None,
+        checkpoint_dir: str | Path | None,
+    ) -> None:
+        network, encoder = self._load()
+        if stage.max_length is not None:
+            encoder = dataclasses.replace(encoder, max_length=self._fitting(stage.max_length, network))
+        cut_queries, cut_texts = encoder.truncated(*_sample(groups))
+        report = dataclasses.replace(report, truncated_queries=cut_queries, truncated_documents=cut_texts)
+        start = self.fingerprint
+        history: list[dict[str, Any]] = []
+        self._stages.append(
+            {
+                "fitter": repr(stage),
+                "digest": stage.digest(),
+                "data": data,
+                "queries": len(groups),
+                "documents": report.documents,
+                "start": start,
+                "seed": stage.seed,
+                "versions": _versions(),
+                "history": history,
+            }
+        )
+        self._reports.append(report)
+        was_new, self._head_is_new = self._head_is_new, False
+        check = None
+        if validation is not None and stage.metric is not None:
+            check = Validation(validation[0], validation[1], stage.metric)
+        try:
+            train(
+                network,
+                encoder,
+                groups,
+                stage.loss,
+                stage,
+                dtype=resolve_dtype(self._dtype, network.device),
+                validation=check,
+                checkpoint_dir=checkpoint_dir,
+                identity={"fitter": stage.digest(), "data": data, "start weights": start},
+                history=history,
+                verbose=self.verbose,
+            )
+        except Exception:
+            self._head_is_new = was_new
+            raise
+        self._stages[-1]["fingerprint"] = self.fingerprint
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """What training logged, a row an entry.
+
+        Columns: stage (from 1), fitter, step (updates in the stage), epoch, loss (the mean since the row before),
+        learning_rate, the metric's name where there was a validation, seconds (since the stage began) and
+        pairs_per_second.
+        """
+        rows = [
+            {"stage": number, "fitter": stage["fitter"].partition("(")[0], **row}
+            for number, stage in enumerate(self._stages, 1)
+            for row in stage["history"]
+        ]
+        first = ["stage", "fitter", "step", "epoch", "loss", "learning_rate"]
+        last = ["seconds", "pairs_per_second"]
+        frame = pd.DataFrame(rows, columns=None if rows else [*first, *last])
+        return frame[[*first, *(c for c in frame.columns if c not in {*first, *last}), *last]]
+
+    @property
+    def data_report(self) -> DataReport | None:
+        """What the last stage found in its data; None before fit."""
+        return self._reports[-1] if self._reports else None
+
+    # ---- identity
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the weights: equal for equal weights, whatever the object. Loads the model."""
+        network, _ = self._load()
+        state = network.state_dict()
+        # Every write to a tensor in place counts its version up, so an unchanged model isn't read again.
+        version = tuple((tensor.data_ptr(), tensor._version) for tensor in state.values())
+        if self._fingerprint is None or self._fingerprint[0] != version:
+            digest = hashlib.sha256()
+            for name in sorted(state):
+                tensor = state[name].detach().cpu().contiguous()
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            self._fingerprint = version, digest.hexdigest()[:16]
+        return self._fingerprint[1]
+
+    def __repr__(self) -> str:
+        parts = [repr(self._model)]
+        if self.fitter is not None:
+            parts.append(f"fitter={self.fitter!r}")
+        if self._network is not None:
+            parts.append(f"fingerprint={self.fingerprint!r}")
+        return f"MonoCE({', '.join(parts)})"
+
+    def clone(self) -> "MonoCE":
+        """A re-ranker of its own with the same settings, weights and history."""
+        return self.apply_attributes()
+
+    def apply_attributes(self, **settings: Any) -> "MonoCE":
+        """A clone with some settings changed. PyTerrier calls this when it takes transformers apart."""
+        other = copy.copy(self)
+        other._network, other._stages, other._reports = copy.deepcopy(self._network), copy.deepcopy(self._stages), [*self._reports]
+        other._fingerprint = None
+        for name, value in settings.items():
+            setattr(other, f"_{name}" if name in {"model", "dtype", "device"} else name, value)
+        return other
+
+    def reseeded(self, seed: int) -> "MonoCE":
+        """A clone for a replicate: with another new head if it is untrained, with the same weights if not."""
+        other = self.clone()
+        other.seed = seed
+        self._load()
+        if self._head_is_new:
+            other._network = None  # loaded anew at first use
+        return other
+
+    def take_weights(self, other: "MonoCE") -> None:
+        """Become what another re-ranker is, with one's own settings."""
+        self._network, self._tokenizer = other._load()[0], other._tokenizer
+        self._head_is_new, self._stages, self._reports = other._head_is_new, other._stages, other._reports
+
+    def scoring_settings(self) -> dict[str, Any]:
+        """What decides a pair's score besides the weights."""
+        device = resolve_device(self._device)
+        return {
+            "text_field": self.text_field,
+            "max_length": self.max_length,
+            "max_query_length": self.max_query_length,
+            "dtype": str(resolve_dtype(self._dtype, device)),
+        }
+
+    # ---- on disk
+
+    def save(self, path: str | Path) -> None:
+        """Write the model as an ordinary Hugging Face folder, with a record of how it was trained.
+
+        `AutoModelForSequenceClassification`, sentence-transformers' `CrossEncoder` and `MonoCE.load` read it, with
+        equal scores. What is in the folder is replaced once the new files are all there.
+
+        Raises:
+            ValueError: If `path` is a file, or a folder of something else.
+        """
+        path = Path(path).absolute()
+        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file()):
+            raise ValueError(f"expected a new folder or a model's to save in, found {path}")
+        network, encoder = self._load()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            # CrossEncoder puts a sigmoid on a single label unless it is told not to.
+            activation = {"activation_fn": "torch.nn.modules.linear.Identity"}
+            network.config.sentence_transformers = {**getattr(network.config, "sentence_transformers", {}), **activation}
+            with quiet_transformers():
+                network.save_pretrained(partial)
+                encoder.tokenizer.save_pretrained(partial)
+            (partial / RECORD).write_text(json.dumps(self._record(), indent=1))
+            (partial / "pt_meta.json").write_text(json.dumps(ARTIFACT))
+            (partial / "README.md").write_text(self._card())
+            old = path.with_name(f".{path.name}.old")
+            if path.exists():
+                os.replace(path, old)
+            os.replace(partial, path)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    @classmethod
+    def load(cls, path: str | Path, **settings: Any) -> "MonoCE":
+        """The re-ranker in a folder that `save` wrote, or in any folder of a cross-encoder.
+
+        Args:
+            path: The folder.
+            **settings: In place of the saved ones, such as `device="cpu"`.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise ValueError(f"expected a model's folder, found {str(path)!r}")
+        record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
+        loaded = cls(str(folder), **{**record.get("settings", {}), **settings})
+        loaded._stages = record.get("stages", [])
+        loaded._reports = [DataReport(**report) for report in record.get("reports", [])]
+        return loaded
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "settings": {
+                "text_field": self.text_field,
+                "max_length": self.max_length,
+                "max_query_length": self.max_query_length,
+                "seed": self.seed,
+            },
+            "fingerprint": self.fingerprint,
+            "stages": self._stages,
+            "reports": [dataclasses.asdict(report) for report in self._reports],
+            "versions": _versions(),
+        }
+
+    def _card(self) -> str:
+        stages = "\n".join(
+            f"{n}. `{stage['fitter']}` on {stage['queries']:,} queries with {stage['documents']:,} documents"
+            for n, stage in enumerate(self._stages, 1)
+        )
+        return (
+            "---\nlibrary_name: transformers\npipeline_tag: text-ranking\ntags:\n- cross-encoder\n- pyterrier\n---\n\n"
+            f"# A cross-encoder re-ranker\n\nTrained with pyterrier_msft {__version__}, in {len(self._stages)} stages:\n\n"
+            f"{stages}\n\n```python\nfrom pyterrier_msft import MonoCE\n\npipeline = first_stage >> MonoCE.load(folder)\n"
+            "```\n\nThe score is the raw output of `AutoModelForSequenceClassification` for the pair (query, document), "
+            f"of at most {self.max_length} tokens.\n"
+        )
+
+    # ---- the network
+
+    def _load(self) -> tuple[PreTrainedModel, PairEncoder]:
+        """The network on its device and its encoder; loaded at first use."""
+        device = resolve_device(self._device)
+        if self._network is None:
+            self._network, self._tokenizer, self._head_is_new = load_model(
+                self._model, seed=self.seed, trust_remote_code=self.trust_remote_code
+            )
+        if self._tokenizer is None:
+            self._tokenizer = _tokenizer_of(self._network)
+        if self._network.device != device:
+            self._network.to(device)  # type: ignore[arg-type]
+        length = self._fitting(self.max_length, self._network)
+        return self._network, PairEncoder(self._tokenizer, length, self.max_query_length)
+
+    def _fitting(self, max_length: int, network: PreTrainedModel) -> int:
+        assert self._tokenizer is not None
+        limit = token_limit(network, self._tokenizer)
+        if max_length > limit:
+            raise ValueError(f"expected max_length of at most {limit}, which {self._model} has positions for, found {max_length}")
+        return max_length
+
+
+def _check_folder(model: str) -> None:
+    """Say at once that a folder is not there or holds no model; a hub name can't be told before it is asked for."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"expected a model's folder with config.json, found {model!r} without it")
+    elif path.is_file() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ValueError(f"expected a model's folder or a name on the Hugging Face hub, found {model!r}")
+
+
+def _one_score(model: PreTrainedModel) -> PreTrainedModel:
+    if model.config.num_labels != 1:
+        raise ValueError(f"expected a model with one label (a score), found {model.config.num_labels}")
+    return model.eval()
+
+
+def _tokenizer_of(network: PreTrainedModel) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(network.name_or_path)  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"expected a tokenizer beside the loaded model, found none at {network.name_or_path!r}: save both to a "
+            "folder and give MonoCE the folder"
+        ) from error
+
+
+def _sample(groups: Groups) -> tuple[list[str], list[str]]:
+    """Some pairs of the training data, evenly taken."""
+    step = max(1, len(groups) * 4 // TRUNCATION_SAMPLE)
+    chosen = [(groups.queries[i], groups.texts[j]) for i in range(0, len(groups), step) for j in groups.documents[i][:4]]
+    return [query for query, _ in chosen], [text for _, text in chosen]
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "accelerate", "pyterrier")
+    return {"pyterrier_msft": __version__, **{name: importlib.metadata.version(name) for name in names}}

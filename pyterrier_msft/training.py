@@ -1,0 +1,631 @@
+"""Groups, a loss and a model to a trained model: the loop, on Hugging Face's Trainer.
+
+What is ours: which group comes when, how a batch of lists is scored, the loss call, and validation by an IR metric.
+The loss is a function; which objective it serves is not known here.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import ir_measures
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import torch
+from ir_measures import nDCG
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers.trainer_callback import TrainerState
+
+from pyterrier_msft.groups import Group, Groups
+from pyterrier_msft.scoring import (
+    TOKENS_PER_PASS,
+    PairEncoder,
+    forward,
+    length_batches,
+    pad,
+    quiet_transformers,
+    score_pairs,
+)
+
+logger = logging.getLogger(__name__)
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+# Batches sorted by length together: longer windows save padding and make batches less random.
+SORTED_BATCHES = 16
+# A resumed run may lose this much work; a step count alone would say nothing about time.
+SECONDS_BETWEEN_CHECKPOINTS = 900
+STATE_FILE, BEST_FILE = "msft_training.json", "msft_best.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """What every fitter takes.
+
+    Args:
+        learning_rate: AdamW's, at its highest; it falls linearly to 0.
+        epochs: Times that each query is learnt from.
+        max_steps: Updates of the weights; in place of `epochs` if given.
+        batch_size: Queries a step (over all processes, so that their number changes no result).
+        gradient_accumulation: Steps that are summed for one update.
+        pairs_per_pass: Bounds memory: query-document pairs whose activations are held at once. The gradient is the
+            same, at the price of a second forward pass (Gao et al., RepL4NLP 2021). None: all of a step's pairs.
+        warmup: Updates in which the learning rate rises from 0; below 1, a share of all updates.
+        weight_decay: AdamW's.
+        clip_norm: The gradient's largest norm. None: any.
+        dropout: In place of the backbone's own probabilities while training. None: the backbone's own.
+        max_length: Tokens a pair while training. None: the re-ranker's.
+        freeze_position_embeddings: Whether the position embeddings stay as they are.
+        metric: The `ir_measures` measure that validation computes. None: no validation.
+        eval_every: Updates between validations. None: a tenth of the training.
+        patience: Validations without a new best after which training stops. None: never.
+        seed: Decides the order of queries, the sampled documents and dropout.
+        trainer_args: Any further argument of `transformers.TrainingArguments`, such as `{"report_to": "tensorboard"}`.
+    """
+
+    learning_rate: float = 1e-5
+    epochs: float = 1
+    max_steps: int | None = None
+    batch_size: int = 16
+    gradient_accumulation: int = 1
+    pairs_per_pass: int | None = None
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    clip_norm: float | None = 10.0
+    dropout: float | None = None
+    max_length: int | None = None
+    freeze_position_embeddings: bool = False
+    metric: Any = field(default=nDCG @ 10)
+    eval_every: int | None = None
+    patience: int | None = None
+    seed: int = 42
+    trainer_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epochs", "max_steps", "batch_size", "gradient_accumulation", "pairs_per_pass",
+                     "clip_norm", "max_length", "eval_every", "patience"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"expected {name} above 0, found {value!r}")
+        for name in ("warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"expected {name} of at least 0, found {getattr(self, name)!r}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"expected dropout from 0 to below 1, found {self.dropout!r}")
+        if isinstance(self.metric, str):
+            object.__setattr__(self, "metric", ir_measures.parse_measure(self.metric))
+
+    def shared(self) -> dict[str, Any]:
+        """These hyperparameters, without what a kind of fitter adds."""
+        return {f.name: getattr(self, f.name) for f in fields(Hyperparameters)}
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Results to re-rank, judged: how good a model is on queries that it doesn't learn from."""
+
+    results: pd.DataFrame  # qid, query, docno, text, ids as strings
+    qrels: pd.DataFrame  # qid, docno, label, ids as strings
+    metric: Any
+
+    def measure(self, model: PreTrainedModel, encoder: PairEncoder, dtype: torch.dtype) -> float:
+        """The metric's mean over the judged queries."""
+        scores = score_pairs(
+            model, encoder, self.results["query"].tolist(), self.results["text"].tolist(), dtype=dtype
+        )
+        run = self.results[["qid", "docno"]].assign(score=scores.astype(np.float64))
+        run.columns = pd.Index(["query_id", "doc_id", "score"])
+        qrels = self.qrels.rename(columns={"qid": "query_id", "docno": "doc_id", "label": "relevance"})
+        return float(ir_measures.calc_aggregate([self.metric], qrels, run)[self.metric])
+
+
+def train(
+    model: PreTrainedModel,
+    encoder: PairEncoder,
+    groups: Groups,
+    loss: Loss,
+    settings: Hyperparameters,
+    *,
+    dtype: torch.dtype,
+    validation: Validation | None = None,
+    checkpoint_dir: str | Path | None = None,
+    identity: Mapping[str, str] | None = None,
+    history: list[dict[str, Any]] | None = None,
+    verbose: bool = False,
+) -> list[dict[str, Any]]:
+    """Train a model in place, on the device that it is on.
+
+    Args:
+        model: A cross-encoder with one output.
+        encoder: How pairs become tokens.
+        groups: What to learn from.
+        loss: (scores [G, L], labels [G, L], mask [G, L]) -> scalar.
+        settings: The hyperparameters.
+        dtype: The precision to compute in; weights and loss are float32.
+        validation: Given, the best weights by its metric are what remains, and `patience` applies.
+        checkpoint_dir: Where checkpoints go, and where an interrupted training is taken up again.
+        identity: What decides the result, by name: a checkpoint of another identity is refused.
+        history: A list that rows are appended to as they come, so that an interruption leaves them; else a new one.
+        verbose: Whether a progress bar is shown.
+
+    Returns:
+        The history: a row (a dict) a log entry.
+
+    Raises:
+        ValueError: If the loss is not finite, or a checkpoint in `checkpoint_dir` is of something else.
+    """
+    history = [] if history is None else history
+    device = next(model.parameters()).device
+    batches = _Batches(groups, settings)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_isolated())
+        stack.enter_context(quiet_transformers())
+        stack.enter_context(_prepared(model, settings, device))
+        if checkpoint_dir is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyterrier_msft_")))
+        else:
+            folder = _writable(checkpoint_dir)
+        progress = _Progress(history, batches, settings, validation, folder if checkpoint_dir else None, dict(identity or {}), verbose)
+        checkpoint = progress.resume()
+        if progress.stopped and progress.best_weights:  # patience had run out: there is nothing to go on with
+            progress.close()
+            model.load_state_dict(progress.best_weights)
+            return history
+        trainer = _ListTrainer(
+            model=model,
+            args=_arguments(settings, batches, device, dtype, folder),
+            train_dataset=groups,  # for its length; the batches are our own
+            callbacks=[progress],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.configure(encoder, batches, loss, settings, validation, dtype, progress)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except KeyboardInterrupt:
+            logger.warning(
+                "training was interrupted at step %d of %d; the re-ranker holds %s weights so far%s",
+                progress.step, batches.updates, "the best" if progress.best_weights else "the last",
+                "; the same call goes on from the last checkpoint" if checkpoint_dir else "",
+            )  # fmt: skip
+            raise
+        finally:
+            # Mixed precision leaves a patched `forward` behind, which would round the scores of a later float32 use.
+            trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            if progress.best_weights:
+                model.load_state_dict(progress.best_weights)
+            model.to(device).eval()
+            progress.close()
+    return history
+
+
+# ---- batches
+
+
+class _Batches:
+    """All batches of a training, by number: what the n-th holds depends on the seed and n alone.
+
+    So a resumed run goes on exactly, and the negatives of an epoch are new ones without anyone being told of epochs.
+    """
+
+    def __init__(self, groups: Groups, settings: Hyperparameters) -> None:
+        self.groups, self.seed, self.batch_size = groups, settings.seed, settings.batch_size
+        self.lengths = groups.lengths()
+        self.per_epoch = math.ceil(len(groups) / settings.batch_size)
+        accumulation = settings.gradient_accumulation
+        self.updates = settings.max_steps or max(1, math.ceil(self.per_epoch * settings.epochs / accumulation))
+        self.total = self.updates * accumulation
+        if settings.max_steps is None:
+            self.total = min(self.total, max(1, math.ceil(self.per_epoch * settings.epochs)))
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Batches of (query's index, epoch)."""
+        for number in range(self.total):
+            epoch, place = divmod(number, self.per_epoch)
+            if place == 0:
+                batches = self._epoch(epoch)
+            yield [(index, epoch) for index in batches[place]]
+
+    def __getitem__(self, index_and_epoch: tuple[int, int]) -> Group:
+        index, epoch = index_and_epoch
+        return self.groups.draw(index, seed=self.seed, epoch=epoch)
+
+    def _epoch(self, epoch: int) -> list[np.ndarray]:
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.groups))
+        window = self.batch_size * SORTED_BATCHES
+        order = np.concatenate(
+            [part[np.argsort(self.lengths[part], kind="stable")] for part in np.split(order, range(window, len(order), window))]
+        )
+        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
+        # The short batch, if there is one, must not become the first of a window by shuffling alone: any place will do.
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+
+@dataclass(frozen=True)
+class _Collator:
+    """Groups to what one step needs: chunks of padded pairs, and where their scores belong in [G, L]."""
+
+    encoder: PairEncoder
+    max_tokens: int
+    max_pairs: int | None
+
+    def __call__(self, groups: list[Group]) -> dict[str, Any]:
+        width = max(len(group.labels) for group in groups)
+        labels = torch.zeros(len(groups), width)  # (G, L)
+        mask = torch.zeros(len(groups), width, dtype=torch.bool)  # (G, L)
+        for row, group in enumerate(groups):
+            labels[row, : len(group.labels)] = torch.from_numpy(group.labels)
+            mask[row, : len(group.labels)] = True
+        encoded = self.encoder(
+            [group.query for group in groups for _ in group.texts], [text for group in groups for text in group.texts]
+        )
+        parts = length_batches([len(ids) for ids in encoded["input_ids"]], max_tokens=self.max_tokens, max_pairs=self.max_pairs)
+        places = mask.flatten().nonzero().squeeze(-1)  # (pairs,) where the n-th pair stands in the flattened [G, L]
+        return {
+            "chunks": [pad(self.encoder.tokenizer, encoded, part) for part in parts],
+            "places": places[torch.from_numpy(np.concatenate(parts))],
+            "labels": labels,
+            "mask": mask,
+            "qids": [group.qid for group in groups],
+        }
+
+
+# ---- the loop
+
+
+class _ListTrainer(Trainer):
+    """A Trainer whose batch is a set of lists and whose loss sees them as [G, L]."""
+
+    # Else the loss isn't divided by the accumulation for models whose forward takes **kwargs.
+    loss_is_scaled_for_ga = False
+
+    def configure(
+        self,
+        encoder: PairEncoder,
+        batches: _Batches,
+        loss: Loss,
+        settings: Hyperparameters,
+        validation: Validation | None,
+        dtype: torch.dtype,
+        progress: "_Progress",
+    ) -> None:
+        self.encoder, self.batches, self.list_loss, self.settings = encoder, batches, loss, settings
+        self.validation, self.dtype, self.progress = validation, dtype, progress
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        # Not prepared by accelerate, which would hide the sampler and its order.
+        budget = TOKENS_PER_PASS.get(self.args.device.type, TOKENS_PER_PASS["cpu"])
+        collate = _Collator(self.encoder, budget, self.settings.pairs_per_pass)
+        return DataLoader(self.batches, batch_sampler=self.batches, collate_fn=collate)  # type: ignore[arg-type]
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        return 0  # an estimate from `input_ids`, which a batch of chunks doesn't have; nobody reads it
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        return self._loss(torch.cat([forward(model, chunk) for chunk in inputs["chunks"]]), inputs)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        self.progress.pairs += len(inputs["places"])
+        if self.settings.pairs_per_pass is None or len(inputs["chunks"]) == 1:
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
+        return self._bounded_step(model, self._prepare_inputs(inputs))
+
+    def _bounded_step(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """The same gradient with one chunk's activations at a time.
+
+        Scores come first, without a graph; the loss is differentiated at the scores; then each chunk is computed
+        again, under the random state that it had, and takes its part of the gradient further down.
+        """
+        model.train()
+        states, parts = [], []
+        with torch.no_grad():
+            for chunk in inputs["chunks"]:
+                states.append(_random_state(self.args.device))
+                parts.append(forward(model, chunk))
+        after = _random_state(self.args.device)
+        scores = torch.cat(parts).requires_grad_()
+        loss = self._loss(scores, inputs) / self.current_gradient_accumulation_steps
+        gradients = torch.autograd.grad(loss, scores)[0].split([len(part) for part in parts])
+        for chunk, state, gradient in zip(inputs["chunks"], states, gradients, strict=True):
+            last = chunk is inputs["chunks"][-1]
+            _set_random_state(state, self.args.device)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                self.accelerator.backward((forward(model, chunk) * gradient).sum())
+        _set_random_state(after, self.args.device)
+        return loss.detach()
+
+    def _loss(self, flat: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        mask = inputs["mask"]  # (G, L)
+        scores = flat.new_zeros(mask.numel()).index_copy(0, inputs["places"], flat).view(mask.shape)  # (G, L)
+        with torch.autocast(flat.device.type, enabled=False):
+            loss = self.list_loss(scores, inputs["labels"], mask)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"expected a finite loss, found {loss.item()} at step {self.state.global_step + 1} "
+                f"(queries {', '.join(inputs['qids'][:8])}{', …' if len(inputs['qids']) > 8 else ''}): "
+                f"is the learning rate of {self.settings.learning_rate} too high?"
+            )
+        self.progress.watch(scores.detach(), mask)
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        assert self.validation is not None
+        value = self.validation.measure(self.accelerator.unwrap_model(self.model), self.encoder, self.dtype)
+        metrics = {f"eval_{self.validation.metric}": value}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _Progress(TrainerCallback):
+    """Says when to log, validate, save and stop; keeps the history and the best weights."""
+
+    def __init__(
+        self,
+        history: list[dict[str, Any]],
+        batches: _Batches,
+        settings: Hyperparameters,
+        validation: Validation | None,
+        folder: Path | None,
+        identity: dict[str, str],
+        verbose: bool,
+    ) -> None:
+        self.history, self.batches, self.settings = history, batches, settings
+        self.validates, self.folder, self.identity = validation is not None, folder, identity
+        self.metric = str(settings.metric)
+        self.eval_every = settings.eval_every or max(1, batches.updates // 10)
+        self.log_every = max(1, min(self.eval_every, batches.updates // 50))
+        self.best, self.not_better, self.stopped = -math.inf, 0, False
+        self.best_weights: dict[str, torch.Tensor] | None = None
+        self.step, self.pairs, self.pairs_logged = 0, 0, 0
+        self.seconds_before = 0.0
+        self.started = self.logged = self.saved = time.monotonic()
+        self.first_row = len(history)
+        self.spread, self.alarmed = math.inf, False
+        self.bar = pt.tqdm(total=batches.updates, desc="training", unit="step") if verbose else None
+
+    # -- when
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.step = state.global_step
+        last = self.step >= self.batches.updates
+        control.should_evaluate |= self.validates and (last or self.step % self.eval_every == 0)
+        control.should_log |= last or control.should_evaluate or self.step % self.log_every == 0
+        if self.folder is not None:
+            overdue = time.monotonic() - self.saved > SECONDS_BETWEEN_CHECKPOINTS
+            control.should_save |= last or overdue or self.step % self.eval_every == 0
+        if self.bar is not None:
+            self.bar.update(self.step - self.bar.n)
+
+    # -- what came out
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return  # the metric, which on_evaluate has, or Trainer's summary
+        now = time.monotonic()
+        self.history.append(
+            {
+                "step": state.global_step,
+                "epoch": state.global_step * self.settings.gradient_accumulation / self.batches.per_epoch,
+                "loss": float(logs["loss"]),
+                "learning_rate": float(logs["learning_rate"]),
+                "seconds": self.seconds_before + now - self.started,
+                "pairs_per_second": (self.pairs - self.pairs_logged) / max(now - self.logged, 1e-9),
+            }
+        )
+        self.logged, self.pairs_logged = now, self.pairs
+        if self.bar is not None:
+            self.bar.set_postfix({k: f"{self.history[-1][k]:.3g}" for k in ("loss", self.metric) if k in self.history[-1]})
+        if self.spread < 1e-3 and state.global_step > self.batches.updates // 5 and not self.alarmed:
+            self.alarmed = True
+            warnings.warn(
+                f"all documents of a query get the same score (they differ by {self.spread:.1e} at step "
+                f"{state.global_step}): check that qids of results and qrels match, that labels are not all equal, and "
+                "the learning rate (too high collapses a model, too low never leaves the new head's constant)",
+                stacklevel=2,
+            )
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, model: Any = None, **kwargs: Any) -> None:  # fmt: skip
+        value = float(metrics[f"eval_{self.metric}"])
+        self.history[-1][self.metric] = value
+        self.history[-1]["seconds"] = self.seconds_before + time.monotonic() - self.started
+        self.logged = time.monotonic()  # validation is not training time
+        if value > self.best:
+            self.best, self.not_better = value, 0
+            self.best_weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+        else:
+            self.not_better += 1
+            self.stopped = self.settings.patience is not None and self.not_better >= self.settings.patience
+            control.should_training_stop |= self.stopped
+            control.should_save |= self.stopped and self.folder is not None
+
+    def watch(self, scores: torch.Tensor, mask: torch.Tensor) -> None:
+        """Follow how far scores differ within a list: a model that gives all documents one score has collapsed."""
+        low = scores.masked_fill(~mask, math.inf).amin(-1)
+        high = scores.masked_fill(~mask, -math.inf).amax(-1)
+        # The median list, so that a list of one document, or one that is learnt already, doesn't hide the rest.
+        self.spread = float((high - low).median())
+
+    # -- what an interrupted training needs besides Trainer's own checkpoint
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.folder is None:
+            return
+        self.saved = time.monotonic()
+        checkpoint = self.folder / f"checkpoint-{state.global_step}"
+        if self.best_weights is not None:
+            save_file(_untied(self.best_weights), checkpoint / BEST_FILE)
+        content = {
+            "identity": self.identity,
+            "history": self.history[self.first_row :],
+            "best": None if self.best_weights is None else self.best,
+            "not_better": self.not_better,
+            "stopped": self.stopped,
+            "pairs": self.pairs,
+            "seconds": self.seconds_before + self.saved - self.started,
+        }
+        # Written last and put in place at once: a checkpoint that has it is whole.
+        partial = checkpoint / f"{STATE_FILE}.partial"
+        partial.write_text(json.dumps(content))
+        os.replace(partial, checkpoint / STATE_FILE)
+
+    def resume(self) -> str | None:
+        """The newest whole checkpoint in the folder, with our own state taken from it; None to start anew."""
+        if self.folder is None:
+            return None
+        whole = {int(file.parent.name.rpartition("-")[2]): file for file in self.folder.glob(f"checkpoint-*/{STATE_FILE}")}
+        if not whole:
+            return None
+        newest = whole[max(whole)]
+        content = json.loads(newest.read_text())
+        for name, value in self.identity.items():
+            if content["identity"].get(name) != value:
+                raise ValueError(
+                    f"expected a checkpoint of this training in {self.folder}, found one with another {name}; "
+                    "give another checkpoint_dir, or delete it"
+                )
+        for broken in set(self.folder.glob("checkpoint-*")) - {file.parent for file in whole.values()}:
+            shutil.rmtree(broken)  # killed while it was written
+        self.history.extend(content["history"])
+        self.not_better, self.stopped, self.pairs = content["not_better"], content["stopped"], content["pairs"]
+        self.pairs_logged, self.seconds_before = self.pairs, content["seconds"]
+        if content["best"] is not None:
+            self.best, self.best_weights = content["best"], load_file(newest.parent / BEST_FILE)
+        self.step = max(whole)
+        logger.info("resuming from %s", newest.parent)
+        return str(newest.parent)
+
+    def close(self) -> None:
+        """End the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _arguments(
+    settings: Hyperparameters, batches: _Batches, device: torch.device, dtype: torch.dtype, folder: Path
+) -> TrainingArguments:
+    ours: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": batches.updates,
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.clip_norm or 0.0,
+        "warmup_steps": settings.warmup,
+        "lr_scheduler_type": "linear",
+        "seed": settings.seed,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": device.type == "cpu",
+        "remove_unused_columns": False,
+        "logging_strategy": "no",  # _Progress decides when
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "save_total_limit": 2,  # the one before is needed while the newest is being written
+        "ddp_find_unused_parameters": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    arguments = TrainingArguments(**{**ours, **settings.trainer_args})
+    # Several GPUs in one process would mean DataParallel, which splits lists; torchrun is the way to use them.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+@contextlib.contextmanager
+def _prepared(model: PreTrainedModel, settings: Hyperparameters, device: torch.device) -> Iterator[None]:
+    """The model as it shall be while it trains (dropout, frozen parts, attention), and as it was afterwards."""
+    dropouts = [(module, "p", module.p) for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    # Some families keep attention's probability as a plain number.
+    dropouts += [
+        (module, name, getattr(module, name))
+        for module in model.modules()
+        for name in ("attention_dropout", "dropout_prob")
+        if isinstance(getattr(module, name, None), float)
+    ]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    attention = model.config._attn_implementation
+    try:
+        if settings.dropout is not None:
+            for module, name, _ in dropouts:
+                setattr(module, name, settings.dropout)
+            # The backward pass of fused attention is slow on a CPU; with dropout it wins all the same.
+            if device.type == "cpu" and settings.dropout == 0 and attention == "sdpa":
+                model.set_attn_implementation("eager")
+        if settings.freeze_position_embeddings:
+            frozen = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+            if not frozen:
+                warnings.warn(f"{type(model).__name__} has no position embeddings to freeze", stacklevel=2)
+            for module in frozen:
+                module.requires_grad_(False)
+        yield
+    finally:
+        for module, name, value in dropouts:
+            setattr(module, name, value)
+        for parameter, value in trainable:
+            parameter.requires_grad_(value)
+            parameter.grad = None
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+
+
+@contextlib.contextmanager
+def _isolated() -> Iterator[None]:
+    """Leave the global random states as they were: Trainer seeds all three when it is made."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+
+
+def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+def _untied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights that safetensors takes: it refuses two names for one piece of memory."""
+    return {name: tensor.contiguous().clone() for name, tensor in weights.items()}
+
+
+def _writable(folder: str | Path) -> Path:
+    """The folder, made if need be; tried now, not hours later."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"expected a folder that can be written to as checkpoint_dir, found {path}: {error}") from error
+    return path

@@ -1,0 +1,100 @@
+"""What the tests share: a tiny random BERT, and a collection that it can learn."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PT_TEST_TRANSFORMER_REPORTS", "0")
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
+
+from pyterrier_msft import MonoCE
+from pyterrier_msft.scoring import PairEncoder, quiet_transformers
+
+WORDS = [f"w{i}" for i in range(100)]
+
+
+@pytest.fixture(autouse=True)
+def _offline_schematics(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyterrier as pt
+
+    monkeypatch.setattr(pt.documentation, "_cached_objects_inv", {}, raising=False)
+
+
+def write_tiny_bert(folder: Path) -> str:
+    """A random BERT backbone of 2 layers and 16 dimensions, as a Hugging Face folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocab))
+    config = BertConfig(
+        vocab_size=len(vocab), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng(), quiet_transformers():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+        BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tiny_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+@pytest.fixture
+def ce(backbone: str) -> MonoCE:
+    return MonoCE(backbone, max_length=24, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def encoder(backbone: str) -> PairEncoder:
+    return PairEncoder(AutoTokenizer.from_pretrained(backbone), max_length=24)
+
+
+@dataclass(frozen=True)
+class Part:
+    results: pd.DataFrame
+    qrels: pd.DataFrame
+
+
+def make_part(name: str, *, n_queries: int, n_docs: int = 8, seed: int) -> Part:
+    """Queries whose relevant document, and nothing else, has words from the first ten: easy to learn, and general.
+
+    The first stage's order says nothing. The document's `quality` is how many of those words it has.
+    """
+    rng = np.random.default_rng(seed)
+    rows, judged = [], []
+    for q in range(n_queries):
+        relevant = rng.integers(n_docs)
+        query = " ".join(rng.choice(WORDS[10:], 3))
+        for d in range(n_docs):
+            words = rng.choice(WORDS[10:], 6)
+            quality = 3 if d == relevant else 0
+            words[:quality] = rng.choice(WORDS[:10], quality)
+            rng.shuffle(words)
+            rows.append((f"{name}{q}", query, f"{name}{q}d{d}", " ".join(words), float(n_docs - d), d, quality))
+        judged.append((f"{name}{q}", f"{name}{q}d{relevant}", 1))
+    columns = ["qid", "query", "docno", "text", "score", "rank", "quality"]
+    return Part(pd.DataFrame(rows, columns=columns), pd.DataFrame(judged, columns=["qid", "docno", "label"]))
+
+
+@pytest.fixture(scope="session")
+def train_part() -> Part:
+    return make_part("tr", n_queries=64, seed=1)
+
+
+@pytest.fixture(scope="session")
+def dev_part() -> Part:
+    return make_part("va", n_queries=20, seed=2)
+
+
+@pytest.fixture(scope="session")
+def test_part() -> Part:
+    return make_part("te", n_queries=40, seed=3)

@@ -1,0 +1,276 @@
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pandas.testing import assert_frame_equal
+
+from pyterrier_msft.groups import (
+    DataReport,
+    bare_ranks,
+    frame_digest,
+    from_qrels,
+    from_teacher,
+    missing_positives,
+    order_key,
+)
+
+
+def results(text: str, **columns: list) -> pd.DataFrame:
+    """A result frame from lines of `qid docno score`."""
+    rows = [line.split() for line in text.strip().splitlines()]
+    frame = pd.DataFrame(rows, columns=["qid", "docno", "score"]).astype({"score": float})
+    return frame.assign(query="query of " + frame["qid"], text="text of " + frame["docno"], **columns)
+
+
+def qrels(text: str) -> pd.DataFrame:
+    rows = [line.split() for line in text.strip().splitlines()]
+    return pd.DataFrame(rows, columns=["qid", "docno", "label"]).astype({"label": int})
+
+
+RESULTS = """
+q1 a 3
+q1 b 2
+q1 c 1
+q2 a 9
+q2 d 8
+"""
+QRELS = """
+q1 b 1
+q2 d 2
+q2 a 0
+"""
+
+
+def lists(groups) -> dict[str, list[tuple[str, float]]]:
+    """Each query's texts (shortened to the docno) with labels, best-ranked first."""
+    return {
+        qid: [(groups.texts[d].removeprefix("text of "), float(y)) for d, y in zip(ds, ys, strict=True)]
+        for qid, ds, ys in zip(groups.qids, groups.documents, groups.labels, strict=True)
+    }
+
+
+def contrastive(res, rel, **options):
+    return from_qrels(res, rel, **{"depth": None, "n_negatives": 7, "min_relevance": 1, **options})
+
+
+# ---- from qrels
+
+
+def test_labels_and_order():
+    groups, report = contrastive(results(RESULTS), qrels(QRELS))
+    assert lists(groups) == {"q1": [("a", 0), ("b", 1), ("c", 0)], "q2": [("a", 0), ("d", 2)]}
+    assert groups.queries == ["query of q1", "query of q2"]
+    assert (report.queries, report.groups, report.documents, report.dropped()) == (2, 2, 5, "")
+
+
+def test_order_of_rows_does_not_matter():
+    shuffled = results(RESULTS).sample(frac=1, random_state=3)
+    assert lists(contrastive(shuffled, qrels(QRELS))[0]) == lists(contrastive(results(RESULTS), qrels(QRELS))[0])
+
+
+def test_index_that_is_not_unique():
+    frame = results(RESULTS)
+    frame.index = [0] * len(frame)
+    assert lists(contrastive(frame, qrels(QRELS))[0]) == lists(contrastive(results(RESULTS), qrels(QRELS))[0])
+
+
+def test_ids_as_integers():
+    frame = results(RESULTS).replace({"qid": {"q1": 1, "q2": 2}}).assign(docno=lambda f: f["docno"].map(ord))
+    relevant = qrels(QRELS).replace({"qid": {"q1": "1", "q2": "2"}}).assign(docno=lambda f: f["docno"].map(ord).map(str))
+    groups, _ = contrastive(frame, relevant)
+    assert [labels.tolist() for labels in groups.labels] == [[0, 1, 0], [0, 2]]
+
+
+def test_minimum_relevance():
+    groups, report = contrastive(results(RESULTS), qrels(QRELS), min_relevance=2)
+    assert lists(groups) == {"q2": [("a", 0), ("d", 2)]}
+    assert report.without_relevant == 1
+    assert report.dropped() == "1 queries without a relevant document"
+
+
+def test_negative_and_float_grades():
+    graded = pd.DataFrame([("q1", "a", -1.0), ("q1", "b", 0.5), ("q1", "c", 1.5)], columns=["qid", "docno", "label"])
+    groups, _ = contrastive(results(RESULTS), graded)
+    assert lists(groups) == {"q1": [("a", 0), ("b", 0), ("c", 1.5)]}
+
+
+def test_depth_bounds_negatives_but_not_positives():
+    groups, _ = contrastive(results(RESULTS), qrels("q1 c 1"), depth=1)
+    assert lists(groups) == {"q1": [("a", 0), ("c", 1)]}
+
+
+def test_queries_without_negatives_are_counted():
+    groups, report = contrastive(results("q1 a 1"), qrels("q1 a 1"))
+    assert len(groups) == 0
+    assert report.without_negatives == 1
+
+
+def test_duplicates_and_missing_text_are_counted():
+    frame = pd.concat([results(RESULTS), results("q1 a 1\nq1 e 0\nq1 f 0\nq1 g 0")], ignore_index=True)
+    frame.loc[frame["docno"] == "e", "text"] = None
+    frame.loc[frame["docno"] == "f", "text"] = " \n"
+    frame.loc[frame["docno"] == "g", "text"] = float("nan")
+    groups, report = contrastive(frame, qrels(QRELS))
+    assert lists(groups)["q1"] == [("a", 0), ("b", 1), ("c", 0)]
+    assert (report.duplicates, report.without_text) == (1, 3)
+
+
+def test_passages_have_their_documents_label():
+    groups, report = contrastive(results("q1 a%p0 3\nq1 a%p1 2\nq1 b%p0 1"), qrels("q1 a 1"))
+    assert lists(groups) == {"q1": [("a%p0", 1), ("a%p1", 1), ("b%p0", 0)]}
+    assert report.without_relevant == 0
+
+
+def test_missing_positives():
+    missing = missing_positives(results(RESULTS), qrels(QRELS + "q1 z 1\nq9 z 1\nq2 y 0"), min_relevance=1)
+    expected = pd.DataFrame([("q1", "z", "query of q1")], columns=["qid", "docno", "query"])
+    assert_frame_equal(missing[["qid", "docno", "query"]], expected, check_dtype=False)
+
+
+@pytest.mark.parametrize("column", ["qid", "query", "docno", "text"])
+def test_a_missing_column_is_named(column):
+    with pytest.raises(ValueError, match=f"expected columns .*'{column}'.* found"):
+        contrastive(results(RESULTS).drop(columns=column), qrels(QRELS))
+
+
+def test_scores_must_be_numbers():
+    frame = results(RESULTS)
+    frame.loc[1, "score"] = np.nan
+    with pytest.raises(ValueError, match="found 1 NaN"):
+        contrastive(frame, qrels(QRELS))
+
+
+def test_rank_orders_where_there_is_no_score():
+    frame = results(RESULTS).drop(columns="score").assign(rank=[3, 2, 1, 1, 2])
+    assert [text for text, _ in lists(contrastive(frame, qrels(QRELS))[0])["q1"]] == ["c", "b", "a"]
+
+
+# ---- drawing
+
+
+def many(n: int = 50):
+    frame = results("\n".join(f"q1 d{i} {n - i}" for i in range(n)))
+    return contrastive(frame, qrels("q1 d3 1\nq1 d40 2"), n_negatives=5)[0]
+
+
+def test_a_draw_is_one_positive_and_distinct_negatives():
+    group = many().draw(0, seed=1, epoch=0)
+    assert len(group.texts) == len(set(group.texts)) == 6
+    assert np.count_nonzero(group.labels) == 1
+    assert group.labels.dtype == np.float32
+
+
+def test_draws_depend_on_seed_and_epoch_alone():
+    first = many().draw(0, seed=1, epoch=2)
+    assert first.texts == many().draw(0, seed=1, epoch=2).texts
+    assert first.texts != many().draw(0, seed=1, epoch=3).texts
+    assert first.texts != many().draw(0, seed=2, epoch=2).texts
+
+
+def test_epochs_reach_every_negative_and_every_positive():
+    groups = many()
+    seen = {text for epoch in range(100) for text in groups.draw(0, seed=0, epoch=epoch).texts}
+    assert seen == set(groups.texts)
+
+
+def test_fewer_negatives_than_wanted():
+    group = contrastive(results(RESULTS), qrels(QRELS))[0].draw(0, seed=0, epoch=0)
+    assert sorted(group.labels) == [0, 0, 1]
+
+
+# ---- from a teacher
+
+
+def test_incoming_ranking_as_teacher():
+    groups, report = from_teacher(results(RESULTS), None, depth=2)
+    assert lists(groups) == {"q1": [("a", 1), ("b", 0)], "q2": [("a", 1), ("d", 0)]}
+    assert report.agreement is None
+
+
+def test_teacher_orders_the_first_stages_top():
+    teacher = results("q1 c 9\nq1 b 8\nq1 a 7\nq1 x 99")
+    groups, report = from_teacher(results(RESULTS), teacher, depth=None)
+    assert lists(groups) == {"q1": [("a", 0), ("b", 1), ("c", 2)]}
+    assert report.without_teacher == 1
+    assert report.agreement == pytest.approx(-1)
+    assert report.upside_down()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_ranks_from_zero_or_one(first):
+    teacher = results("q1 c 0\nq1 a 0\nq1 b 0").drop(columns="score").assign(rank=[first, first + 1, first + 2])
+    assert lists(from_teacher(results(RESULTS), teacher, depth=None)[0]) == {"q1": [("a", 1), ("b", 0), ("c", 2)]}
+
+
+def test_ties_of_the_teacher_stay_ties():
+    groups, report = from_teacher(results(RESULTS), results("q1 a 1\nq1 b 1\nq1 c 5"), depth=None)
+    assert lists(groups) == {"q1": [("a", 0), ("b", 0), ("c", 2)]}
+    assert report.tied_labels == pytest.approx(1 / 3)
+
+
+def test_teachers_scores_as_labels():
+    groups, _ = from_teacher(results(RESULTS), results("q1 a 1.5\nq1 b -2\nq1 c 5"), depth=None, keep_scores=True)
+    assert lists(groups) == {"q1": [("a", 1.5), ("b", -2), ("c", 5)]}
+
+
+def test_unranked_documents_are_left_out_and_counted():
+    groups, report = from_teacher(results(RESULTS), results("q1 a 1\nq1 c 5"), depth=None)
+    assert lists(groups) == {"q1": [("a", 0), ("c", 1)]}
+    assert report.unranked_by_teacher == 1
+
+
+def test_a_teacher_must_say_an_order_and_share_queries():
+    with pytest.raises(ValueError, match="expected a score or a rank"):
+        from_teacher(results(RESULTS).drop(columns="score"), None, depth=None)
+    with pytest.raises(ValueError, match="none in common"):
+        from_teacher(results(RESULTS), results("other a 1"), depth=None)
+
+
+def test_bare_ranks():
+    lists_of_two = "q1 a {}\nq1 b {}\nq2 a {}\nq2 b {}\nq2 c {}"
+    assert bare_ranks(results(lists_of_two.format(2, 1, 3, 2, 1)))
+    assert bare_ranks(results(lists_of_two.format(1, 1 / 2, 1, 1 / 2, 1 / 3)))
+    assert bare_ranks(results(RESULTS).drop(columns="score").assign(rank=0))
+    assert not bare_ranks(results(lists_of_two.format(2.5, 1, 3, 2, -1)))
+
+
+# ---- reports and digests
+
+
+def test_report_reads_well():
+    report = DataReport(queries=1200, groups=1000, documents=5000, without_relevant=200, truncated_documents=0.031)
+    assert repr(report).splitlines() == [
+        "DataReport:",
+        "  1,000 of 1,200 queries to learn from, with 5,000 documents",
+        "  200 queries without a relevant document: left out",
+        "  3.1% of the documents are cut to fit (max_length)",
+    ]
+
+
+def test_digest_knows_content_alone():
+    frame = results(RESULTS)
+    assert frame_digest(frame) == frame_digest(frame[frame.columns[::-1]].set_index(pd.Index([5] * len(frame))))
+    assert frame_digest(frame) != frame_digest(frame.assign(score=frame["score"] + 1))
+    assert frame_digest(frame) != frame_digest(frame.rename(columns={"score": "points"}))
+    assert frame_digest(frame) != frame_digest(frame[::-1])
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("uvwxyz"), st.floats(-5, 5)), min_size=1, max_size=30))
+def test_any_results_give_groups_that_can_be_drawn(rows):
+    frame = pd.DataFrame(rows, columns=["qid", "docno", "score"]).assign(query="q", text=lambda f: f["docno"])
+    groups, report = contrastive(frame, qrels("a u 1\nb v 2\nb w 1"), n_negatives=2)
+    assert report.groups + report.without_relevant + report.without_negatives == report.queries == frame["qid"].nunique()
+    for index in range(len(groups)):
+        group = groups.draw(index, seed=0, epoch=0)
+        assert np.count_nonzero(group.labels) == 1
+        assert 2 <= len(group.texts) <= 3
+    taught, _ = from_teacher(frame, None, depth=None)
+    for documents, labels in zip(taught.documents, taught.labels, strict=True):
+        assert len(documents) == len(labels) > 1
+        assert (np.diff(labels) <= 0).all()  # the best-ranked first
+
+
+def test_order_key():
+    assert order_key(pd.DataFrame({"docno": ["a"]})) is None
+    assert order_key(pd.DataFrame({"rank": [0, 1], "score": ["2.5", "1"]})).tolist() == [2.5, 1]
