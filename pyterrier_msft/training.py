@@ -327,10 +327,13 @@ class _ListTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
         self.progress.pairs += len(inputs["places"])
-        if self.settings.pairs_per_pass is None or len(inputs["chunks"]) == 1:
-            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-            return loss
-        return self._bounded_step(model, self._prepare_inputs(inputs))
+        if self._bounded(inputs):
+            return self._bounded_step(model, self._prepare_inputs(inputs))
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def _bounded(self, inputs: dict[str, Any]) -> bool:
+        return self.settings.pairs_per_pass is not None and len(inputs["chunks"]) > 1
 
     def _bounded_step(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """The same gradient with one chunk's activations at a time.

@@ -17,6 +17,9 @@ from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 from pyterrier_msft import MonoCE
 from pyterrier_msft.scoring import PairEncoder, quiet_transformers
 
+# The models are tiny: a second thread only waits for the first, for ever if something else runs on the machine.
+torch.set_num_threads(1)
+
 WORDS = [f"w{i}" for i in range(100)]
 
 

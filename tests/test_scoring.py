@@ -1,0 +1,233 @@
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from pyterrier_msft.scoring import (
+    PairEncoder,
+    clean,
+    length_batches,
+    load_model,
+    resolve_device,
+    resolve_dtype,
+    score_pairs,
+    token_limit,
+)
+
+
+@pytest.fixture(scope="module")
+def model(backbone):
+    return load_model(backbone, seed=3)[0]
+
+
+def pairs(n: int, seed: int = 0) -> tuple[list[str], list[str]]:
+    rng = np.random.default_rng(seed)
+    queries = [" ".join(rng.choice(WORDS, rng.integers(1, 6))) for _ in range(n)]
+    return queries, [" ".join(rng.choice(WORDS, rng.integers(0, 40))) for _ in range(n)]
+
+
+def plain_scores(model, tokenizer, queries, texts, max_length):
+    """What a user of plain Hugging Face writes, a pair at a time."""
+    with torch.inference_mode():
+        return np.array([
+            model(**tokenizer(q, t, truncation="only_second", max_length=max_length, return_tensors="pt")).logits.item()
+            for q, t in zip(queries, texts, strict=True)
+        ])  # fmt: skip
+
+
+# ---- scores
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 7, 64])
+def test_equals_plain_hugging_face(model, encoder, batch_size):
+    queries, texts = pairs(60)
+    expected = plain_scores(model, encoder.tokenizer, queries, texts, encoder.max_length)
+    found = score_pairs(model, encoder, queries, texts, dtype=torch.float32, batch_size=batch_size)
+    assert np.ptp(expected) > 0.03
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_order_of_pairs_does_not_matter(model, encoder):
+    queries, texts = pairs(60)
+    order = np.random.default_rng(1).permutation(60)
+    there = score_pairs(model, encoder, queries, texts, dtype=torch.float32)
+    here = score_pairs(model, encoder, [queries[i] for i in order], [texts[i] for i in order], dtype=torch.float32)
+    np.testing.assert_allclose(here, there[order], atol=1e-5)
+
+
+def test_windows_join(model, encoder, monkeypatch):
+    queries, texts = pairs(50)
+    whole = score_pairs(model, encoder, queries, texts, dtype=torch.float32)
+    monkeypatch.setattr("pyterrier_msft.scoring.WINDOW", 16)
+    steps: list[int] = []
+    parts = score_pairs(model, encoder, queries, texts, dtype=torch.float32, progress=steps.append)
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    assert sum(steps) == 50
+
+
+def test_a_training_model_scores_without_dropout_and_stays_training(model, encoder):
+    queries, texts = pairs(10)
+    expected = score_pairs(model, encoder, queries, texts, dtype=torch.float32)
+    model.train()
+    try:
+        np.testing.assert_array_equal(score_pairs(model, encoder, queries, texts, dtype=torch.float32), expected)
+        assert model.training
+    finally:
+        model.eval()
+
+
+def test_bfloat16_is_close(model, encoder):
+    queries, texts = pairs(40)
+    exact = score_pairs(model, encoder, queries, texts, dtype=torch.float32)
+    rounded = score_pairs(model, encoder, queries, texts, dtype=torch.bfloat16)
+    assert 0 < np.abs(rounded - exact).max() < 0.05 * np.ptp(exact)
+
+
+# ---- pairs
+
+
+def decode(encoder, query, text):
+    return encoder.tokenizer.decode(encoder([query], [text])["input_ids"][0])
+
+
+def test_token_types_and_order(encoder):
+    encoded = encoder(["w1 w2"], ["w3"])
+    assert encoder.tokenizer.convert_ids_to_tokens(encoded["input_ids"][0]) == "[CLS] w1 w2 [SEP] w3 [SEP]".split()
+    assert encoded["token_type_ids"][0] == [0, 0, 0, 0, 1, 1]
+
+
+def test_the_text_is_cut_to_fit(encoder):
+    assert decode(encoder, "w1", " ".join(["w2"] * 1000)) == "[CLS] w1 [SEP] " + "w2 " * 20 + "[SEP]"
+
+
+def test_a_long_query_is_cut_first_and_leaves_room(encoder):
+    assert decode(encoder, " ".join(["w1"] * 10_000), "w2 w3") == "[CLS] " + "w1 " * 12 + "[SEP] w2 w3 [SEP]"
+    short = PairEncoder(encoder.tokenizer, 24, max_query_length=2)
+    assert decode(short, "w1 w2 w3", "w4") == "[CLS] w1 w2 [SEP] w4 [SEP]"
+
+
+def test_the_smallest_length(encoder):
+    assert decode(PairEncoder(encoder.tokenizer, 5), "w1 w2 w3", "w4 w5") == "[CLS] w1 [SEP] w4 [SEP]"
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), np.nan, "", " "])
+def test_missing_text_is_empty(encoder, missing):
+    assert decode(encoder, "w1", missing) == "[CLS] w1 [SEP] [SEP]"
+
+
+def test_clean():
+    assert clean("a\ud800b") == "a?b"
+    assert clean("größe 🙂") == "größe 🙂"
+    assert clean(12) == "12"
+
+
+def test_truncated_shares(encoder):
+    fits = " ".join(["w2"] * 20)  # with [CLS], a query of one token and two [SEP] exactly 24
+    assert encoder.truncated(["w1"] * 2, [fits, "w2"]) == (0.0, 0.0)
+    assert encoder.truncated(["w1"] * 2, [fits + " w2", "w2"]) == (0.0, 0.5)
+    assert encoder.truncated([" ".join(["w1"] * 13), "w1"], ["w2", "w2"]) == (0.5, 0.0)
+    assert encoder.truncated([], []) == (0.0, 0.0)
+
+
+@given(st.lists(st.text(max_size=80), min_size=1, max_size=5), st.text(max_size=200))
+def test_any_text_is_encoded_within_the_limit(encoder, queries, text):
+    for ids in encoder(queries, [text] * len(queries))["input_ids"]:
+        assert 3 <= len(ids) <= encoder.max_length
+
+
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 500), st.one_of(st.none(), st.integers(1, 9)))
+def test_batches_take_each_pair_once_within_the_budget(lengths, max_tokens, max_pairs):
+    batches = length_batches(lengths, max_tokens=max_tokens, max_pairs=max_pairs)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= max_tokens
+        assert max_pairs is None or len(batch) <= max_pairs
+
+
+# ---- models
+
+
+def test_a_new_head_is_decided_by_the_seed_alone(backbone):
+    before = torch.get_rng_state()
+    heads = [load_model(backbone, seed=seed)[0].classifier.weight for seed in (1, 1, 2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_a_trained_head_is_not_new(backbone, tmp_path):
+    model, tokenizer, new = load_model(backbone, seed=1)
+    assert new
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _, new = load_model(str(tmp_path), seed=2)
+    assert not new
+    assert torch.equal(again.classifier.weight, model.classifier.weight)
+
+
+def test_several_labels_are_refused(backbone, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=3).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a cross-encoder with one label .* found 3 labels"):
+        load_model(str(tmp_path), seed=1)
+
+
+def test_missing_weights_are_refused(backbone, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model, tokenizer, _ = load_model(backbone, seed=1)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["bert.encoder.layer.1.output.dense.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"found 1 missing: bert\.encoder\.layer\.1"):
+        load_model(str(tmp_path), seed=1)
+
+
+def test_pickled_weights_are_refused(backbone, tmp_path):
+    model, tokenizer, _ = load_model(backbone, seed=1)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="safetensors"):
+        load_model(str(tmp_path), seed=1)
+
+
+def test_a_model_that_is_not_there_says_how_to_go_on():
+    with pytest.raises(ValueError, match="Without a connection to the hub, give MonoCE a folder"):
+        load_model("nobody/nothing", seed=1)
+
+
+def test_loading_is_quiet(backbone, capfd):
+    load_model(backbone, seed=1)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_token_limit(model, encoder):
+    assert token_limit(model, encoder.tokenizer) == 64
+
+
+# ---- precision
+
+
+def test_dtypes(monkeypatch):
+    cpu = torch.device("cpu")
+    assert resolve_dtype("bfloat16", cpu) == resolve_dtype(torch.bfloat16, cpu) == torch.bfloat16
+    for found in (True, False):
+        monkeypatch.setattr("pyterrier_msft.scoring._has_bfloat16", lambda device, found=found: found)
+        assert resolve_dtype("auto", cpu) == (torch.bfloat16 if found else torch.float32)
+    with pytest.raises(ValueError, match="expected dtype 'auto' or one of .* found 'int4'"):
+        resolve_dtype("int4", cpu)
+    with pytest.raises(ValueError, match="only emulates"):
+        resolve_dtype("float16", cpu)
+
+
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(ValueError, match=f"expected a device that is there, found '{device}'"):
+        resolve_device(device)

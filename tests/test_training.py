@@ -1,0 +1,325 @@
+import dataclasses
+import json
+import logging
+import random
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from ir_measures import RR
+
+from pyterrier_msft import losses
+from pyterrier_msft.groups import from_qrels
+from pyterrier_msft.scoring import load_model
+from pyterrier_msft.training import STATE_FILE, Hyperparameters, Validation, _Batches, _Collator, train
+
+# A listwise loss gives some biases no gradient, which AdamW turns into noise: where weights are compared, SGD.
+SGD = {"optim": "sgd"}
+FAST = Hyperparameters(learning_rate=1e-2, epochs=3, batch_size=8, metric=RR @ 10)
+
+
+@pytest.fixture
+def model(backbone):
+    return load_model(backbone, seed=1)[0]
+
+
+@pytest.fixture(scope="module")
+def groups(train_part):
+    return from_qrels(train_part.results, train_part.qrels, depth=None, n_negatives=3, min_relevance=1)[0]
+
+
+@pytest.fixture(scope="module")
+def validation(dev_part):
+    return Validation(dev_part.results, dev_part.qrels, RR @ 10)
+
+
+def run(model, encoder, groups, settings=FAST, *, loss=losses.localized_contrastive, **options):
+    return train(model, encoder, groups, loss, settings, dtype=torch.float32, **options)
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# ---- learning
+
+
+def test_training_raises_the_metric_on_other_queries(model, encoder, groups, validation):
+    before = validation.measure(model, encoder, torch.float32)
+    run(model, encoder, groups)
+    assert validation.measure(model, encoder, torch.float32) > before + 0.2
+
+
+def test_history(model, encoder, groups, validation):
+    rows = pd.DataFrame(run(model, encoder, groups, validation=validation))
+    assert rows["step"].tolist() == list(range(1, 25))
+    assert rows["epoch"].tolist() == pytest.approx([step / 8 for step in rows["step"]])
+    assert rows["loss"].iloc[-4:].mean() < rows["loss"].iloc[:4].mean()
+    assert rows["learning_rate"].max() <= 1e-2
+    assert rows["learning_rate"].iloc[-1] < rows["learning_rate"].max() / 10
+    assert rows["RR@10"].notna().sum() == 12  # every second of 24 updates
+    assert rows["seconds"].is_monotonic_increasing
+    assert (rows["pairs_per_second"] > 0).all()
+
+
+def test_the_best_weights_remain(model, encoder, groups, validation):
+    wild = dataclasses.replace(FAST, learning_rate=0.1, warmup=0, epochs=6, eval_every=1)
+    rows = pd.DataFrame(run(model, encoder, groups, wild, validation=validation))
+    assert rows["RR@10"].iloc[-1] < rows["RR@10"].max()
+    assert validation.measure(model, encoder, torch.float32) == pytest.approx(rows["RR@10"].max())
+
+
+def test_patience(model, encoder, groups, validation):
+    still = dataclasses.replace(FAST, learning_rate=1e-12, eval_every=1, patience=3)
+    assert len(run(model, encoder, groups, still, validation=validation)) == 4
+
+
+def test_max_steps_goes_on_over_epochs(model, encoder, groups):
+    rows = run(model, encoder, groups, dataclasses.replace(FAST, max_steps=11))
+    assert rows[-1]["step"] == 11
+    assert rows[-1]["epoch"] == pytest.approx(11 / 8)
+
+
+def test_the_model_is_left_in_order(model, encoder, groups):
+    attention, dropout = model.config._attn_implementation, [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    run(model, encoder, groups, dataclasses.replace(FAST, dropout=0.0, freeze_position_embeddings=True, max_steps=2))
+    assert not model.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == dropout
+    assert model.config._attn_implementation == attention
+    assert "forward" not in vars(model)
+
+
+def test_frozen_position_embeddings_stay(model, encoder, groups):
+    before = model.bert.embeddings.position_embeddings.weight.clone()
+    run(model, encoder, groups, dataclasses.replace(FAST, freeze_position_embeddings=True, max_steps=3))
+    assert torch.equal(model.bert.embeddings.position_embeddings.weight, before)
+
+
+def test_no_position_embeddings_to_freeze_is_said(model, encoder, groups, monkeypatch):
+    modules = [pair for pair in model.named_modules() if not pair[0].endswith("position_embeddings")]
+    monkeypatch.setattr(model, "named_modules", lambda *args, **kwargs: iter(modules))
+    with pytest.warns(UserWarning, match="no position embeddings"):
+        run(model, encoder, groups, dataclasses.replace(FAST, freeze_position_embeddings=True, max_steps=1))
+
+
+def test_silence(model, encoder, groups, validation, capfd):
+    run(model, encoder, groups, validation=validation)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_accumulated_steps_are_averaged(model, encoder, groups, backbone):
+    plain = dataclasses.replace(
+        FAST, max_steps=1, dropout=0.0, clip_norm=None, warmup=0, weight_decay=0, learning_rate=1.0,
+        trainer_args=SGD,
+    )  # fmt: skip
+    whole_epoch = dataclasses.replace(plain, batch_size=64)
+    in_parts = dataclasses.replace(plain, batch_size=32, gradient_accumulation=2)
+    other = load_model(backbone, seed=1)[0]
+    run(model, encoder, groups, whole_epoch)
+    run(other, encoder, groups, in_parts)
+    torch.testing.assert_close(weights(model), weights(other), atol=1e-6, rtol=0)
+
+
+# ---- seeds
+
+
+def test_equal_seeds_give_equal_weights_and_leave_the_global_state(encoder, groups, backbone):
+    models = [load_model(backbone, seed=1)[0] for _ in range(3)]
+    states = random.getstate(), torch.get_rng_state()
+    numpy_state = np.random.get_state()[1].copy()
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        run(model, encoder, groups, dataclasses.replace(FAST, seed=seed))
+    assert torch.equal(weights(models[0]), weights(models[1]))
+    assert not torch.equal(weights(models[0]), weights(models[2]))
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    assert (np.random.get_state()[1] == numpy_state).all()
+
+
+# ---- batches
+
+
+def test_an_epoch_takes_each_query_once_in_another_order(groups):
+    batches = list(_Batches(groups, dataclasses.replace(FAST, batch_size=10)))
+    assert len(batches) == 3 * 7
+    epochs = [[pair for batch in batches[i : i + 7] for pair in batch] for i in (0, 7, 14)]
+    for number, epoch in enumerate(epochs):
+        assert sorted(epoch) == [(query, number) for query in range(64)]
+    assert [query for query, _ in epochs[0]] != [query for query, _ in epochs[1]]
+
+
+def test_batches_are_of_like_length(groups):
+    rng = np.random.default_rng(0)
+    batches = _Batches(dataclasses.replace(groups, texts=["x" * n for n in rng.integers(1, 500, len(groups.texts))]), FAST)
+    in_batch = [np.ptp([batches.lengths[query] for query, _ in batch]) for batch in batches]
+    assert np.mean(in_batch) < np.ptp(batches.lengths) / 4
+
+
+def test_collator_puts_each_pair_in_its_place(groups, encoder):
+    drawn = [groups.draw(i, seed=0, epoch=0) for i in range(5)]
+    drawn[2] = dataclasses.replace(drawn[2], texts=drawn[2].texts[:2], labels=drawn[2].labels[:2])
+    batch = _Collator(encoder, max_tokens=60, max_pairs=3)(drawn)
+    assert batch["mask"].sum(1).tolist() == [4, 4, 2, 4, 4]
+    assert batch["labels"].sum().item() == sum(group.labels.sum() for group in drawn)
+    flat = [ids for chunk in batch["chunks"] for ids in chunk["input_ids"].tolist()]
+    assert all(len(chunk["input_ids"]) <= 3 for chunk in batch["chunks"])
+    texts = [(group.query, text) for group in drawn for text in group.texts]
+    slots = batch["mask"].flatten().nonzero().squeeze(-1).tolist()
+    for place, ids in zip(batch["places"].tolist(), flat, strict=True):
+        query, text = texts[slots.index(place)]
+        expected = encoder([query], [text])["input_ids"][0]
+        assert ids[: len(expected)] == expected
+        assert not any(ids[len(expected) :])  # padding
+
+
+# ---- bounded memory
+
+
+@pytest.mark.parametrize("loss", [losses.localized_contrastive, losses.ranknet])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_bounded_memory_gives_the_same_weights(encoder, groups, backbone, loss, accumulation):
+    settings = dataclasses.replace(
+        FAST, dropout=0.0, gradient_accumulation=accumulation, max_steps=4, learning_rate=0.3, trainer_args=SGD
+    )
+    models = [load_model(backbone, seed=1)[0] for _ in range(2)]
+    for model, pairs in zip(models, (None, 5), strict=True):
+        run(model, encoder, groups, dataclasses.replace(settings, pairs_per_pass=pairs), loss=loss)
+    torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
+
+
+def test_bounded_memory_replays_dropout(encoder, groups, backbone, monkeypatch):
+    settings = dataclasses.replace(
+        FAST, dropout=0.3, pairs_per_pass=5, max_steps=4, learning_rate=0.3, trainer_args=SGD
+    )
+    models = [load_model(backbone, seed=1)[0] for _ in range(2)]
+    run(models[0], encoder, groups, settings)
+    # The same chunks with their graphs kept.
+    monkeypatch.setattr("pyterrier_msft.training._ListTrainer._bounded", lambda self, inputs: False)
+    run(models[1], encoder, groups, settings)
+    torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
+
+
+# ---- what goes wrong
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_queries(model, encoder, groups):
+    def broken(scores, labels, mask):
+        return scores.sum() * float("nan")
+
+    with pytest.raises(ValueError, match=r"expected a finite loss, found nan at step 1 \(queries tr"):
+        run(model, encoder, groups, loss=broken)
+    assert not model.training
+
+
+def test_constant_scores_raise_the_alarm(model, encoder, groups):
+    torch.nn.init.zeros_(model.classifier.weight)
+    with pytest.warns(UserWarning, match="get the same score"):
+        run(model, encoder, groups, dataclasses.replace(FAST, learning_rate=1e-9))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"learning_rate": 0}, {"epochs": -1}, {"batch_size": 0}, {"warmup": -0.1}, {"dropout": 1.0}, {"patience": 0}],
+)
+def test_hyperparameters_out_of_range(wrong):
+    with pytest.raises(ValueError, match=f"expected {next(iter(wrong))} .* found {next(iter(wrong.values()))}"):
+        Hyperparameters(**wrong)
+
+
+# ---- interruption
+
+
+class Killed(BaseException):
+    """As if the process had been killed: nothing of ours catches it."""
+
+
+def killed_at(monkeypatch, step: int):
+    from pyterrier_msft.training import _ListTrainer
+
+    original = _ListTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(_ListTrainer, "training_step", training_step)
+
+
+@pytest.mark.parametrize("step", [3, 12, 19])  # in the first, the second and the last of three epochs
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resume_gives_the_uninterrupted_weights(
+    encoder, groups, validation, backbone, tmp_path, monkeypatch, step, accumulation
+):
+    settings = dataclasses.replace(FAST, eval_every=2, gradient_accumulation=accumulation, epochs=3 * accumulation)
+    options = {"checkpoint_dir": tmp_path / "ck", "identity": {"data": "x"}, "validation": validation}
+    whole, parts = load_model(backbone, seed=1)[0], load_model(backbone, seed=1)[0]
+    expected = run(whole, encoder, groups, settings, validation=validation)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, step)
+        run(parts, encoder, groups, settings, **options)
+    resumed = load_model(backbone, seed=1)[0]
+    found = run(resumed, encoder, groups, settings, **options)
+    assert torch.equal(weights(resumed), weights(whole))
+    columns = ["step", "epoch", "loss", "learning_rate", "RR@10"]
+    pd.testing.assert_frame_equal(pd.DataFrame(found)[columns], pd.DataFrame(expected)[columns])
+    # And once more: finished trainings have nothing left to do.
+    again = load_model(backbone, seed=1)[0]
+    run(again, encoder, groups, settings, **options)
+    assert torch.equal(weights(again), weights(whole))
+
+
+def test_a_stopped_training_stays_stopped(encoder, groups, validation, backbone, tmp_path):
+    still = dataclasses.replace(FAST, learning_rate=1e-12, eval_every=1, patience=3)
+    options = {"checkpoint_dir": tmp_path, "validation": validation}
+    rows = [run(load_model(backbone, seed=1)[0], encoder, groups, still, **options) for _ in range(2)]
+    assert [len(r) for r in rows] == [4, 4]
+
+
+def test_a_half_written_checkpoint_is_not_taken(encoder, groups, backbone, tmp_path, caplog):
+    settings = dataclasses.replace(FAST, eval_every=4)
+    run(load_model(backbone, seed=1)[0], encoder, groups, settings, checkpoint_dir=tmp_path)
+    newest = max(tmp_path.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    shutil.copytree(newest, tmp_path / "checkpoint-99")
+    (tmp_path / "checkpoint-99" / STATE_FILE).unlink()
+    with caplog.at_level(logging.INFO):
+        run(load_model(backbone, seed=1)[0], encoder, groups, settings, checkpoint_dir=tmp_path)
+    assert f"resuming from {newest}" in caplog.text
+    assert not (tmp_path / "checkpoint-99").exists()
+
+
+def test_a_checkpoint_of_something_else_is_refused(model, encoder, groups, tmp_path):
+    run(model, encoder, groups, checkpoint_dir=tmp_path, identity={"fitter": "a", "data": "b"})
+    with pytest.raises(ValueError, match="found one with another data"):
+        run(model, encoder, groups, checkpoint_dir=tmp_path, identity={"fitter": "a", "data": "c"})
+    state = json.loads(next(tmp_path.glob(f"*/{STATE_FILE}")).read_text())
+    assert state["identity"] == {"fitter": "a", "data": "b"}
+
+
+def test_a_folder_that_cannot_be_written(model, encoder, groups, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="expected a folder that can be written to"):
+        run(model, encoder, groups, checkpoint_dir=tmp_path / "file" / "below")
+
+
+def test_ctrl_c_leaves_the_best_weights(model, encoder, groups, validation, caplog, monkeypatch):
+    from pyterrier_msft.training import _ListTrainer
+
+    original = _ListTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 20:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(_ListTrainer, "training_step", training_step)
+    history: list[dict] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(model, encoder, groups, validation=validation, history=history)
+    best = max(row.get("RR@10", 0) for row in history)
+    assert validation.measure(model, encoder, torch.float32) == pytest.approx(best)
+    assert not model.training
+    assert "interrupted at step 20 of 24; the re-ranker holds the best weights" in caplog.text
