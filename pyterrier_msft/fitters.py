@@ -5,7 +5,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,15 @@ import pandas as pd
 import pyterrier as pt
 
 from pyterrier_msft import losses, teachers
-from pyterrier_msft.groups import DataReport, Groups, frame_digest, from_qrels, from_teacher, missing_positives
+from pyterrier_msft.groups import (
+    DataReport,
+    Groups,
+    bare_ranks,
+    frame_digest,
+    from_qrels,
+    from_teacher,
+    missing_positives,
+)
 from pyterrier_msft.training import Hyperparameters, Loss
 
 PACKAGE = __name__.rpartition(".")[0]
@@ -62,7 +70,7 @@ class Fitter(Hyperparameters):
         changed = [
             f"{f.name}={_written(getattr(self, f.name))}"
             for f in fields(self)
-            if not _same(getattr(self, f.name), f.default if f.default is not MISSING else f.default_factory())  # type: ignore[misc]
+            if not _same(getattr(self, f.name), {} if f.default is MISSING else f.default)
         ]
         return f"{type(self).__name__}({', '.join(changed)})"
 
@@ -210,7 +218,7 @@ class Distillation(Fitter):
         """See `Fitter.groups`; the qrels are not looked at."""
         ranking = teachers.ranking(self.teacher, results)
         keep_scores = getattr(self.loss, "labels", None) == "scores"
-        if keep_scores and teachers.bare_ranks(results if ranking is None else ranking):
+        if keep_scores and bare_ranks(results if ranking is None else ranking):
             raise ValueError(
                 f"expected a teacher with scores for {_written(self.loss)}, found a ranking whose scores only restate "
                 "its ranks; take a loss for ranks, such as losses.ranknet"
@@ -241,7 +249,8 @@ def check_fitter(fitter: Any) -> "Fitter | FitterSequence":
 def _stages(other: Any) -> tuple[Fitter, ...]:
     if isinstance(other, pt.Transformer):
         raise ValueError(
-            f"expected a fitter after a fitter, found the transformer {other!r}: a fitter goes into MonoCE(..., fitter=...)"
+            f"expected a fitter after a fitter, found the transformer {other!r}: "
+            "a fitter goes into MonoCE(..., fitter=...)"
         )
     return check_fitter(other).stages
 
@@ -251,7 +260,9 @@ def _example(frame: pd.DataFrame, column: str) -> Any:
 
 
 def _same(value: Any, default: Any) -> bool:
-    return value is default or (not isinstance(value, pd.DataFrame) and type(value) is type(default) and value == default)
+    return value is default or (
+        not isinstance(value, pd.DataFrame) and type(value) is type(default) and value == default
+    )
 
 
 def _written(value: Any) -> str:
@@ -260,6 +271,8 @@ def _written(value: Any) -> str:
         return f"<{len(value):,} rows>"
     if inspect.isfunction(value):
         return f"losses.{value.__name__}" if value.__module__ == losses.__name__ else value.__qualname__
+    if type(value).__module__ == losses.__name__:
+        return f"losses.{value!r}"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {_written(item)}" for key, item in value.items()) + "}"
     return str(value) if not isinstance(value, str | Path) else repr(str(value))
@@ -287,6 +300,10 @@ def _content(value: Any, name: str) -> Any:
             f"expected a {name} whose content can be told, found the transformer {value!r}: run it on the results "
             f"first and give the frame that comes out"
         )
+    if is_dataclass(value):  # a loss with parameters, or one made of others
+        return [type(value).__qualname__, *(_content(getattr(value, f.name), f.name) for f in fields(value))]
+    if isinstance(value, list | tuple):
+        return [_content(item, name) for item in value]
     return value if value is None or isinstance(value, int | float | str) else repr(value)
 
 

@@ -49,7 +49,10 @@ class Groups:
             rng = np.random.default_rng([seed, epoch, index])
             relevant = labels > 0
             chosen = np.concatenate(
-                [_choose(rng, np.flatnonzero(relevant), self.n_positives), _choose(rng, np.flatnonzero(~relevant), self.n_negatives)]
+                [
+                    _choose(rng, np.flatnonzero(relevant), self.n_positives),
+                    _choose(rng, np.flatnonzero(~relevant), self.n_negatives),
+                ]
             )
             documents, labels = documents[chosen], labels[chosen]
         return Group(self.qids[index], self.queries[index], [self.texts[i] for i in documents], labels)
@@ -106,7 +109,9 @@ class DataReport:
 
     def dropped(self) -> str:
         """What was left out, in words, for a warning; empty if nothing was."""
-        return "; ".join(line.strip().removesuffix(": left out") for line in repr(self).split("\n") if line.endswith("left out"))
+        return "; ".join(
+            line.strip().removesuffix(": left out") for line in repr(self).split("\n") if line.endswith("left out")
+        )
 
     def upside_down(self) -> bool:
         """Whether the teacher seems to rank the worst first: it contradicts the first stage on the whole."""
@@ -257,15 +262,21 @@ def from_teacher(
 
 
 def bare_ranks(ranking: pd.DataFrame) -> bool:
-    """Whether a ranking's scores only restate its ranks, as 1/rank or depth - rank do, and are no model's scores."""
+    """Whether a ranking's scores only restate its ranks, as 1/rank or depth - rank do, and are no model's scores.
+
+    Such scores differ within a query, and depend on the place alone, counted from the top or from the bottom.
+    """
     if "score" not in ranking.columns or not len(ranking):
         return True
-    scores = ranking["score"].astype(float).groupby(as_ids(ranking["qid"]).to_numpy())
-    place = scores.rank(method="first", ascending=False)
-    if place.max() == 1 or scores.ngroups == 1:
-        return bool(np.allclose(scores.transform("max") - ranking["score"], place - 1))
-    from_top, from_zero = scores.transform("max") - ranking["score"], ranking["score"]
-    return any(bool((values.groupby(place).agg(np.ptp) < 1e-9).all()) for values in (from_top, from_zero))
+    scores = pd.to_numeric(ranking["score"]).astype(float).reset_index(drop=True)
+    by_query = scores.groupby(as_ids(ranking["qid"]))
+    if (by_query.nunique() < by_query.size()).any():
+        return False
+    place = by_query.rank(ascending=False)
+    if by_query.ngroups == 1:  # nothing to compare with: whole steps of one are the mark of ranks
+        return bool(np.allclose(by_query.transform("max") - scores, place - 1))
+    from_top = by_query.transform("max") - scores
+    return any(bool((values.groupby(place).agg(np.ptp) < 1e-9).all()) for values in (from_top, scores))
 
 
 def grades_of(qrels: pd.DataFrame) -> pd.Series:
@@ -348,8 +359,12 @@ def _agreement(rows: pd.DataFrame) -> float | None:
     ranks = pd.DataFrame({"teacher": rows["label"], "first": -rows["order"]}).groupby(rows["qid"]).rank()
     centred = ranks - ranks.groupby(rows["qid"]).transform("mean")
     products = pd.DataFrame(
-        {"both": centred["teacher"] * centred["first"], "teacher": centred["teacher"] ** 2, "first": centred["first"] ** 2}
+        {
+            "both": centred["teacher"] * centred["first"],
+            "teacher": centred["teacher"] ** 2,
+            "first": centred["first"] ** 2,
+        }
     )
     sums = products.groupby(rows["qid"]).sum()
-    correlation = sums["both"] / np.sqrt(sums["teacher"] * sums["first"])
+    correlation: pd.Series[float] = sums["both"] / np.sqrt(sums["teacher"] * sums["first"])
     return float(correlation.mean()) if len(correlation) else None

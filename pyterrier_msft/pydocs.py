@@ -307,7 +307,7 @@ def _silenced() -> Iterator[None]:
 def build_index(collection: Collection, path: Path) -> None:
     """Builds a PISA index, quietly; it appears at ``path`` when it is complete."""
     try:
-        from pyterrier_pisa import PisaIndex  # noqa: PLC0415 - an extra
+        from pyterrier_pisa import PisaIndex
     except ImportError as error:
         raise ImportError("PyDocs' index needs PISA: pip install pyterrier-msft[demo]") from error
     # A list, since PISA ends an index without a word where an iterator raises.

@@ -8,9 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pyterrier_msft import __version__
 from pyterrier_msft.fitters import Contrastive, Fitter, FitterSequence, check_fitter
@@ -105,7 +103,11 @@ class MonoCE(pt.Estimator):
             _check_folder(model)
         elif not isinstance(model, PreTrainedModel):
             raise ValueError(f"expected a model's name, its folder, or a PreTrainedModel, found {type(model).__name__}")
-        for name, value in {"max_length": max_length, "max_query_length": max_query_length, "batch_size": batch_size}.items():
+        for name, value in {
+            "max_length": max_length,
+            "max_query_length": max_query_length,
+            "batch_size": batch_size,
+        }.items():
             if value is not None and not (isinstance(value, int) and value > 0):
                 raise ValueError(f"expected {name} as a whole number above 0, found {value!r}")
         if text is not None and not callable(getattr(text, "text_loader", None)):
@@ -126,7 +128,6 @@ class MonoCE(pt.Estimator):
         self._network: PreTrainedModel | None = None if isinstance(model, str) else _one_score(model)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._head_is_new = False
-        self._fingerprint: tuple[Any, str] | None = None
         self._stages: list[dict[str, Any]] = []
         self._reports: list[DataReport] = []
 
@@ -162,7 +163,9 @@ class MonoCE(pt.Estimator):
                 dtype=resolve_dtype(self._dtype, network.device), batch_size=self.batch_size, progress=bar.update,
             )  # fmt: skip
         if not np.isfinite(scores).all():
-            raise ValueError(f"expected finite scores, found {np.sum(~np.isfinite(scores)):,} of {len(scores):,} that are not")
+            raise ValueError(
+                f"expected finite scores, found {np.sum(~np.isfinite(scores)):,} of {len(scores):,} that are not"
+            )
         # An array and not a Series: after `|` the frame's index is not unique.
         return pt.model.add_ranks(inp.assign(score=scores.astype(np.float64)))
 
@@ -191,7 +194,8 @@ class MonoCE(pt.Estimator):
         Args:
             topics_or_res_tr: The results: qid, query, docno, text, and score or rank.
             qrels_tr: qid, docno, label. Not needed for distillation.
-            topics_or_res_va: Validation results, of other queries. Then the best weights by the fitter's metric are kept.
+            topics_or_res_va: Validation results, of other queries; then the best weights by the fitter's metric
+                are kept.
             qrels_va: Their qrels.
             fitter: In place of the re-ranker's own.
             checkpoint_dir: Where checkpoints go. The same call again goes on from the last one.
@@ -219,8 +223,9 @@ class MonoCE(pt.Estimator):
         require_columns(results, ["qid", "query", "docno"], "training results (the output of a first stage)")
         if self.text is None and self.text_field not in results.columns:
             raise ValueError(
-                f"expected a column {self.text_field!r} with the documents' text, found {list(map(str, results.columns))}: "
-                "put dataset.text_loader() before MonoCE, or give MonoCE(..., text=dataset)"
+                f"expected a column {self.text_field!r} with the documents' text, found "
+                f"{list(map(str, results.columns))}: put dataset.text_loader() before MonoCE, or give "
+                "MonoCE(..., text=dataset)"
             )
         results = self._with_text(results)
         groups, report = stage.groups(
@@ -251,7 +256,9 @@ class MonoCE(pt.Estimator):
             raise ValueError("expected judged queries among the validation results, found none")
         common = frame["qid"].drop_duplicates().isin(as_ids(training["qid"]).unique()).sum()
         if common:
-            warnings.warn(f"{common} validation queries are training queries too: the metric will flatter", stacklevel=3)
+            warnings.warn(
+                f"{common} validation queries are training queries too: the metric will flatter", stacklevel=3
+            )
         return frame, labels.astype({"label": int})
 
     def _train(
@@ -334,19 +341,17 @@ class MonoCE(pt.Estimator):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the weights: equal for equal weights, whatever the object. Loads the model."""
-        network, _ = self._load()
-        state = network.state_dict()
-        # Every write to a tensor in place counts its version up, so an unchanged model isn't read again.
-        version = tuple((tensor.data_ptr(), tensor._version) for tensor in state.values())
-        if self._fingerprint is None or self._fingerprint[0] != version:
-            digest = hashlib.sha256()
-            for name in sorted(state):
-                tensor = state[name].detach().cpu().contiguous()
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            self._fingerprint = version, digest.hexdigest()[:16]
-        return self._fingerprint[1]
+        """A digest of the weights: equal for equal weights, whatever the object. Loads the model.
+
+        Computed anew each time (a third of a second for a BERT-base): tensors don't tell of every write to them.
+        """
+        state = self._load()[0].state_dict()
+        digest = hashlib.sha256()
+        for name in sorted(state):
+            tensor = state[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
 
     def __repr__(self) -> str:
         parts = [repr(self._model)]
@@ -363,8 +368,11 @@ class MonoCE(pt.Estimator):
     def apply_attributes(self, **settings: Any) -> "MonoCE":
         """A clone with some settings changed. PyTerrier calls this when it takes transformers apart."""
         other = copy.copy(self)
-        other._network, other._stages, other._reports = copy.deepcopy(self._network), copy.deepcopy(self._stages), [*self._reports]
-        other._fingerprint = None
+        other._network, other._stages, other._reports = (
+            copy.deepcopy(self._network),
+            copy.deepcopy(self._stages),
+            [*self._reports],
+        )
         for name, value in settings.items():
             setattr(other, f"_{name}" if name in {"model", "dtype", "device"} else name, value)
         return other
@@ -413,7 +421,10 @@ class MonoCE(pt.Estimator):
         try:
             # CrossEncoder puts a sigmoid on a single label unless it is told not to.
             activation = {"activation_fn": "torch.nn.modules.linear.Identity"}
-            network.config.sentence_transformers = {**getattr(network.config, "sentence_transformers", {}), **activation}
+            network.config.sentence_transformers = {
+                **getattr(network.config, "sentence_transformers", {}),
+                **activation,
+            }
             with quiet_transformers():
                 network.save_pretrained(partial)
                 encoder.tokenizer.save_pretrained(partial)
@@ -466,10 +477,10 @@ class MonoCE(pt.Estimator):
         )
         return (
             "---\nlibrary_name: transformers\npipeline_tag: text-ranking\ntags:\n- cross-encoder\n- pyterrier\n---\n\n"
-            f"# A cross-encoder re-ranker\n\nTrained with pyterrier_msft {__version__}, in {len(self._stages)} stages:\n\n"
-            f"{stages}\n\n```python\nfrom pyterrier_msft import MonoCE\n\npipeline = first_stage >> MonoCE.load(folder)\n"
-            "```\n\nThe score is the raw output of `AutoModelForSequenceClassification` for the pair (query, document), "
-            f"of at most {self.max_length} tokens.\n"
+            f"# A cross-encoder re-ranker\n\nTrained with pyterrier_msft {__version__}, in {len(self._stages)} stages:"
+            f"\n\n{stages}\n\n```python\nfrom pyterrier_msft import MonoCE\n\npipeline = first_stage >> MonoCE.load("
+            "folder)\n```\n\nThe score is the raw output of `AutoModelForSequenceClassification` for the pair (query, "
+            f"document), of at most {self.max_length} tokens.\n"
         )
 
     # ---- the network
@@ -484,7 +495,7 @@ class MonoCE(pt.Estimator):
         if self._tokenizer is None:
             self._tokenizer = _tokenizer_of(self._network)
         if self._network.device != device:
-            self._network.to(device)  # type: ignore[arg-type]
+            self._network.to(device)
         length = self._fitting(self.max_length, self._network)
         return self._network, PairEncoder(self._tokenizer, length, self.max_query_length)
 
@@ -492,7 +503,9 @@ class MonoCE(pt.Estimator):
         assert self._tokenizer is not None
         limit = token_limit(network, self._tokenizer)
         if max_length > limit:
-            raise ValueError(f"expected max_length of at most {limit}, which {self._model} has positions for, found {max_length}")
+            raise ValueError(
+                f"expected max_length of at most {limit}, which {self._model} has positions for, found {max_length}"
+            )
         return max_length
 
 
@@ -513,11 +526,9 @@ def _one_score(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _tokenizer_of(network: PreTrainedModel) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(network.name_or_path)  # type: ignore[no-any-return]
+            return AutoTokenizer.from_pretrained(network.name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"expected a tokenizer beside the loaded model, found none at {network.name_or_path!r}: save both to a "
@@ -528,7 +539,9 @@ def _tokenizer_of(network: PreTrainedModel) -> PreTrainedTokenizerBase:
 def _sample(groups: Groups) -> tuple[list[str], list[str]]:
     """Some pairs of the training data, evenly taken."""
     step = max(1, len(groups) * 4 // TRUNCATION_SAMPLE)
-    chosen = [(groups.queries[i], groups.texts[j]) for i in range(0, len(groups), step) for j in groups.documents[i][:4]]
+    chosen = [
+        (groups.queries[i], groups.texts[j]) for i in range(0, len(groups), step) for j in groups.documents[i][:4]
+    ]
     return [query for query, _ in chosen], [text for _, text in chosen]
 
 

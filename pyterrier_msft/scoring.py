@@ -4,18 +4,16 @@ Training and `transform` share what is here, so that a pair is read in the same 
 """
 
 import contextlib
-import itertools
-import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
-
-logger = logging.getLogger(__name__)
 
 Encoded = dict[str, list[list[int]]]  # a tokenizer's columns ("input_ids", ...), one list of integers a pair
 
@@ -149,7 +147,9 @@ class PairEncoder:
             return {}
         if not self.tokenizer.is_fast:  # no offsets
             ids = self.tokenizer(distinct, **options)["input_ids"]
-            return {q: self.tokenizer.decode(i[:limit]) if len(i) > limit else q for q, i in zip(distinct, ids, strict=True)}
+            return {
+                q: self.tokenizer.decode(i[:limit]) if len(i) > limit else q for q, i in zip(distinct, ids, strict=True)
+            }
         offsets = self.tokenizer(distinct, return_offsets_mapping=True, **options)["offset_mapping"]
         return {q: q[: o[limit - 1][1]] if len(o) > limit else q for q, o in zip(distinct, offsets, strict=True)}
 
@@ -170,11 +170,13 @@ class PairEncoder:
 def clean(text: Any) -> str:
     """A string that every tokenizer takes: missing values are empty, lone surrogates become '?'."""
     if not isinstance(text, str):
-        return "" if text is None or text != text else str(text)
+        return "" if text is None or text is pd.NA or (isinstance(text, float) and math.isnan(text)) else str(text)
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
-def length_batches(lengths: Sequence[int] | np.ndarray, *, max_tokens: int, max_pairs: int | None = None) -> list[np.ndarray]:
+def length_batches(
+    lengths: Sequence[int] | np.ndarray, *, max_tokens: int, max_pairs: int | None = None
+) -> list[np.ndarray]:
     """Group pairs of like length: indices of batches of at most `max_tokens` tokens, padding counted.
 
     The longest pairs come first, so that a batch that doesn't fit the device is met at once.
@@ -189,7 +191,9 @@ def length_batches(lengths: Sequence[int] | np.ndarray, *, max_tokens: int, max_
     return batches
 
 
-def pad(tokenizer: transformers.PreTrainedTokenizerBase, encoded: Encoded, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
+def pad(
+    tokenizer: transformers.PreTrainedTokenizerBase, encoded: Encoded, indices: Sequence[int] | np.ndarray
+) -> dict[str, torch.Tensor]:
     """The chosen pairs as tensors [pairs, longest], the longest rounded up to a multiple of 8."""
     chosen = {key: [values[i] for i in indices] for key, values in encoded.items()}
     with quiet_transformers():
@@ -301,7 +305,7 @@ def token_limit(model: PreTrainedModel, tokenizer: transformers.PreTrainedTokeni
     """The most tokens a pair may have: what the model has positions for, as its tokenizer and its weights say."""
     positions = [
         module.num_embeddings - (module.padding_idx + 1 if module.padding_idx is not None else 0)
-        for name, module in itertools.chain(model.named_modules())
+        for name, module in model.named_modules()
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
     ]
     return int(min([tokenizer.model_max_length, *positions]))

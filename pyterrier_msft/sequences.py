@@ -88,7 +88,10 @@ def fit_sequences(
         return {
             seed: fit_sequences(
                 reranker.reseeded(seed),
-                {name: dataclasses.replace(stage, fitter=_seed_fitter(stage.fitter, seed)) for name, stage in stages.items()},
+                {
+                    name: dataclasses.replace(stage, fitter=_seed_fitter(stage.fitter, seed))
+                    for name, stage in stages.items()
+                },
                 sequences,
                 validation=validation,
                 save_dir=save_dir,
@@ -103,7 +106,9 @@ def fit_sequences(
             prefix = path[:end]
             if prefix not in trained:
                 before, stage = trained[prefix[:-1]], stages[prefix[-1]]
-                key = hashlib.sha256(json.dumps([before.fingerprint, digests[prefix[-1]], context]).encode()).hexdigest()
+                key = hashlib.sha256(
+                    json.dumps([before.fingerprint, digests[prefix[-1]], context]).encode()
+                ).hexdigest()
                 folder = None if save_dir is None else Path(save_dir) / f"{'-'.join(prefix)}-{key[:16]}"
                 trained[prefix] = _fit(before, stage, validation, folder, "-".join(prefix))
     # Objects of their own, even for two names of one sequence: PyTerrier tells transformers apart by identity.
@@ -167,7 +172,8 @@ def _parse(name: str, stages: Mapping[str, Stage]) -> tuple[str, ...]:
     unknown = [part for part in path if part not in stages]
     if unknown:
         raise ValueError(
-            f"expected a sequence of stages joined by '-' (stages: {', '.join(stages)}), found {name!r} with {unknown[0]!r}"
+            f"expected a sequence of stages joined by '-' (stages: {', '.join(stages)}), found {name!r} with "
+            f"{unknown[0]!r}"
         )
     return path
 

@@ -6,8 +6,6 @@ from typing import Any
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_msft.groups import bare_ranks as bare_ranks
-
 
 def check(teacher: Any) -> None:
     """Raise a ValueError for what can't be a teacher, before anything is read or run."""
@@ -25,4 +23,4 @@ def ranking(teacher: Any, results: pd.DataFrame) -> pd.DataFrame | None:
     if isinstance(teacher, str | Path):
         frame: pd.DataFrame = pt.io.read_results(str(teacher))
         return frame
-    return teacher  # type: ignore[no-any-return]
+    return teacher

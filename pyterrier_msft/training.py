@@ -124,9 +124,7 @@ class Validation:
 
     def measure(self, model: PreTrainedModel, encoder: PairEncoder, dtype: torch.dtype) -> float:
         """The metric's mean over the judged queries."""
-        scores = score_pairs(
-            model, encoder, self.results["query"].tolist(), self.results["text"].tolist(), dtype=dtype
-        )
+        scores = score_pairs(model, encoder, self.results["query"].tolist(), self.results["text"].tolist(), dtype=dtype)
         run = self.results[["qid", "docno"]].assign(score=scores.astype(np.float64))
         run.columns = pd.Index(["query_id", "doc_id", "score"])
         qrels = self.qrels.rename(columns={"qid": "query_id", "docno": "doc_id", "label": "relevance"})
@@ -179,7 +177,9 @@ def train(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyterrier_msft_")))
         else:
             folder = _writable(checkpoint_dir)
-        progress = _Progress(history, batches, settings, validation, folder if checkpoint_dir else None, dict(identity or {}), verbose)
+        progress = _Progress(
+            history, batches, settings, validation, folder if checkpoint_dir else None, dict(identity or {}), verbose
+        )
         checkpoint = progress.resume()
         if progress.stopped and progress.best_weights:  # patience had run out: there is nothing to go on with
             progress.close()
@@ -251,7 +251,10 @@ class _Batches:
         order = rng.permutation(len(self.groups))
         window = self.batch_size * SORTED_BATCHES
         order = np.concatenate(
-            [part[np.argsort(self.lengths[part], kind="stable")] for part in np.split(order, range(window, len(order), window))]
+            [
+                part[np.argsort(self.lengths[part], kind="stable")]
+                for part in np.split(order, range(window, len(order), window))
+            ]
         )
         batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
         # The short batch, if there is one, must not become the first of a window by shuffling alone: any place will do.
@@ -276,7 +279,9 @@ class _Collator:
         encoded = self.encoder(
             [group.query for group in groups for _ in group.texts], [text for group in groups for text in group.texts]
         )
-        parts = length_batches([len(ids) for ids in encoded["input_ids"]], max_tokens=self.max_tokens, max_pairs=self.max_pairs)
+        parts = length_batches(
+            [len(ids) for ids in encoded["input_ids"]], max_tokens=self.max_tokens, max_pairs=self.max_pairs
+        )
         places = mask.flatten().nonzero().squeeze(-1)  # (pairs,) where the n-th pair stands in the flattened [G, L]
         return {
             "chunks": [pad(self.encoder.tokenizer, encoded, part) for part in parts],
@@ -292,6 +297,8 @@ class _Collator:
 
 class _ListTrainer(Trainer):
     """A Trainer whose batch is a set of lists and whose loss sees them as [G, L]."""
+
+    control: TrainerControl
 
     # Else the loss isn't divided by the accumulation for models whose forward takes **kwargs.
     loss_is_scaled_for_ga = False
@@ -319,7 +326,11 @@ class _ListTrainer(Trainer):
         return 0  # an estimate from `input_ids`, which a batch of chunks doesn't have; nobody reads it
 
     def compute_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> torch.Tensor:
         return self._loss(torch.cat([forward(model, chunk) for chunk in inputs["chunks"]]), inputs)
 
@@ -440,7 +451,9 @@ class _Progress(TrainerCallback):
         )
         self.logged, self.pairs_logged = now, self.pairs
         if self.bar is not None:
-            self.bar.set_postfix({k: f"{self.history[-1][k]:.3g}" for k in ("loss", self.metric) if k in self.history[-1]})
+            self.bar.set_postfix(
+                {k: f"{self.history[-1][k]:.3g}" for k in ("loss", self.metric) if k in self.history[-1]}
+            )
         if self.spread < 1e-3 and state.global_step > self.batches.updates // 5 and not self.alarmed:
             self.alarmed = True
             warnings.warn(
@@ -450,14 +463,24 @@ class _Progress(TrainerCallback):
                 stacklevel=2,
             )
 
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, model: Any = None, **kwargs: Any) -> None:  # fmt: skip
+    def on_evaluate(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Any = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
         value = float(metrics[f"eval_{self.metric}"])
         self.history[-1][self.metric] = value
         self.history[-1]["seconds"] = self.seconds_before + time.monotonic() - self.started
         self.logged = time.monotonic()  # validation is not training time
         if value > self.best:
             self.best, self.not_better = value, 0
-            self.best_weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+            self.best_weights = {
+                name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()
+            }
         else:
             self.not_better += 1
             self.stopped = self.settings.patience is not None and self.not_better >= self.settings.patience
@@ -498,7 +521,9 @@ class _Progress(TrainerCallback):
         """The newest whole checkpoint in the folder, with our own state taken from it; None to start anew."""
         if self.folder is None:
             return None
-        whole = {int(file.parent.name.rpartition("-")[2]): file for file in self.folder.glob(f"checkpoint-*/{STATE_FILE}")}
+        whole = {
+            int(file.parent.name.rpartition("-")[2]): file for file in self.folder.glob(f"checkpoint-*/{STATE_FILE}")
+        }
         if not whole:
             return None
         newest = whole[max(whole)]
@@ -630,5 +655,7 @@ def _writable(folder: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise ValueError(f"expected a folder that can be written to as checkpoint_dir, found {path}: {error}") from error
+        raise ValueError(
+            f"expected a folder that can be written to as checkpoint_dir, found {path}: {error}"
+        ) from error
     return path

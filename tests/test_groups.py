@@ -77,7 +77,9 @@ def test_index_that_is_not_unique():
 
 def test_ids_as_integers():
     frame = results(RESULTS).replace({"qid": {"q1": 1, "q2": 2}}).assign(docno=lambda f: f["docno"].map(ord))
-    relevant = qrels(QRELS).replace({"qid": {"q1": "1", "q2": "2"}}).assign(docno=lambda f: f["docno"].map(ord).map(str))
+    relevant = (
+        qrels(QRELS).replace({"qid": {"q1": "1", "q2": "2"}}).assign(docno=lambda f: f["docno"].map(ord).map(str))
+    )
     groups, _ = contrastive(frame, relevant)
     assert [labels.tolist() for labels in groups.labels] == [[0, 1, 0], [0, 2]]
 
@@ -256,11 +258,15 @@ def test_digest_knows_content_alone():
     assert frame_digest(frame) != frame_digest(frame[::-1])
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("uvwxyz"), st.floats(-5, 5)), min_size=1, max_size=30))
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("uvwxyz"), st.floats(-5, 5)), min_size=1, max_size=30)
+)
 def test_any_results_give_groups_that_can_be_drawn(rows):
     frame = pd.DataFrame(rows, columns=["qid", "docno", "score"]).assign(query="q", text=lambda f: f["docno"])
     groups, report = contrastive(frame, qrels("a u 1\nb v 2\nb w 1"), n_negatives=2)
-    assert report.groups + report.without_relevant + report.without_negatives == report.queries == frame["qid"].nunique()
+    assert (
+        report.groups + report.without_relevant + report.without_negatives == report.queries == frame["qid"].nunique()
+    )
     for index in range(len(groups)):
         group = groups.draw(index, seed=0, epoch=0)
         assert np.count_nonzero(group.labels) == 1

@@ -83,7 +83,10 @@ def test_max_steps_goes_on_over_epochs(model, encoder, groups):
 
 
 def test_the_model_is_left_in_order(model, encoder, groups):
-    attention, dropout = model.config._attn_implementation, [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    attention, dropout = (
+        model.config._attn_implementation,
+        [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)],
+    )
     run(model, encoder, groups, dataclasses.replace(FAST, dropout=0.0, freeze_position_embeddings=True, max_steps=2))
     assert not model.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
@@ -153,7 +156,9 @@ def test_an_epoch_takes_each_query_once_in_another_order(groups):
 
 def test_batches_are_of_like_length(groups):
     rng = np.random.default_rng(0)
-    batches = _Batches(dataclasses.replace(groups, texts=["x" * n for n in rng.integers(1, 500, len(groups.texts))]), FAST)
+    batches = _Batches(
+        dataclasses.replace(groups, texts=["x" * n for n in rng.integers(1, 500, len(groups.texts))]), FAST
+    )
     in_batch = [np.ptp([batches.lengths[query] for query, _ in batch]) for batch in batches]
     assert np.mean(in_batch) < np.ptp(batches.lengths) / 4
 

@@ -1,0 +1,144 @@
+import dataclasses
+
+import pandas as pd
+import pyterrier as pt
+import pytest
+
+from pyterrier_msft import Contrastive, Distillation, MonoCE, losses
+from pyterrier_msft.fitters import FitterSequence
+
+
+def a_loss(scores, labels, mask):
+    return scores.sum()
+
+
+# ---- declared
+
+
+def test_repr_is_what_was_written():
+    assert repr(Contrastive()) == "Contrastive()"
+    fitter = Contrastive(n_negatives=3, loss=losses.ranknet, trainer_args={"report_to": "wandb"})
+    assert eval(repr(fitter)) == fitter
+    frame = pd.DataFrame({"qid": ["1"], "docno": ["a"], "score": [1.0]})
+    assert repr(Distillation(teacher=frame, depth=5)) == "Distillation(teacher=<1 rows>, depth=5)"
+
+
+def test_fitters_are_values():
+    assert Contrastive(seed=1) == Contrastive(seed=1) != Contrastive(seed=2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Contrastive().seed = 2
+
+
+def test_options_are_keywords_alone():
+    with pytest.raises(TypeError):
+        Contrastive(7)
+
+
+def test_sequences():
+    cl, kd = Contrastive(), Distillation()
+    assert (cl >> kd).stages == (cl, kd)
+    assert (cl >> kd >> cl).stages == (cl >> (kd >> cl)).stages == (cl, kd, cl)
+    assert isinstance(cl >> kd, FitterSequence)
+    assert repr(cl >> kd) == "Contrastive() >> Distillation()"
+
+
+def test_a_transformer_after_a_fitter_is_refused():
+    with pytest.raises(ValueError, match=r"a fitter goes into MonoCE\(\.\.\., fitter=\.\.\.\)"):
+        Contrastive() >> pt.Transformer.identity()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Contrastive(n_negatives=0), "expected n_negatives above 0, found 0"),
+        (lambda: Contrastive(min_relevance=0), "expected min_relevance above 0, found 0"),
+        (lambda: Contrastive(loss="ranknet"), "expected a loss function such as losses.ranknet, found 'ranknet'"),
+        (lambda: Contrastive(loss=losses.margin_mse), "needs scores labels"),
+        (lambda: Distillation(depth=1), "expected a depth of at least 2, found 1"),
+        (lambda: Distillation(loss=losses.localized_contrastive), "needs binary labels"),
+        (lambda: Distillation(teacher="nowhere.trec"), "found no file 'nowhere.trec'"),
+        (lambda: Distillation(teacher=3), "found 3"),
+        (lambda: MonoCE("x/y", fitter=MonoCE("x/y")), "expected a fitter such as"),
+    ],
+)
+def test_mistakes_are_said_at_once(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---- digests
+
+
+def test_a_digest_knows_what_decides_the_result(tmp_path):
+    frame = pd.DataFrame({"qid": ["1", "1"], "docno": ["a", "b"], "score": [1.0, 2.0]})
+    runs = [tmp_path / name for name in ("run", "same", "other")]
+    for path, score in zip(runs, (1, 1, 2), strict=True):
+        path.write_text(f"1 Q0 a 0 {score} x\n")
+    fitters = [
+        Contrastive(), Contrastive(seed=1), Contrastive(learning_rate=2e-5), Contrastive(loss=losses.ranknet),
+        Contrastive(loss=a_loss), Contrastive(trainer_args={"optim": "sgd"}), Distillation(),
+        Distillation(teacher=frame),
+        Distillation(teacher=frame.assign(score=[2.0, 1.0])), Distillation(teacher=runs[0]),
+        Distillation(teacher=runs[2]),
+        Contrastive() >> Distillation(), Distillation() >> Contrastive(),
+        Contrastive(loss=losses.combine((a_loss, 1.0))), Contrastive(loss=losses.combine((a_loss, 2.0))),
+        Contrastive(loss=losses.LambdaLoss(k=3)), Contrastive(loss=losses.LambdaLoss(k=5)),
+    ]  # fmt: skip
+    digests = [fitter.digest() for fitter in fitters]
+    assert len(set(digests)) == len(digests)
+    assert digests == [fitter.digest() for fitter in fitters]
+    assert Contrastive(seed=42).digest() == Contrastive().digest()
+    assert Distillation(teacher=frame.copy()).digest() == Distillation(teacher=frame).digest()
+    assert Distillation(teacher=runs[1]).digest() == Distillation(teacher=runs[0]).digest()
+
+
+# ---- groups
+
+
+def test_contrastive_without_qrels_names_distillation(train_part):
+    with pytest.raises(ValueError, match=r"expected qrels .*Distillation"):
+        Contrastive().groups(train_part.results, None)
+
+
+def test_qids_that_do_not_match_are_shown(train_part):
+    other = train_part.qrels.assign(qid="x" + train_part.qrels["qid"])
+    with pytest.raises(ValueError, match="qids such as 'tr0' in the results and 'xtr0' in the qrels"):
+        Contrastive().groups(train_part.results, other)
+
+
+def test_missing_positives_are_loaded(train_part):
+    relevant = train_part.results["docno"].isin(train_part.qrels["docno"])
+    texts = train_part.results.set_index("docno")["text"]
+    fitter = Contrastive(add_missing_positives=True)
+    with pytest.raises(ValueError, match=r"expected MonoCE\(\.\.\., text=dataset\)"):
+        fitter.groups(train_part.results[~relevant], train_part.qrels)
+    groups, report = fitter.groups(
+        train_part.results[~relevant], train_part.qrels, load_text=lambda f: f.assign(text=texts[f["docno"]].to_numpy())
+    )
+    assert len(groups) == report.queries == 64
+    wanted = texts[train_part.qrels.set_index("qid")["docno"][groups.qids]].tolist()
+    assert [groups.texts[d[y > 0][0]] for d, y in zip(groups.documents, groups.labels, strict=True)] == wanted
+
+
+def test_distillation_labels_by_what_the_loss_needs(train_part):
+    teacher = train_part.results.assign(score=train_part.results["quality"] * 0.7)
+    ranks, _ = Distillation(teacher=teacher).groups(train_part.results, None)
+    assert set(ranks.labels[0]) == {0, 7}
+    scores, _ = Distillation(teacher=teacher, loss=losses.margin_mse).groups(train_part.results, None)
+    assert sorted(set(scores.labels[0])) == pytest.approx([0, 2.1])
+    with pytest.raises(ValueError, match="only restate its ranks"):
+        Distillation(teacher=train_part.results, loss=losses.margin_mse).groups(train_part.results, None)
+
+
+def test_teacher_from_a_run_file(train_part, tmp_path):
+    path = tmp_path / "teacher.trec"
+    pt.io.write_results(train_part.results.assign(score=train_part.results["quality"].astype(float)), str(path))
+    groups, report = Distillation(teacher=path).groups(train_part.results, None)
+    assert report.groups == 64
+    assert set(groups.labels[0]) == {0, 7}
+
+
+def test_a_teacher_upside_down_is_warned_of(train_part):
+    upside_down = train_part.results.assign(score=-train_part.results["score"])
+    with pytest.warns(UserWarning, match="looks upside down"):
+        Distillation(teacher=upside_down).groups(train_part.results, None)

@@ -1,0 +1,411 @@
+import copy
+import json
+import pickle
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import pytest
+import torch
+from ir_measures import RR, nDCG
+from pandas.testing import assert_frame_equal
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from pyterrier_msft import Contrastive, Distillation, MonoCE
+
+FAST = {"learning_rate": 1e-2, "epochs": 3, "batch_size": 8}
+CL = Contrastive(n_negatives=3, **FAST)
+
+
+@pytest.fixture
+def trained(backbone, train_part) -> MonoCE:
+    return MonoCE(backbone, max_length=24, dtype="float32", device="cpu").fit(
+        train_part.results, train_part.qrels, fitter=CL
+    )
+
+
+@pytest.fixture
+def silent(ce) -> MonoCE:
+    """An untrained re-ranker that doesn't warn of it."""
+    ce.fingerprint  # noqa: B018 loads the model
+    ce._head_is_new = False
+    return ce
+
+
+def metric(results: pd.DataFrame, part) -> float:
+    return pt.Evaluate(results, part.qrels, [RR @ 10])["RR@10"]
+
+
+def source(part) -> pt.Transformer:
+    """A first stage and its text loader in one: the part's results for the topics."""
+    return pt.Transformer.from_df(part.results)
+
+
+def topics(part) -> pd.DataFrame:
+    return part.results[["qid", "query"]].drop_duplicates()
+
+
+# ---- transform
+
+
+def test_equals_plain_hugging_face(trained, test_part, tmp_path):
+    trained.save(tmp_path / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    with torch.inference_mode():
+        expected = [
+            model(**tokenizer(q, t, truncation=True, max_length=24, return_tensors="pt")).logits.item()
+            for q, t in zip(test_part.results["query"], test_part.results["text"], strict=True)
+        ]
+    out = trained(test_part.results)
+    np.testing.assert_allclose(out["score"], expected, atol=1e-5)
+    wanted = test_part.results.assign(score=expected).drop(columns="rank")
+    assert_frame_equal(out, pt.model.add_ranks(wanted)[out.columns], atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, None])
+def test_order_and_batches_do_not_matter(silent, test_part, batch_size):
+    expected = silent(test_part.results)
+    silent.batch_size = batch_size
+    shuffled = test_part.results.sample(frac=1, random_state=0)
+    assert_frame_equal(silent(shuffled).sort_index(), expected, atol=1e-5)
+
+
+def test_other_columns_and_the_input_stay(silent, test_part):
+    frame = test_part.results.assign(extra=[{"x": i} for i in range(len(test_part.results))])
+    before = copy.deepcopy(frame)
+    out = silent(frame)
+    assert_frame_equal(frame, before)
+    assert_frame_equal(out.drop(columns=["score", "rank"]), frame.drop(columns=["score", "rank"]))
+
+
+def test_the_empty_frame_does_not_load_the_model(test_part):
+    out = MonoCE("nobody/nothing")(test_part.results.head(0))
+    assert [*out.columns] == [c for c in test_part.results.columns if c != "rank"] + ["rank"]
+    assert not len(out)
+
+
+def test_a_frame_after_a_union(silent, test_part):
+    frame = pd.concat([test_part.results.head(5), test_part.results.tail(5)]).drop(columns=["score", "rank"])
+    frame.index = [0] * 10
+    expected = silent(frame.reset_index(drop=True))["score"].tolist()
+    assert silent(frame)["score"].tolist() == expected
+    assert len(set(expected)) > 5
+
+
+def test_text_field_and_missing_text(silent, test_part):
+    frame = test_part.results.head(3).rename(columns={"text": "body"})
+    silent.text_field = "body"
+    assert len(silent(frame)) == 3
+    frame["body"] = [None, float("nan"), ""]
+    assert silent(frame)["score"].nunique() == 1
+
+
+def test_a_missing_column_is_named(ce, test_part):
+    with pytest.raises(pt.validate.InputValidationError, match="text"):
+        ce(test_part.results.drop(columns="text"))
+
+
+class Docs:
+    """A text source, as a dataset or an index is one."""
+
+    def __init__(self, part):
+        self.texts = part.results.set_index("docno")[["text"]]
+
+    def text_loader(self, fields):
+        return pt.apply.generic(lambda frame: frame.merge(self.texts[fields], left_on="docno", right_index=True))
+
+
+def test_text_from_elsewhere(trained, test_part):
+    expected = trained(test_part.results)
+    trained.text = Docs(test_part)
+    out = trained(test_part.results.drop(columns="text"))
+    assert_frame_equal(out[expected.columns], expected)
+    assert "text" in trained(test_part.results.head(0).drop(columns="text")).columns
+
+
+def test_an_untrained_head_warns_and_a_trained_one_does_not(ce, trained, test_part):
+    with pytest.warns(UserWarning, match="scores at random"):
+        ce(test_part.results)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trained(test_part.results)
+
+
+class TestTransformer(pt.testing.TransformerTestCase):
+    @staticmethod
+    def get_transformer():
+        return MonoCE("nobody/nothing")
+
+
+def test_inspection_and_drawing(ce, test_part):
+    assert pt.inspect.transformer_inputs(ce) == [["qid", "docno", "query", "text"]]
+    pipeline = source(test_part) >> ce
+    assert "MonoCE" in pt.schematic.draw(pipeline)
+    assert ce._network is None  # no drawing loads a model
+
+
+# ---- fit
+
+
+def test_fit_in_a_pipeline(ce, train_part, dev_part, test_part):
+    before = metric(test_part.results, test_part)
+    pipeline = source(train_part) >> ce
+    ce.fitter = CL
+    pipeline.fit(topics(train_part), train_part.qrels)
+    assert metric(ce(test_part.results), test_part) > before + 0.2
+
+
+def test_fit_in_a_pipeline_with_validation(ce, train_part, dev_part, test_part):
+    both = pd.concat([train_part.results, dev_part.results])
+    ce.fitter = CL
+    (pt.Transformer.from_df(both) >> ce).fit(topics(train_part), train_part.qrels, topics(dev_part), dev_part.qrels)
+    assert ce.history["nDCG@10"].max() > metric(dev_part.results, dev_part)
+    assert metric(ce(test_part.results), test_part) > metric(test_part.results, test_part) + 0.2
+
+
+def test_fit_by_distillation(ce, train_part, test_part):
+    teacher = train_part.results.assign(score=train_part.results["quality"].astype(float))[["qid", "docno", "score"]]
+    assert ce.fit(train_part.results, fitter=Distillation(teacher=teacher, **FAST)) is ce
+    assert metric(ce(test_part.results), test_part) > metric(test_part.results, test_part) + 0.2
+
+
+def test_validation_metric_is_that_of_an_experiment(ce, train_part, dev_part):
+    ce.fit(train_part.results, train_part.qrels, dev_part.results, dev_part.qrels, fitter=CL)
+    measured = pt.Evaluate(ce(dev_part.results), dev_part.qrels, [nDCG @ 10])["nDCG@10"]
+    assert measured == pytest.approx(ce.history["nDCG@10"].max())
+
+
+def test_fit_behind_sliding_windows_finds_its_positives(ce, train_part):
+    sliding = pt.text.sliding(text_attr="text", length=4, stride=4, prepend_attr=None)
+    passages = sliding(train_part.results)
+    assert passages["docno"].str.contains("%p").all()
+    ce.fit(passages, train_part.qrels, fitter=CL)
+    assert ce.data_report.groups == 64
+
+
+def test_two_fits_are_two_stages(backbone, train_part):
+    def fresh():
+        return MonoCE(backbone, max_length=24, dtype="float32", device="cpu")
+
+    kd = Distillation(learning_rate=1e-3, batch_size=8)
+    data = train_part.results, train_part.qrels
+    once = fresh().fit(*data, fitter=CL)
+    start = once.fingerprint
+    twice = fresh().fit(*data, fitter=CL).fit(*data, fitter=kd)
+    composed = fresh().fit(*data, fitter=CL >> kd)
+    assert twice.fingerprint == composed.fingerprint != start
+    assert [stage["start"] for stage in twice._stages][1] == start
+    assert twice.history["stage"].unique().tolist() == [1, 2]
+    assert twice.history["fitter"].unique().tolist() == ["Contrastive", "Distillation"]
+
+
+def test_the_seed_decides_everything(backbone, train_part):
+    prints = [
+        MonoCE(backbone, max_length=24, seed=seed, device="cpu")
+        .fit(train_part.results, train_part.qrels, fitter=Contrastive(max_steps=2, seed=seed))
+        .fingerprint
+        for seed in (1, 1, 2)
+    ]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_the_data_report(ce, train_part):
+    orphan = train_part.results.head(8).assign(qid="orphan")
+    long = pd.concat([train_part.results, orphan]).assign(text=lambda f: f["text"] + " w1" * 50)
+    with pytest.warns(UserWarning, match="Contrastive leaves out: 1 queries without a relevant document"):
+        ce.fit(long, train_part.qrels, fitter=Contrastive(max_steps=1))
+    report = ce.data_report
+    assert (report.queries, report.groups, report.without_relevant) == (65, 64, 1)
+    assert report.truncated_documents == 1.0
+    assert report.truncated_queries == 0.0
+    assert "100.0% of the documents are cut" in repr(report)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda r, q: (r.drop(columns="text"), q), r"put dataset\.text_loader\(\) before MonoCE"),
+        (lambda r, q: (r.drop(columns="docno"), q), "the output of a first stage"),
+        (lambda r, q: (r, None), "Distillation"),
+        (lambda r, q: (r.head(0), q), "found none of 0 queries"),
+        (lambda r, q: ("run.trec", q), "expected a data frame"),
+        (lambda r, q: (r, q.drop(columns="label")), "in qrels"),
+        (lambda r, q: (r, q, r, None), "expected qrels with the validation results"),
+        (lambda r, q: (r, q, r.head(0), q), "expected judged queries"),
+    ],
+)
+def test_mistakes_are_said_before_a_model_is_loaded(train_part, break_it, message):
+    with pytest.raises(ValueError, match=message):
+        MonoCE("nobody/nothing").fit(*break_it(train_part.results, train_part.qrels))
+
+
+def test_validation_queries_that_are_training_queries(ce, train_part):
+    with pytest.warns(UserWarning, match="64 validation queries are training queries too"):
+        ce.fit(
+            train_part.results, train_part.qrels, train_part.results, train_part.qrels, fitter=Contrastive(max_steps=1)
+        )
+
+
+def test_a_failed_fit_leaves_the_head_new(ce, train_part, test_part):
+    def broken(scores, labels, mask):
+        return scores.sum() * float("nan")
+
+    with pytest.raises(ValueError, match="finite loss"):
+        ce.fit(train_part.results, train_part.qrels, fitter=Contrastive(loss=broken))
+    with pytest.warns(UserWarning, match="scores at random"):
+        ce(test_part.results)
+    assert not len(ce.history)
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": 3}, "found int"),
+        ({"model": "/nowhere/at/all"}, "expected a model's folder"),
+        ({"max_length": 0}, "expected max_length"),
+        ({"batch_size": 1.5}, "expected batch_size"),
+        ({"dtype": "int4"}, "expected dtype"),
+        ({"text": 3}, "text_loader"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MonoCE(**settings)
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json"):
+        MonoCE(tmp_path)
+
+
+def test_more_tokens_than_positions(backbone, test_part):
+    with pytest.raises(ValueError, match="expected max_length of at most 64"):
+        MonoCE(backbone, max_length=65)(test_part.results)
+
+
+def test_a_loaded_model(backbone, silent, test_part):
+    network = copy.deepcopy(silent._network)
+    ce = MonoCE(network, max_length=24, dtype="float32", device="cpu")
+    assert_frame_equal(ce(test_part.results), silent(test_part.results))
+
+
+# ---- identity
+
+
+def test_two_rerankers_are_never_the_same(backbone, ce, trained):
+    assert ce != trained
+    assert MonoCE(backbone) != MonoCE(backbone)
+    assert len({MonoCE(backbone), MonoCE(backbone)}) == 2
+
+
+def test_hash_stays_over_fit(ce, train_part):
+    before = hash(ce)
+    ce.fit(train_part.results, train_part.qrels, fitter=Contrastive(max_steps=1))
+    assert hash(ce) == before
+
+
+@pytest.mark.parametrize("options", [{"precompute_prefix": True}, {"plan": "tree", "verbose": False}, {}])
+@pytest.mark.filterwarnings("ignore:precompute_prefix")
+def test_experiments_never_mix_rerankers_up(backbone, trained, silent, test_part, options):
+    first_stage = source(test_part)
+    table = pt.Experiment(
+        [first_stage >> silent, first_stage >> trained],
+        topics(test_part), test_part.qrels, [RR @ 10], names=["a", "b"], **options,
+    )  # fmt: skip
+    assert table["RR@10"].tolist() == pytest.approx(
+        [metric(ce(test_part.results), test_part) for ce in (silent, trained)]
+    )
+    assert table["RR@10"].nunique() == 2
+
+
+def test_fingerprints(ce, trained):
+    assert ce.fingerprint != trained.fingerprint
+    assert ce.fingerprint == ce.clone().fingerprint
+    assert trained.fingerprint in repr(trained)
+    before = trained.fingerprint
+    with torch.no_grad():
+        next(trained._network.parameters())[0, 0] += 1
+    assert trained.fingerprint != before
+
+
+def test_clone_is_independent(trained, train_part):
+    other = trained.clone()
+    before = trained.fingerprint
+    other.fit(train_part.results, train_part.qrels, fitter=CL)
+    assert trained.fingerprint == before != other.fingerprint
+    assert trained.history["stage"].max() == 1
+    assert other.history["stage"].max() == 2
+
+
+def test_apply_attributes_keeps_weights(trained):
+    other = pt.inspect.transformer_apply_attributes(trained, max_length=12)
+    assert (other.max_length, other.fingerprint) == (12, trained.fingerprint)
+
+
+def test_pickle(trained, test_part):
+    again = pickle.loads(pickle.dumps(trained))
+    assert_frame_equal(again(test_part.results), trained(test_part.results))
+
+
+# ---- on disk
+
+
+def test_save_and_load(trained, test_part, tmp_path):
+    trained.save(tmp_path / "model")
+    loaded = MonoCE.load(tmp_path / "model", device="cpu", dtype="float32")
+    assert_frame_equal(loaded(test_part.results), trained(test_part.results))
+    assert_frame_equal(loaded.history, trained.history)
+    assert loaded.fingerprint == trained.fingerprint
+    assert loaded.data_report == trained.data_report
+    record = json.loads((tmp_path / "model" / "msft.json").read_text())
+    assert record["stages"][0]["fitter"] == repr(CL)
+    assert record["stages"][0]["queries"] == 64
+    assert "Contrastive" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_as_an_artifact(trained, test_part, tmp_path):
+    trained.save(tmp_path / "model")
+    loaded = pt.Artifact.load(str(tmp_path / "model"))
+    assert isinstance(loaded, MonoCE)
+    assert loaded.fingerprint == trained.fingerprint
+
+
+def test_saving_replaces_a_model_and_nothing_else(trained, ce, tmp_path):
+    ce.save(tmp_path / "model")
+    trained.save(tmp_path / "model")
+    assert MonoCE.load(tmp_path / "model").fingerprint == trained.fingerprint
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="expected a new folder or a model's"):
+        trained.save(tmp_path / "other")
+
+
+def test_a_failed_save_leaves_the_old_model(trained, ce, tmp_path, monkeypatch):
+    trained.save(tmp_path / "model")
+
+    def full(self, *args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(MonoCE, "_card", full)
+    with pytest.raises(OSError, match="No space"):
+        ce.save(tmp_path / "model")
+    assert MonoCE.load(tmp_path / "model").fingerprint == trained.fingerprint
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_load_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match="expected a model's folder"):
+        MonoCE.load(tmp_path / "nothing")
+
+
+def test_a_folder_loads_where_it_was_moved_to(trained, tmp_path):
+    trained.save(tmp_path / "a")
+    Path(tmp_path / "a").rename(tmp_path / "b")
+    assert MonoCE.load(tmp_path / "b").fingerprint == trained.fingerprint
