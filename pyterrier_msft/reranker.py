@@ -1,5 +1,6 @@
 """`MonoCE`: the cross-encoder as PyTerrier sees it."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -31,6 +32,7 @@ from pyterrier_msft.groups import (
 )
 from pyterrier_msft.scoring import (
     PairEncoder,
+    clean,
     load_model,
     quiet_transformers,
     resolve_device,
@@ -142,14 +144,9 @@ class MonoCE(pt.Estimator):
         Returns:
             The same rows in the same order, with `score` (the model's raw output) and `rank` (from 0) set anew.
         """
-        wanted = ["query"] if self.text is not None else ["query", self.text_field]
-        pt.validate.result_frame(inp, extra_columns=wanted, context=self)
+        inp = self._checked(inp)
         if not len(inp):
-            out = inp.assign(score=pd.Series(dtype="float64"))
-            if self.text_field not in out.columns:
-                out = out.assign(**{self.text_field: pd.Series(dtype="object")})
-            return pt.model.add_ranks(out)
-        inp = self._with_text(inp)
+            return pt.model.add_ranks(inp.assign(score=pd.Series(dtype="float64")))
         network, encoder = self._load()
         if self._head_is_new:
             warnings.warn(
@@ -168,6 +165,14 @@ class MonoCE(pt.Estimator):
             )
         # An array and not a Series: after `|` the frame's index is not unique.
         return pt.model.add_ranks(inp.assign(score=scores.astype(np.float64)))
+
+    def _checked(self, inp: pd.DataFrame) -> pd.DataFrame:
+        """Results with the columns that scoring needs, the text loaded if need be."""
+        wanted = ["query"] if self.text is not None else ["query", self.text_field]
+        pt.validate.result_frame(inp, extra_columns=wanted, context=self)
+        if len(inp):
+            return self._with_text(inp)
+        return inp if self.text_field in inp.columns else inp.assign(**{self.text_field: pd.Series(dtype="object")})
 
     def _with_text(self, results: pd.DataFrame) -> pd.DataFrame:
         return results if self.text is None or self.text_field in results.columns else self._load_text(results)
@@ -361,6 +366,20 @@ class MonoCE(pt.Estimator):
             parts.append(f"fingerprint={self.fingerprint!r}")
         return f"MonoCE({', '.join(parts)})"
 
+    def cached(self, folder: str | Path) -> "CachedMonoCE":
+        """This re-ranker with a cache of its scores on disk, which a later fit can't make stale.
+
+        Scores are kept by the weights' fingerprint, the settings that decide a score, and the texts of query and
+        document, so that an edited text, or a query under another qid, is answered rightly. `fit` reaches through.
+
+        Args:
+            folder: Where the caches are, one a fingerprint.
+
+        Raises:
+            ImportError: Without pyterrier-caching (extra `[cache]`).
+        """
+        return CachedMonoCE(self, Path(folder))
+
     def clone(self) -> "MonoCE":
         """A re-ranker of its own with the same settings, weights and history."""
         return self.apply_attributes()
@@ -507,6 +526,47 @@ class MonoCE(pt.Estimator):
                 f"expected max_length of at most {limit}, which {self._model} has positions for, found {max_length}"
             )
         return max_length
+
+
+class CachedMonoCE(pt.Estimator):
+    """A `MonoCE` with a cache of scores, see `MonoCE.cached`."""
+
+    __hash__ = object.__hash__
+    schematic = {"label": "MonoCE (cached)", "help_url": MonoCE.schematic["help_url"]}  # noqa: RUF012
+
+    def __init__(self, reranker: MonoCE, folder: Path) -> None:
+        super().__init__()
+        try:
+            import pyterrier_caching  # noqa: F401
+        except ImportError as error:
+            raise ImportError('MonoCE.cached needs the extra [cache]: pip install "pyterrier-msft[cache]"') from error
+        self.reranker = reranker
+        self.folder = folder
+
+    def fit(self, *args: Any, **options: Any) -> Self:
+        """Train the re-ranker, see `MonoCE.fit`; its scores from now on are kept apart from those before."""
+        self.reranker.fit(*args, **options)
+        return self
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        """As `MonoCE.transform`, computing what isn't known yet."""
+        from pyterrier_caching import Sqlite3ScorerCache
+
+        inp = self.reranker._checked(inp)
+        if not len(inp):
+            return self.reranker.transform(inp)
+        # A cache's keys are texts, whatever they are called: a query's own text, and a digest of the document's.
+        queries = [clean(query) for query in inp["query"]]
+        texts = [clean(text) for text in inp[self.reranker.text_field]]
+        keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+        pairs = pd.DataFrame({"qid": queries, "query": queries, "docno": keys, self.reranker.text_field: texts})
+        settings = json.dumps(self.reranker.scoring_settings(), sort_keys=True)
+        name = f"{self.reranker.fingerprint}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Opened for each call: a connection works in its own thread alone, and can't be pickled.
+        with contextlib.closing(Sqlite3ScorerCache(self.folder / name, self.reranker)) as cache:
+            scored = cache(pairs.drop_duplicates(["query", "docno"])).set_index(["query", "docno"])["score"]
+        return pt.model.add_ranks(inp.assign(score=scored.loc[pd.MultiIndex.from_arrays([queries, keys])].to_numpy()))
 
 
 def _check_folder(model: str) -> None:

@@ -454,7 +454,9 @@ class _Progress(TrainerCallback):
             self.bar.set_postfix(
                 {k: f"{self.history[-1][k]:.3g}" for k in ("loss", self.metric) if k in self.history[-1]}
             )
-        if self.spread < 1e-3 and state.global_step > self.batches.updates // 5 and not self.alarmed:
+        # Not at the start: a new head differs little between documents.
+        settled = state.global_step >= max(10, self.batches.updates // 5)
+        if settled and self.spread < 1e-3 and not self.alarmed:
             self.alarmed = True
             warnings.warn(
                 f"all documents of a query get the same score (they differ by {self.spread:.1e} at step "

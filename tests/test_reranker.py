@@ -353,6 +353,46 @@ def test_pickle(trained, test_part):
     assert_frame_equal(again(test_part.results), trained(test_part.results))
 
 
+# ---- cache
+
+
+def test_cached_scores_are_those_of_the_reranker(trained, test_part, tmp_path, monkeypatch):
+    cached = trained.cached(tmp_path)
+    expected = trained(test_part.results)
+    assert_frame_equal(cached(test_part.results), expected, atol=1e-6)
+    # A second time nothing is computed.
+    monkeypatch.setattr("pyterrier_msft.reranker.score_pairs", lambda *a, **k: pytest.fail("scored again"))
+    assert_frame_equal(cached(test_part.results), expected, atol=1e-6)
+
+
+def test_cache_is_fresh_after_fit_through_a_pipeline(trained, train_part, test_part, tmp_path):
+    cached = trained.cached(tmp_path)
+    before = cached(test_part.results)
+    trained.fitter = CL
+    (source(train_part) >> cached).fit(topics(train_part), train_part.qrels)
+    after = cached(test_part.results)
+    assert not np.allclose(before["score"], after["score"])
+    assert_frame_equal(after, trained(test_part.results), atol=1e-6)
+
+
+def test_cache_is_right_for_repeated_queries_missing_and_edited_text(trained, test_part, tmp_path):
+    cached = trained.cached(tmp_path)
+    frame = test_part.results.head(8)
+    twice = pd.concat([frame, frame.assign(qid="again"), frame.assign(qid="none", text=None)])
+    assert_frame_equal(cached(twice), trained(twice), atol=1e-6)
+    edited = frame.assign(text=frame["text"] + " w1 w2")
+    assert_frame_equal(cached(edited), trained(edited), atol=1e-6)
+    trained.max_length = 6
+    assert_frame_equal(cached(frame), trained(frame), atol=1e-6)
+    assert_frame_equal(cached(frame.head(0)), trained(frame.head(0)))
+
+
+def test_a_cached_reranker_pickles(trained, test_part, tmp_path):
+    cached = trained.cached(tmp_path)
+    expected = cached(test_part.results)
+    assert_frame_equal(pickle.loads(pickle.dumps(cached))(test_part.results), expected)
+
+
 # ---- on disk
 
 
