@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -21,6 +22,7 @@ from pyterrier_msft.groups import (
     from_qrels,
     from_teacher,
     missing_positives,
+    order_key,
 )
 from pyterrier_msft.training import Hyperparameters, Loss
 
@@ -51,6 +53,7 @@ class Fitter(Hyperparameters):
     loss: Loss = field(default=losses.localized_contrastive)
 
     supplies: ClassVar[frozenset[str]] = frozenset()  # the kinds of labels that this objective's data can give
+    sources: ClassVar[frozenset[str]] = frozenset()  # the fields that say where the labels come from
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +84,7 @@ class Fitter(Hyperparameters):
         *,
         text_field: str = "text",
         load_text: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+        verbose: bool = False,
     ) -> tuple[Groups, DataReport]:
         """What this objective learns from, out of a first stage's results, and what was found in the data.
 
@@ -89,6 +93,7 @@ class Fitter(Hyperparameters):
             qrels: qid, docno, label.
             text_field: The results' column of text.
             load_text: Adds the column of text to a frame of docnos.
+            verbose: Whether to show the progress of a teacher that has to be run.
 
         Raises:
             ValueError: If a column is missing or nothing is left to learn from.
@@ -96,8 +101,19 @@ class Fitter(Hyperparameters):
         raise NotImplementedError
 
     def digest(self) -> str:
-        """A digest of all that decides the result (not of how fast it comes), for cache keys."""
-        values = {f.name: _content(getattr(self, f.name), f.name) for f in fields(self)}
+        """A digest of all that decides the result (not of how fast it comes), for cache keys.
+
+        Raises:
+            ValueError: If the teacher is a transformer, whose content can't be told before it is run.
+        """
+        return self._digest(frozenset())
+
+    def settings_digest(self) -> str:
+        """A digest without where the labels come from: with that of the groups, it tells all that `digest` does."""
+        return self._digest(self.sources)
+
+    def _digest(self, without: frozenset[str]) -> str:
+        values = {f.name: _content(getattr(self, f.name), f.name) for f in fields(self) if f.name not in without}
         return _sha256([type(self).__name__, sorted(values.items())])
 
     def _check_labels(self) -> None:
@@ -149,6 +165,7 @@ class Contrastive(Fitter):
         *,
         text_field: str = "text",
         load_text: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+        verbose: bool = False,
     ) -> tuple[Groups, DataReport]:
         """See `Fitter.groups`."""
         if qrels is None:
@@ -164,6 +181,8 @@ class Contrastive(Fitter):
                 )
             extra = missing_positives(results, qrels, min_relevance=self.min_relevance)
             if len(extra):
+                if order_key(results) is None:
+                    results = results.assign(rank=range(len(results)))  # as they come
                 lowest = {"score": float("-inf")} if "score" in results.columns else {"rank": 2**31 - 1}
                 results = pd.concat([results, load_text(extra).assign(**lowest)], ignore_index=True)
         groups, report = from_qrels(
@@ -187,25 +206,46 @@ class Distillation(Fitter):
     ranks, or its scores for a loss that needs scores.
 
     Args:
-        teacher: None: the incoming ranking is the teacher's. Else a result frame (qid, docno, score or rank) or the
-            path of a TREC run.
+        teacher: None: the incoming ranking is the teacher's. Else a result frame (qid, docno, score or rank); the
+            path of a TREC run, or of permutations (`.jsonl`, see `teachers.read_permutations`), each plain or `.gz`;
+            a transformer or pipeline, which is run on the documents to learn from (`teachers.cached` lets an
+            interrupted run go on); or a mapping of names to these, fused by reciprocal rank (`teachers.fuse`).
         depth: Documents a query, from the top of the results.
+        unranked: What becomes of documents that the teacher didn't rank: "drop" leaves them out, "last" places them
+            below all others, tied among themselves (not for a loss that needs scores).
         loss: A loss for ordered labels, or for scores where the teacher has them.
         **shared: See `Hyperparameters`.
     """
 
     teacher: Any = None
     depth: int | None = 20
+    unranked: str = "drop"
     loss: Loss = field(default=losses.ranknet)
 
     supplies: ClassVar[frozenset[str]] = frozenset({"order", "scores"})
+    sources: ClassVar[frozenset[str]] = frozenset({"teacher"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.depth is not None and not self.depth > 1:
             raise ValueError(f"expected a depth of at least 2, found {self.depth!r}")
         teachers.check(self.teacher)
+        teachers.check_unranked(self.unranked)
         self._check_labels()
+        if self._keeps_scores and self.unranked == "last":
+            raise ValueError(
+                f"expected unranked='drop' with {_written(self.loss)}, which learns from scores, found 'last': "
+                "what the teacher didn't rank has none"
+            )
+        if self._keeps_scores and isinstance(self.teacher, Mapping):
+            raise ValueError(
+                f"expected one teacher with scores for {_written(self.loss)}, found {len(self.teacher)} to fuse, which "
+                "gives ranks; take a loss for ranks, such as losses.ranknet"
+            )
+
+    @property
+    def _keeps_scores(self) -> bool:
+        return getattr(self.loss, "labels", None) == "scores"
 
     def groups(
         self,
@@ -214,18 +254,19 @@ class Distillation(Fitter):
         *,
         text_field: str = "text",
         load_text: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+        verbose: bool = False,
     ) -> tuple[Groups, DataReport]:
         """See `Fitter.groups`; the qrels are not looked at."""
-        ranking = teachers.ranking(self.teacher, results)
-        keep_scores = getattr(self.loss, "labels", None) == "scores"
-        if keep_scores and bare_ranks(results if ranking is None else ranking):
+        ranking = teachers.ranking(self.teacher, results, depth=self.depth, text_field=text_field, verbose=verbose)
+        if self._keeps_scores and bare_ranks(results if ranking is None else ranking):
             raise ValueError(
                 f"expected a teacher with scores for {_written(self.loss)}, found a ranking whose scores only restate "
                 "its ranks; take a loss for ranks, such as losses.ranknet"
             )
         groups, report = from_teacher(
-            results, ranking, depth=self.depth, keep_scores=keep_scores, text_field=text_field
-        )
+            results, ranking, depth=self.depth, keep_scores=self._keeps_scores, unranked=self.unranked,
+            text_field=text_field,
+        )  # fmt: skip
         if not len(groups):
             raise ValueError(
                 f"expected queries with documents that the teacher puts in an order, found none of {report.queries}"
@@ -275,6 +316,8 @@ def _written(value: Any) -> str:
         return f"losses.{value!r}"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {_written(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, pt.Transformer):
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
     return str(value) if not isinstance(value, str | Path) else repr(str(value))
 
 
@@ -297,8 +340,8 @@ def _content(value: Any, name: str) -> Any:
         return [value.__module__, value.__qualname__, source]
     if isinstance(value, pt.Transformer):
         raise ValueError(
-            f"expected a {name} whose content can be told, found the transformer {value!r}: run it on the results "
-            f"first and give the frame that comes out"
+            f"expected a {name} whose content can be told, found the transformer {_written(value)}: run it on the "
+            f"results first and give the frame that comes out, such as {name}=transformer(results)"
         )
     if is_dataclass(value):  # a loss with parameters, or one made of others
         return [type(value).__qualname__, *(_content(getattr(value, f.name), f.name) for f in fields(value))]

@@ -63,6 +63,17 @@ class Groups:
         longest = [characters[documents].max(initial=0) for documents in self.documents]
         return np.array([len(query) for query in self.queries], dtype=np.int64) + np.array(longest, dtype=np.int64)
 
+    def digest(self) -> str:
+        """A digest of the content, for cache keys: whatever the labels come from, they are told here."""
+        digest = hashlib.sha256(f"{self.n_negatives} {self.n_positives}".encode())
+        for strings in (self.qids, self.queries, self.texts):
+            for string in strings:
+                content = string.encode("utf-8", "surrogatepass")
+                digest.update(b"%d " % len(content) + content)
+        for documents, labels in zip(self.documents, self.labels, strict=True):
+            digest.update(b"%d " % len(documents) + documents.astype("<i8").tobytes() + labels.astype("<f4").tobytes())
+        return digest.hexdigest()
+
 
 def _choose(rng: np.random.Generator, items: np.ndarray, n: int | None) -> np.ndarray:
     return items if n is None or n >= len(items) else rng.choice(items, n, replace=False)
@@ -80,7 +91,8 @@ class DataReport:
     without_relevant: int = 0  # queries
     without_negatives: int = 0  # queries
     without_teacher: int = 0  # queries
-    unranked_by_teacher: int = 0  # pairs
+    unranked_by_teacher: int = 0  # pairs, left out
+    ranked_last: int = 0  # pairs that the teacher did not rank, placed below all others
     tied_labels: float = 0.0  # of the pairs of documents in a list, by a teacher
     agreement: float | None = None  # mean rank correlation of the teacher with the first stage, -1 to 1
     truncated_queries: float = 0.0
@@ -97,6 +109,8 @@ class DataReport:
             "documents given twice for a query": self.duplicates,
         }
         lines += [f"{count:,} {what}: left out" for what, count in counts.items() if count]
+        if self.ranked_last:
+            lines.append(f"{self.ranked_last:,} documents that the teacher did not rank: placed below all others")
         shares = {
             "of the teacher's pairs of documents are tied": self.tied_labels,
             "of the queries are cut to fit (max_query_length)": self.truncated_queries,
@@ -122,7 +136,7 @@ class DataReport:
 class _Lists:
     """Result rows made clean: one row a (qid, docno), each query's best first, and what that cost."""
 
-    rows: pd.DataFrame  # qid, query, docno, text, key (higher is better) and order (0 for a query's best)
+    rows: pd.DataFrame  # qid, query, docno, text, row (of the results), key (higher is better), order (0 for the best)
     ordered: bool  # whether the results said an order
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -138,6 +152,7 @@ def clean_results(results: pd.DataFrame, *, text_field: str) -> _Lists:
         {"qid": as_ids(results["qid"]), "query": results["query"].to_numpy(), "docno": as_ids(results["docno"])}
     )
     rows["text"] = results[text_field].to_numpy()
+    rows["row"] = np.arange(len(rows))
     key = order_key(results)
     ordered = key is not None
     rows["key"] = key if key is not None else -np.arange(len(rows), dtype=np.float64)
@@ -148,6 +163,24 @@ def clean_results(results: pd.DataFrame, *, text_field: str) -> _Lists:
     with_text = with_text.assign(order=with_text.groupby("qid", sort=False).cumcount())
     counts = {"queries": n_queries, "duplicates": len(rows) - len(unique), "without_text": len(unique) - len(with_text)}
     return _Lists(with_text.reset_index(drop=True), ordered, counts)
+
+
+def top_documents(results: pd.DataFrame, *, depth: int | None, text_field: str = "text") -> pd.DataFrame:
+    """The documents that `from_teacher` takes of the results, for a teacher to rank.
+
+    Returns:
+        The results' columns, ids as strings and rank (from 0) set anew, a query's rows together and its best first.
+    """
+    rows = clean_results(results, text_field=text_field).rows
+    rows = rows if depth is None else rows[rows["order"] < depth]
+    # By the queries' first places in the results, and not by score across queries.
+    first = pd.Series(pd.factorize(as_ids(results["qid"]))[0])
+    rows = rows.iloc[np.lexsort((rows["order"].to_numpy(), first.to_numpy()[rows["row"].to_numpy()]))]
+    return (
+        results.iloc[rows["row"].to_numpy()]
+        .assign(qid=rows["qid"].to_numpy(), docno=rows["docno"].to_numpy(), rank=rows["order"].to_numpy())
+        .reset_index(drop=True)
+    )
 
 
 def from_qrels(
@@ -207,6 +240,7 @@ def from_teacher(
     *,
     depth: int | None,
     keep_scores: bool = False,
+    unranked: str = "drop",
     text_field: str = "text",
 ) -> tuple[Groups, DataReport]:
     """Groups of the first stage's top `depth` documents with the teacher's ranking as labels, for distillation.
@@ -217,6 +251,8 @@ def from_teacher(
         depth: Documents a query, from the top of the results. None: all.
         keep_scores: Whether the teacher's scores are the labels; else its ranks are, a label being the number of
             the list's documents that the teacher places below (equal for equal scores).
+        unranked: What becomes of documents that the teacher didn't rank, in a list that it knows: "drop" leaves them
+            out, "last" places them below all others, tied among themselves.
         text_field: The results' column of text.
 
     Raises:
@@ -237,24 +273,32 @@ def from_teacher(
         scores = pd.Series(key, index=pd.MultiIndex.from_arrays([as_ids(teacher["qid"]), as_ids(teacher["docno"])]))
         scores = scores.groupby(level=[0, 1]).max()  # of a document ranked twice the better place
         rows = rows.assign(key=scores.reindex(pd.MultiIndex.from_frame(rows[["qid", "docno"]])).to_numpy())
-    ranked = rows[rows["key"].notna()]
-    known = ranked["qid"].nunique()
+    missing = rows["key"].isna()
+    known = rows.loc[~missing, "qid"].nunique()
     if not known and len(rows):
         raise ValueError(
             "expected the teacher's ranking to share queries and documents with the results, found none in common "
             f"(qids such as {rows['qid'].iloc[0]!r} here, {teacher['qid'].iloc[0] if len(teacher) else 'none'!r} there)"
         )
+    if unranked == "last":
+        if keep_scores:
+            raise ValueError("expected unranked='drop' with the teacher's scores as labels, found 'last'")
+        known_query = (~missing).groupby(rows["qid"]).transform("any")
+        rows = rows.assign(key=rows["key"].mask(missing & known_query, -np.inf))
+    ranked = rows[rows["key"].notna()]
     by_query = ranked.groupby("qid", sort=False)["key"]
     labels = ranked["key"] if keep_scores else by_query.rank(method="min") - 1
     ranked = ranked.assign(label=labels)
     # A list of one document, or whose documents are all tied, has nothing to say.
     ranked = ranked[by_query.transform("nunique") > 1]
     groups = _groups(ranked, n_negatives=None, n_positives=None)
+    n_missing = int(missing[rows["qid"].isin(ranked["qid"].unique())].sum())
     return groups, DataReport(
         groups=len(groups),
         documents=_count(groups),
         without_teacher=lists.counts["queries"] - known,
-        unranked_by_teacher=int(rows.loc[rows["qid"].isin(ranked["qid"].unique()), "key"].isna().sum()),
+        unranked_by_teacher=n_missing if unranked == "drop" else 0,
+        ranked_last=n_missing if unranked == "last" else 0,
         tied_labels=_tied_share(groups),
         agreement=_agreement(ranked) if ranking is not None and lists.ordered else None,
         **lists.counts,

@@ -26,7 +26,6 @@ from pyterrier_msft.groups import (
     DataReport,
     Groups,
     as_ids,
-    frame_digest,
     grades_of,
     require_columns,
 )
@@ -234,12 +233,15 @@ class MonoCE(pt.Estimator):
             )
         results = self._with_text(results)
         groups, report = stage.groups(
-            results, qrels, text_field=self.text_field, load_text=self._load_text if self.text is not None else None
+            results,
+            qrels,
+            text_field=self.text_field,
+            load_text=self._load_text if self.text is not None else None,
+            verbose=self.verbose,
         )
         if report.dropped():
             warnings.warn(f"{type(stage).__name__} leaves out: {report.dropped()}", stacklevel=4)
-        data = frame_digest(results) + ("" if qrels is None else frame_digest(qrels))
-        return groups, report, hashlib.sha256(data.encode()).hexdigest()
+        return groups, report, groups.digest()
 
     def _validation_frame(
         self, results: pd.DataFrame | None, qrels: pd.DataFrame | None, training: pd.DataFrame
@@ -285,7 +287,7 @@ class MonoCE(pt.Estimator):
         self._stages.append(
             {
                 "fitter": repr(stage),
-                "digest": stage.digest(),
+                "digest": stage.settings_digest(),
                 "data": data,
                 "queries": len(groups),
                 "documents": report.documents,
@@ -310,7 +312,7 @@ class MonoCE(pt.Estimator):
                 dtype=resolve_dtype(self._dtype, network.device),
                 validation=check,
                 checkpoint_dir=checkpoint_dir,
-                identity={"fitter": stage.digest(), "data": data, "start weights": start},
+                identity={"fitter": stage.settings_digest(), "data": data, "start weights": start},
                 history=history,
                 verbose=self.verbose,
             )

@@ -98,18 +98,20 @@ def fit_sequences(
             )
             for seed in seeds
         }
-    digests = {name: stage.digest() for name, stage in stages.items()}
-    context = _context(reranker, validation)
+    # Only a key needs them: without one, a teacher may be a transformer, whose content can't be told.
+    digests = {} if save_dir is None else {name: stages[name].digest() for path in paths.values() for name in path}
+    context = None if save_dir is None else _context(reranker, validation)
     trained: dict[tuple[str, ...], MonoCE] = {(): reranker}
     for path in paths.values():
         for end in range(1, len(path) + 1):
             prefix = path[:end]
             if prefix not in trained:
                 before, stage = trained[prefix[:-1]], stages[prefix[-1]]
-                key = hashlib.sha256(
-                    json.dumps([before.fingerprint, digests[prefix[-1]], context]).encode()
-                ).hexdigest()
-                folder = None if save_dir is None else Path(save_dir) / f"{'-'.join(prefix)}-{key[:16]}"
+                folder = None
+                if save_dir is not None:
+                    content = json.dumps([before.fingerprint, digests[prefix[-1]], context])
+                    key = hashlib.sha256(content.encode()).hexdigest()
+                    folder = Path(save_dir) / f"{'-'.join(prefix)}-{key[:16]}"
                 trained[prefix] = _fit(before, stage, validation, folder, "-".join(prefix))
     # Objects of their own, even for two names of one sequence: PyTerrier tells transformers apart by identity.
     used: set[int] = set()

@@ -58,6 +58,11 @@ def test_a_transformer_after_a_fitter_is_refused():
         (lambda: Distillation(loss=losses.localized_contrastive), "needs binary labels"),
         (lambda: Distillation(teacher="nowhere.trec"), "found no file 'nowhere.trec'"),
         (lambda: Distillation(teacher=3), "found 3"),
+        (lambda: Distillation(unranked="first"), "expected unranked='drop' or 'last', found 'first'"),
+        (
+            lambda: Distillation(unranked="last", loss=losses.margin_mse),
+            "expected unranked='drop' with losses.margin_mse",
+        ),
         (lambda: MonoCE("x/y", fitter=MonoCE("x/y")), "expected a fitter such as"),
     ],
 )
@@ -136,6 +141,17 @@ def test_teacher_from_a_run_file(train_part, tmp_path):
     groups, report = Distillation(teacher=path).groups(train_part.results, None)
     assert report.groups == 64
     assert set(groups.labels[0]) == {0, 7}
+
+
+def test_what_the_teacher_left_out(train_part):
+    teacher = train_part.results[train_part.results["rank"] < 3]
+    dropped, report = Distillation(teacher=teacher).groups(train_part.results, None)
+    assert (report.unranked_by_teacher, report.ranked_last, report.documents) == (64 * 5, 0, 64 * 3)
+    assert dropped.labels[0].tolist() == [2, 1, 0]
+    last, report = Distillation(teacher=teacher, unranked="last").groups(train_part.results, None)
+    assert (report.unranked_by_teacher, report.ranked_last, report.documents) == (0, 64 * 5, 64 * 8)
+    assert last.labels[0].tolist() == [7, 6, 5, 0, 0, 0, 0, 0]
+    assert Distillation(unranked="last").digest() != Distillation().digest()
 
 
 def test_a_teacher_upside_down_is_warned_of(train_part):

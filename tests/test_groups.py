@@ -13,6 +13,7 @@ from pyterrier_msft.groups import (
     from_teacher,
     missing_positives,
     order_key,
+    top_documents,
 )
 
 
@@ -222,6 +223,28 @@ def test_unranked_documents_are_left_out_and_counted():
     assert report.unranked_by_teacher == 1
 
 
+def test_unranked_documents_last():
+    groups, report = from_teacher(results(RESULTS), results("q1 a 1\nq2 x 1"), depth=None, unranked="last")
+    assert lists(groups) == {"q1": [("a", 2), ("b", 0), ("c", 0)]}
+    assert (report.unranked_by_teacher, report.ranked_last, report.without_teacher) == (0, 2, 1)
+    assert report.tied_labels == pytest.approx(1 / 3)
+    assert "2 documents that the teacher did not rank: placed below all others" in repr(report)
+    assert report.dropped() == "1 queries without the teacher's ranking"
+    with pytest.raises(ValueError, match="expected unranked='drop' with the teacher's scores as labels"):
+        from_teacher(results(RESULTS), results("q1 a 1"), depth=None, unranked="last", keep_scores=True)
+
+
+def test_top_documents_are_those_to_learn_from():
+    frame = results(RESULTS + "q0 z 99").assign(extra=range(6)).drop(columns="text").sample(frac=1, random_state=4)
+    frame["body"] = "text of " + frame["docno"]
+    frame.loc[frame["docno"] == "a", "body"] = ""
+    top = top_documents(frame, depth=1, text_field="body")
+    assert sorted(zip(top["qid"], top["docno"], top["extra"], top["rank"], strict=True)) == [
+        ("q0", "z", 5, 0), ("q1", "b", 1, 0), ("q2", "d", 4, 0),
+    ]  # fmt: skip
+    assert top["qid"].tolist() == frame["qid"].unique().tolist()
+
+
 def test_a_teacher_must_say_an_order_and_share_queries():
     with pytest.raises(ValueError, match="expected a score or a rank"):
         from_teacher(results(RESULTS).drop(columns="score"), None, depth=None)
@@ -275,6 +298,19 @@ def test_any_results_give_groups_that_can_be_drawn(rows):
     for documents, labels in zip(taught.documents, taught.labels, strict=True):
         assert len(documents) == len(labels) > 1
         assert (np.diff(labels) <= 0).all()  # the best-ranked first
+
+
+def test_digest_of_groups():
+    def digest(frame, **options):
+        return contrastive(frame, qrels(QRELS), **options)[0].digest()
+
+    frame = results(RESULTS)
+    assert digest(frame) == digest(frame.sample(frac=1, random_state=3))
+    others = [
+        frame.assign(text="x" + frame["text"]), frame.assign(query="x"), frame.head(4),
+        frame.assign(score=-frame["score"]),
+    ]  # fmt: skip
+    assert len({digest(frame), digest(frame, n_negatives=3), *map(digest, others)}) == 6
 
 
 def test_order_key():

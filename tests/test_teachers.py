@@ -1,0 +1,558 @@
+import gzip
+import json
+import pickle
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import pytest
+from ir_measures import RR
+from pandas.testing import assert_frame_equal
+
+from pyterrier_msft import Contrastive, Distillation, losses, teachers
+
+COLUMNS = ["qid", "query", "docno", "text", "rank", "score"]
+A, B, C = "text of a", "text of b", "text of c"
+OBJECTS = [{"docid": "a", "text": A}, {"docid": "b", "text": B}, {"docid": "c", "text": C}]
+
+
+def write(path: Path, *records) -> Path:
+    """Records (or lines as they are) as a file of JSON lines."""
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def line(**fields) -> dict:
+    return {"qid": "q1", "query": "a query", **fields}
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "rankings.jsonl"
+
+
+def docnos(frame: pd.DataFrame) -> list[str]:
+    return frame["docno"].tolist()
+
+
+# ---- permutations
+
+
+def test_positions(file):
+    out = teachers.read_permutations(write(file, line(candidates=OBJECTS, permutation=[2, 3, 1])))
+    expected = [("q1", "a query", d, f"text of {d}", rank, -float(rank)) for rank, d in enumerate("bca")]
+    assert_frame_equal(out, pd.DataFrame(expected, columns=COLUMNS))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        line(candidates=OBJECTS, permutation=["b", "c", "a"]),
+        line(candidates=OBJECTS, permutation=["2", "3", "1"]),
+        line(candidates=OBJECTS, ranking="[2] > [3] > [1]"),
+        line(candidates=OBJECTS, response="The 3 passages: [2] > [03] > [1]"),
+        line(candidates=OBJECTS, response="2, 3, 1"),
+        {"query_id": "q1", "question": "a query", "ctxs": OBJECTS, "permutation": [2, 3, 1]},
+        line(
+            docs=[{"_id": "a", "content": A}, {"id": "b", "contents": B}, {"pid": "c", "passage": C}],
+            ranking=[2, 3, 1],
+        ),
+        # RankGPT's output
+        {"query": "a query",
+         "hits": [{"content": f"text of {d}", "qid": "q1", "docid": d, "rank": 1, "score": 2.5} for d in "bca"]},
+        # RankLLM's
+        {"query": {"text": "a query", "qid": "q1"},
+         "candidates": [{"docid": d, "score": 9, "doc": {"contents": f"text of {d}"}} for d in "bca"]},
+        # Reason-to-Rank's: the ids are in the teacher's order, the labels in the documents'
+        line(unsorted_docs=[A, B, C], re_rank_id=[2, 3, 1], sorted_docids=["b", "c", "a"], scores=["0", "0", "1"]),
+    ],
+)  # fmt: skip
+def test_the_forms_in_the_wild(file, record):
+    out = teachers.read_permutations(write(file, record))
+    expected = [("q1", "a query", d, f"text of {d}", rank, -float(rank)) for rank, d in enumerate("bca")]
+    assert_frame_equal(out, pd.DataFrame(expected, columns=COLUMNS))
+
+
+def test_docnos_that_could_be_positions(file):
+    numbered = [{"docid": 7, "text": A}, {"docid": 2, "text": B}, {"docid": 9, "text": C}]
+    assert docnos(teachers.read_permutations(write(file, line(docs=numbered, ranking=[2, 9, 7])))) == ["2", "9", "7"]
+    assert docnos(teachers.read_permutations(write(file, line(docs=numbered, ranking=[2, 3, 1])))) == ["2", "9", "7"]
+    numbered = [{"docid": 3, "text": A}, {"docid": 1, "text": B}, {"docid": 2, "text": C}]
+    assert docnos(teachers.read_permutations(write(file, line(docs=numbered, ranking=[1, 2, 3])))) == ["3", "1", "2"]
+    assert docnos(teachers.read_permutations(write(file, line(docs=numbered, ranking=list("123"))))) == ["1", "2", "3"]
+
+
+def test_docnos_alone(file):
+    out = teachers.read_permutations(write(file, {"qid": 1, "permutation": ["b", "a"]}))
+    expected = pd.DataFrame([("1", None, "b", None, 0, 0.0), ("1", None, "a", None, 1, -1.0)], columns=COLUMNS)
+    assert_frame_equal(out, expected, check_dtype=False)
+
+
+def test_titles_stand_before_texts(file):
+    out = teachers.read_permutations(
+        write(file, line(hits=[{"title": " T ", "text": "x "}, {"title": "", "text": "y"}]))
+    )
+    assert out["text"].tolist() == ["T x", "y"]
+
+
+def test_ids_are_made_of_texts(file):
+    out = teachers.read_permutations(
+        write(file, {"query": "one", "docs": [A, B], "ranking": [2, 1]}, {"query": "two", "docs": [A], "ranking": [1]})
+    )
+    assert out["qid"].nunique() == 2
+    assert out.groupby("text")["docno"].nunique().tolist() == [1, 1]
+    assert docnos(out) == [teachers.text_id(text) for text in (B, A, A)]
+
+
+def test_gz_blank_lines_and_unicode(tmp_path):
+    text = "\n" + json.dumps(line(docs=["naïve\u2028text", B], ranking=[1, 2]), ensure_ascii=False) + "\n\n"
+    path = tmp_path / "rankings.jsonl.gz"
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + text.encode()))
+    assert teachers.read_permutations(path)["text"].tolist() == ["naïve\u2028text", B]
+    array = tmp_path / "rankings.json"
+    array.write_text(json.dumps([line(docs=[A, B], ranking=[2, 1])]))
+    assert teachers.read_permutations(array)["text"].tolist() == [B, A]
+
+
+def test_what_an_llm_gets_wrong_is_counted_once(file):
+    write(
+        file,
+        line(candidates=OBJECTS, permutation="[3] > [3] > [7] > [1]"),
+        {"qid": "q2", "query": "sorry", "candidates": OBJECTS, "permutation": "I can't rank these."},
+        {"qid": "q3", "query": "all", "candidates": OBJECTS, "permutation": [1, 2, 3]},
+        {"qid": "q3", "query": "all", "candidates": OBJECTS, "permutation": [3, 2, 1]},
+    )
+    with pytest.warns(UserWarning, match="of 4 rankings") as caught:
+        out = teachers.read_permutations(file)
+    assert [str(w.message).removeprefix(f"{file}: ") for w in caught] == [
+        "of 4 rankings, 1 queries without a ranking, 1 documents named twice, 1 positions or docnos that are not "
+        "there, 1 documents unranked, 1 queries given again"
+    ]
+    assert docnos(out) == ["c", "a", "a", "b", "c"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_unranked_documents_at_the_end(file):
+    write(file, line(candidates=[*OBJECTS, {"docid": "d", "text": "x"}], permutation=[3, 1]))
+    assert docnos(teachers.read_permutations(file)) == ["c", "a"]
+    out = teachers.read_permutations(file, unranked="last")
+    assert docnos(out) == ["c", "a", "b", "d"]
+    assert out["score"].tolist() == [0, -1, -2, -2]
+    groups, _ = Distillation().groups(out, None)
+    assert groups.labels[0].tolist() == [3, 2, 0, 0]
+    with pytest.raises(ValueError, match="expected unranked='drop' or 'last', found 'first'"):
+        teachers.read_permutations(file, unranked="first")
+
+
+def test_a_candidate_given_twice(file):
+    write(file, line(candidates=[*OBJECTS, OBJECTS[0]], permutation=[2, 4, 1, 3]))
+    with pytest.warns(UserWarning, match="1 candidates given twice"):
+        out = teachers.read_permutations(file)
+    assert docnos(out) == ["b", "a", "c"]
+    assert out["rank"].tolist() == [0, 1, 2]
+
+
+def test_answers_in_a_file_of_their_own(file, tmp_path):
+    answers = tmp_path / "gpt.json"
+    passages = [{"docid": d["docid"], "text": d["text"]} for d in OBJECTS]
+    write(
+        file, *({"query": q, "positive_passages": [], "retrieved_passages": passages} for q in ("one", "two", "three"))
+    )
+    answers.write_text(json.dumps(["[2] > [1] > [3]", None, "[3] > [2] > [1]"]))
+    with pytest.warns(UserWarning, match="1 queries without a ranking"):
+        out = teachers.read_permutations(file, responses=answers)
+    assert docnos(out) == ["b", "a", "c", "c", "b", "a"]
+    answers.write_text('["[1]"]')
+    with pytest.raises(ValueError, match="found 1 for 3"):
+        teachers.read_permutations(file, responses=answers)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{'qid'", "line 2: expected JSON, found .* at column 2"),
+        ("[1, 2]", r"line 2: expected an object, found \[1, 2\]"),
+        ({"docs": [A], "ranking": [1]}, r"line 2: expected a query \(one of query, .*\), found fields \['docs', 'ran"),
+        (line(query=3, docs=[A], ranking=[1]), "line 2: expected a query's text, found 3"),
+        (line(qid=1.5, docs=[A], ranking=[1]), "line 2: expected an id as a text or a whole number, found 1.5"),
+        (line(ranking=[1]), r"line 2: expected candidates \(one of candidates, hits, .*\), found fields"),
+        (line(docs="a b", ranking=[1]), "line 2: expected a list of candidates, found 'a b'"),
+        (line(docs=[A, B]), r"line 2: expected a permutation \(one of permutation, .*\), found fields"),
+        (line(candidates=OBJECTS, best_first=[3, 2, 1]), r"line 2: expected a permutation .* 'best_first'\]"),
+        (line(docs=[A, 7], ranking=[1]), "line 2: expected a passage as a text or an object, found 7"),
+        (line(docs=[{"title": "x"}], ranking=[1]), r"line 2: expected a passage with one of text, .*\['title'\]"),
+        (line(docs=[{"text": ["x"]}], ranking=[1]), r"line 2: expected a passage's text, found \['x'\]"),
+        (line(docs=[A, B], ranking=[1.0, 2.0]), "line 2: expected a permutation as positions, docnos or text, found"),
+        (line(docs=[A, B], ranking=[True]), "line 2: expected a permutation as positions, docnos or text, found"),
+        (line(docs=[A, B], ranking=[1, 0]), "line 2: expected positions counted from 1, found 0 to 1"),
+        (line(docs=[A, B], ranking=[1, 2], sorted_docids=["a"]), "line 2: expected 2 sorted_docids"),
+        (line(qid="q0", docs=[A], ranking=[1]), "line 2: expected one query a qid, found 'a query' and 'fine'"),
+    ],
+)  # fmt: skip
+def test_a_line_of_another_form(file, record, message):
+    write(file, {"qid": "q0", "query": "fine", "docs": [A, B], "ranking": [2, 1]}, record)
+    with pytest.raises(ValueError, match=message) as error:
+        teachers.read_permutations(file)
+    assert str(file) in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path, file):
+    with pytest.raises(ValueError, match="found no file"):
+        teachers.read_permutations(tmp_path / "nothing.jsonl")
+    file.write_bytes(b'{"query": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=r"line 1: expected JSON in UTF-8, found 'utf-8' codec"):
+        teachers.read_permutations(file)
+    broken = tmp_path / "broken.jsonl.gz"
+    broken.write_bytes(gzip.compress(b'{"query": "x"}\n' * 9)[:-12])
+    with pytest.raises(ValueError, match="expected JSON in UTF-8, found Compressed file ended"):
+        teachers.read_permutations(broken)
+    with pytest.raises(ValueError, match=r"expected rankings in .*, found none on 0 lines"):
+        teachers.read_permutations(write(file))
+    (tmp_path / "object.json").write_text('{"query": "x"}')
+    with pytest.raises(ValueError, match="in place of an array"):
+        teachers.read_permutations(tmp_path / "object.json")
+
+
+# ---- labelled passages
+
+
+def test_tevatrons_form(tmp_path):
+    path = tmp_path / "train.jsonl.gz"
+    record = {
+        "query_id": 7, "query": "a query",
+        "positive_passages": [{"docid": "b", "title": "Title", "text": "text"}],
+        "negative_passages": [{"docid": 3, "text": C}, {"docid": "a", "title": "", "text": A}, {"docid": 3, "text": C}],
+    }  # fmt: skip
+    path.write_bytes(gzip.compress(json.dumps(record).encode()))
+    results, qrels = teachers.read_labelled_passages(path)
+    expected = [("7", "a query", "b", "Title text"), ("7", "a query", "3", C), ("7", "a query", "a", A)]
+    assert_frame_equal(results, pd.DataFrame(expected, columns=COLUMNS[:4]))
+    assert_frame_equal(qrels, pd.DataFrame([("7", "b", 1)], columns=["qid", "docno", "label"]))
+    groups, report = Contrastive().groups(results, qrels)
+    assert (report.groups, report.documents) == (1, 3)
+    assert groups.labels[0].tolist() == [1, 0, 0]
+
+
+def test_texts_alone_and_queries_over_lines(file):
+    write(file, {"query": "x", "pos": [A], "neg": [B]}, {"query": "x", "pos": [B], "neg": [C]})
+    with pytest.warns(UserWarning, match="1 passages are both positive and negative"):
+        results, qrels = teachers.read_labelled_passages(file)
+    assert results["text"].tolist() == [A, B, C]
+    assert qrels["docno"].tolist() == [teachers.text_id(A), teachers.text_id(B)]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"query": "x", "positive_passages": [A]}, "line 1: expected a list of passages in one of negative_passages, "),
+        (
+            {"query": "x", "pos": [[101, 102]], "neg": []},
+            r"expected a passage as a text or an object, found \[101, 102\]",
+        ),
+        ({"query": [101], "pos": [A], "neg": []}, "expected a query's text"),
+        ({"query": "x", "pos": [], "neg": []}, "expected queries with passages in .*, found none"),
+    ],
+)
+def test_labelled_passages_of_another_form(file, record, message):
+    with pytest.raises(ValueError, match=message):
+        teachers.read_labelled_passages(write(file, record))
+
+
+# ---- fusion
+
+
+def ranked(text: str) -> pd.DataFrame:
+    rows = [row.split() for row in text.split(",")]
+    return pd.DataFrame(rows, columns=["qid", "docno", "score"]).astype({"score": float})
+
+
+def test_reciprocal_ranks_by_hand():
+    out = teachers.fuse({"a": ranked("1 x 9, 1 y 8, 1 z 8, 2 x 1"), "b": ranked("1 z 2, 1 y 1")})
+    expected = pd.DataFrame(
+        [("1", "x", 1 / 61), ("1", "y", 1 / 62 + 1 / 62), ("1", "z", 1 / 61 + 1 / 62), ("2", "x", 1 / 61)],
+        columns=["qid", "docno", "score"],
+    )
+    assert_frame_equal(out.sort_values(["qid", "docno"], ignore_index=True), expected, check_dtype=False)
+    assert teachers.fuse({"a": ranked("1 x 1")}, k=1)["score"].tolist() == [0.5]
+
+
+def test_the_same_ranks_from_other_teachers_tie():
+    orders = ("xyz", "yzx", "zxy")
+    runs = {str(i): ranked(",".join(f"1 {d} {-r}" for r, d in enumerate(order))) for i, order in enumerate(orders)}
+    assert teachers.fuse(runs)["score"].nunique() == 1
+
+
+def test_fusion_needs_an_order_and_common_queries(train_part):
+    with pytest.raises(ValueError, match="expected a score or a rank in the ranking of teacher 'b'"):
+        teachers.fuse({"a": ranked("1 x 1"), "b": ranked("1 x 1").drop(columns="score")})
+    with pytest.raises(ValueError, match="expected the teacher 'b' to share queries and documents"):
+        teachers.ranking({"a": train_part.results, "b": ranked("1 x 1")}, train_part.results)
+
+
+def test_a_mapping_of_teachers(train_part, tmp_path):
+    good = train_part.results.assign(score=train_part.results["quality"].astype(float))
+    path = tmp_path / "b.trec.gz"
+    pt.io.write_results(good, str(path))
+    fitter = Distillation(teacher={"a": good, "b": path, "c": pt.apply.doc_score(lambda row: row["quality"])})
+    groups, report = fitter.groups(train_part.results, None)
+    assert report.groups == 64
+    assert all(set(labels) == {0, 7} for labels in groups.labels)
+    first, _ = Distillation(teacher={"first": None}).groups(train_part.results, None)
+    assert first.labels[0].tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
+    with pytest.raises(ValueError, match="found 1 to fuse, which gives ranks"):
+        Distillation(teacher={"a": good}, loss=losses.margin_mse)
+
+
+# ---- files as teachers
+
+
+def test_permutations_by_path(train_part, tmp_path):
+    best_first = train_part.results.sort_values("quality", ascending=False, kind="stable")
+    path = tmp_path / "teacher.jsonl.gz"
+    lines = [json.dumps({"qid": qid, "ranking": rows["docno"].tolist()}) for qid, rows in best_first.groupby("qid")]
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    groups, report = Distillation(teacher=str(path)).groups(train_part.results, None)
+    assert report.groups == 64
+    relevant = train_part.qrels["docno"].tolist()
+    texts = train_part.results.set_index("docno")["text"]
+    best = {groups.qids[i]: groups.texts[groups.documents[i][groups.labels[i].argmax()]] for i in range(64)}
+    assert list(map(best.get, train_part.qrels["qid"])) == texts[relevant].tolist()
+
+
+def test_a_file_that_is_no_run(train_part, tmp_path):
+    path = tmp_path / "teacher.txt"
+    for content in ("not a run at all of course\n", "tr0 0 tr0d0 1\n"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"expected a TREC run \(qid Q0 docno rank score name\) as teacher"):
+            Distillation(teacher=path).groups(train_part.results, None)
+
+
+@pytest.mark.parametrize("teacher", [[], {}, {"a": 3}, Contrastive(), pt.Transformer])
+def test_what_cannot_be_a_teacher(teacher):
+    with pytest.raises(ValueError, match="expected a teacher that is"):
+        Distillation(teacher=teacher)
+
+
+# ---- transformers
+
+
+class Judge(pt.Transformer):
+    """Scores by `quality`; counts its calls, and fails once at the call that it is told."""
+
+    def __init__(self, fails_at: int | None = None, top: int | None = None):
+        self.calls: list[list[str]] = []
+        self.seen = pd.DataFrame()
+        self.fails_at, self.top = fails_at, top
+
+    def transform(self, inp):
+        self.calls.append(inp["qid"].unique().tolist())
+        self.seen = inp
+        if len(self.calls) == self.fails_at:
+            raise KeyboardInterrupt
+        out = pt.model.add_ranks(inp.assign(score=inp["quality"] - 0.01 * inp["rank"]))
+        return out if self.top is None else out[out["rank"] < self.top]
+
+
+def test_a_transformer_ranks_the_top_of_the_candidates(train_part):
+    judge = Judge()
+    results = train_part.results.assign(qid=train_part.results["qid"].str[2:].astype(int)).sample(
+        frac=1, random_state=1
+    )
+    groups, report = Distillation(teacher=judge, depth=4).groups(results.drop(columns="rank"), None)
+    assert report.documents == 4 * report.groups == 256
+    assert sum(map(len, judge.calls)) == 64
+    assert max(map(len, judge.calls)) > 1
+    assert (
+        judge.seen.groupby("qid")["score"].apply(list).tolist() == [[8.0, 7.0, 6.0, 5.0]] * judge.seen["qid"].nunique()
+    )
+    assert judge.seen["rank"].tolist() == [0, 1, 2, 3] * judge.seen["qid"].nunique()
+    by_frame, _ = Distillation(teacher=judge(results), depth=4).groups(results, None)
+    assert by_frame.digest() == groups.digest()
+
+
+def test_a_transformer_on_results_after_a_union(train_part):
+    results = train_part.results.drop(columns=["score", "rank"])
+    results.index = [0] * len(results)
+    expected, _ = Distillation(teacher=Judge()).groups(results.reset_index(drop=True), None)
+    assert Distillation(teacher=Judge()).groups(results, None)[0].digest() == expected.digest()
+
+
+def test_progress_is_shown_when_asked_for(train_part, capsys):
+    Distillation(teacher=Judge()).groups(train_part.results, None)
+    assert capsys.readouterr().err == ""
+    Distillation(teacher=Judge()).groups(train_part.results, None, verbose=True)
+    assert "64/64" in capsys.readouterr().err
+
+
+def test_a_transformer_without_an_order(train_part):
+    no_order = pt.apply.generic(lambda frame: frame[["qid", "docno"]])
+    with pytest.raises(ValueError, match="expected a score or a rank"):
+        Distillation(teacher=no_order).groups(train_part.results, None)
+    with pytest.raises(ValueError, match="none in common"):
+        Distillation(teacher=pt.apply.generic(lambda frame: frame.head(0))).groups(train_part.results, None)
+
+
+def test_digests_of_transformers_are_refused_and_settings_are_not(train_part):
+    fitter = Distillation(teacher=Judge(), seed=1)
+    with pytest.raises(ValueError, match=r"found the transformer .*Judge.*teacher=transformer\(results\)"):
+        fitter.digest()
+    with pytest.raises(ValueError, match="found the transformer"):
+        Distillation(teacher={"a": Judge(), "b": train_part.results}).digest()
+    assert fitter.settings_digest() == Distillation(seed=1).settings_digest() != Distillation().settings_digest()
+    assert Contrastive().settings_digest() == Contrastive().digest()
+
+
+def test_digests_of_mappings(train_part, tmp_path):
+    run = tmp_path / "a.trec"
+    pt.io.write_results(train_part.results, str(run))
+    one = Distillation(teacher={"a": run, "b": train_part.results})
+    assert one.digest() == Distillation(teacher={"b": train_part.results.copy(), "a": str(run)}).digest()
+    assert one.digest() != Distillation(teacher={"a": run, "b": train_part.results.head(9)}).digest()
+
+
+def test_reprs(tmp_path):
+    llm = pt.apply.doc_score(lambda row: 0.0)
+    assert repr(Distillation(teacher=llm % 5)) == "Distillation(teacher=(pt.apply.doc_score() >> RankCutoff(5)))"
+    assert "0x" not in repr(Distillation(teacher=Judge()))
+    run = tmp_path / "b.trec"
+    run.touch()
+    mixed = Distillation(teacher={"a": ranked("1 x 1"), "b": run, "c": llm}, unranked="last")
+    assert repr(mixed) == (
+        f"Distillation(teacher={{'a': <1 rows>, 'b': '{run}', 'c': pt.apply.doc_score()}}, unranked='last')"
+    )
+    assert repr(teachers.cached(llm, "folder")) == "teachers.cached(pt.apply.doc_score(), 'folder')"
+
+
+# ---- kept on disk
+
+
+def test_an_interrupted_teacher_goes_on(train_part, tmp_path):
+    results = train_part.results[train_part.results["qid"].isin(["tr0", "tr1", "tr2", "tr3", "tr4"])]
+    judge = Judge(fails_at=3)
+    fitter = Distillation(teacher=teachers.cached(judge, tmp_path / "judge"))
+    with pytest.raises(KeyboardInterrupt):
+        fitter.groups(results, None)
+    assert judge.calls == [["tr0"], ["tr1"], ["tr2"]]
+    expected, _ = Distillation(teacher=Judge()).groups(results, None)
+    assert len(expected) == 5
+    assert fitter.groups(results, None)[0].digest() == expected.digest()
+    assert judge.calls[3:] == [["tr2"], ["tr3"], ["tr4"]]
+    another = Judge(fails_at=1)  # of a later session
+    again = Distillation(teacher=teachers.cached(another, str(tmp_path / "judge")))
+    assert again.groups(results, None)[0].digest() == expected.digest()
+    assert another.calls == []
+    by_path = teachers.read_permutations(tmp_path / "judge" / "rankings.jsonl")
+    assert Distillation(teacher=by_path).groups(results, None)[0].qids == expected.qids
+
+
+def test_cached_gives_what_the_teacher_gives(train_part, tmp_path):
+    frame = train_part.results.assign(extra=[np.arange(2)] * len(train_part.results)).sample(frac=1, random_state=0)
+    before = frame.copy()
+    judge = Judge(top=3)
+    keeper = teachers.cached(judge, tmp_path, batch_size=10)
+    first = keeper(frame)
+    assert_frame_equal(frame, before)
+    assert_frame_equal(first, Judge(top=3)(frame)[first.columns])
+    assert max(map(len, judge.calls)) == 10
+    assert_frame_equal(pickle.loads(pickle.dumps(keeper))(frame), first)
+    frame.index = [0] * len(frame)
+    assert keeper(frame)["score"].tolist() == first["score"].tolist()
+    assert len(judge.calls) == 7
+    assert [*keeper(frame.head(0)).columns] == [*first.columns]
+
+
+def test_other_documents_texts_orders_and_weights_are_asked_anew(train_part, tmp_path):
+    judge = Judge()
+    keeper = teachers.cached(judge, tmp_path)
+    frame = train_part.results[train_part.results["qid"] == "tr0"]
+    changed = [
+        frame,
+        frame.head(7),
+        frame.assign(text=["another text", *frame["text"][1:]]),
+        frame.assign(query="another query"),
+        frame.assign(score=-frame["score"], rank=range(7, -1, -1)),
+        frame.assign(qid="tr1"),
+    ]
+    for calls, results in enumerate(changed, 1):
+        keeper(results)
+        assert len(judge.calls) == calls
+    for results in (*changed, frame[::-1], frame.assign(score=frame["score"] / 3), frame.drop(columns="rank")):
+        keeper(results)
+    assert len(judge.calls) == len(changed)
+    judge.fingerprint = "other weights"
+    keeper(frame)
+    assert len(judge.calls) == len(changed) + 1
+
+
+def test_a_line_torn_off_is_asked_anew(train_part, tmp_path, caplog):
+    frame = train_part.results.head(24)
+    expected = teachers.cached(Judge(), tmp_path)(frame)
+    path = tmp_path / "rankings.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])
+    judge = Judge()
+    assert_frame_equal(teachers.cached(judge, tmp_path)(frame), expected)
+    assert judge.calls == [["tr2"]]
+    assert_frame_equal(teachers.cached(judge, tmp_path)(frame), expected)
+    assert len(judge.calls) == 1
+    assert "a damaged line is left out" in caplog.text
+
+
+def test_a_failure_is_not_kept(train_part, tmp_path):
+    frame = train_part.results.head(16)
+    silent = pt.apply.generic(lambda results: results[results["qid"] != "tr0"])
+    assert teachers.cached(silent, tmp_path)(frame)["qid"].unique().tolist() == ["tr1"]
+    judge = Judge()
+    assert len(teachers.cached(judge, tmp_path)(frame)) == 16
+    assert judge.calls == [["tr0"]]
+    with pytest.raises(ValueError, match="expected a number as every score, found 8 NaN"):
+        teachers.cached(pt.apply.generic(lambda res: res.assign(score=float("nan"))), tmp_path / "nan")(frame)
+    assert not (tmp_path / "nan" / "rankings.jsonl").exists()
+
+
+def test_cached_mistakes(train_part, tmp_path):
+    with pytest.raises(ValueError, match="expected a transformer to keep the rankings of, found 3"):
+        teachers.cached(3, tmp_path)
+    with pytest.raises(ValueError, match="expected batch_size as a whole number above 0, found 0"):
+        teachers.cached(Judge(), tmp_path, batch_size=0)
+    stranger = pt.apply.generic(lambda results: results.assign(docno="x" + results["docno"]))
+    with pytest.raises(ValueError, match="found 8 others for query 'tr0', such as 'xtr0d0'"):
+        teachers.cached(stranger, tmp_path)(train_part.results)
+    with pytest.raises(pt.validate.InputValidationError, match="query"):
+        teachers.cached(Judge(), tmp_path)(train_part.results.drop(columns="query"))
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_fit_by_a_transformer(ce, train_part, test_part, tmp_path, kept):
+    judge = Judge()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = pt.Evaluate(ce(test_part.results), test_part.qrels, [RR @ 10])["RR@10"]
+    fitter = Distillation(
+        teacher=teachers.cached(judge, tmp_path) if kept else judge, learning_rate=1e-2, epochs=3, batch_size=8
+    )
+    ce.fit(train_part.results, fitter=fitter)
+    after = pt.Evaluate(ce(test_part.results), test_part.qrels, [RR @ 10])["RR@10"]
+    assert after > max(before, 0.6)
+    assert sum(map(len, judge.calls)) == 64
+
+
+def test_fit_by_files(ce, train_part, tmp_path):
+    part = train_part.results.merge(train_part.qrels, how="left").fillna({"label": 0})
+    taught, labelled = [], []
+    for qid, rows in part.groupby("qid"):
+        texts, labels = rows["text"].tolist(), rows["label"].to_numpy()
+        order = (np.argsort(-labels, kind="stable") + 1).tolist()
+        taught.append({"qid": qid, "query": rows["query"].iloc[0], "unsorted_docs": texts, "re_rank_id": order})
+        sides = [[{"text": t} for t, y in zip(texts, labels, strict=True) if y == side] for side in (1, 0)]
+        labelled.append({"query": rows["query"].iloc[0], "positive_passages": sides[0], "negative_passages": sides[1]})
+    quick = {"learning_rate": 1e-2, "max_steps": 2}
+    ce.fit(teachers.read_permutations(write(tmp_path / "kd.jsonl", *taught)), fitter=Distillation(**quick))
+    assert (ce.data_report.groups, ce.data_report.documents) == (64, 512)
+    ce.fit(*teachers.read_labelled_passages(write(tmp_path / "cl.jsonl", *labelled)), fitter=Contrastive(**quick))
+    assert (ce.data_report.groups, ce.data_report.documents) == (64, 512)
