@@ -67,13 +67,15 @@ def main() -> None:
         scores.add(sequence, candidates >> ce.cached(out / "scores"))
 
     # What came out
-    scores.table(baseline="CL").to_csv(out / "results.csv", index=False)
+    table = scores.table(baseline="CL")
+    table.to_csv(out / "results.csv", index=False)
     scores.perquery().to_csv(out / "perquery.csv", index=False)
     pd.concat(history).to_csv(out / "history.csv", index=False)
     save(plots.learning_curve(pd.concat(history)), out / "learning-curve.png")
     differences = plots.query_differences(scores.perquery(), "CL", "BM25", measure=nDCG @ 10, topics=test[1])
     save(differences, out / "query-differences.png")
-    print(scores.table(baseline="CL").round(4).to_string(index=False))
+    brief = [column for column in table.columns if not column.endswith((" +", " -"))]
+    print(table[brief].round(4).to_string(index=False))
 
 
 def arguments() -> argparse.Namespace:
