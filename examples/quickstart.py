@@ -50,7 +50,7 @@ def main() -> None:
         "batch_size": 8,
         "dropout": 0.0,
         "seed": args.seed,
-        "eval_every": args.queries // 24,
+        "eval_every": args.queries // 32,
     }
     topics = train[1].head(args.queries)
     half = topics.head(args.queries // 2)  # with longer lists, so that both stages learn from as many documents
@@ -61,7 +61,7 @@ def main() -> None:
     backbone = MonoCE(args.backbone or minilm(), max_length=64, max_query_length=24, seed=args.seed, verbose=True)
     history = []
     for sequence in SEQUENCES:  # one at a time, to show each row of the table when it is ready
-        validation = candidates(dev[1].head(40)), dev[2]
+        validation = candidates(dev[1].head(120)), dev[2]
         ce = fit_sequences(backbone, stages, [sequence], validation=validation, save_dir=out / "models")[sequence]
         history.append(ce.history.assign(system=sequence))
         scores.add(sequence, candidates >> ce.cached(out / "scores"))
@@ -82,7 +82,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", default="quickstart-out", help="folder for results, plots and models")
-    parser.add_argument("--queries", type=int, default=2000, help="training queries of each stage")
+    parser.add_argument("--queries", type=int, default=2400, help="training queries")
     parser.add_argument("--test-queries", type=int, default=400, help="test queries")
     parser.add_argument("--backbone", help="a folder or a name on the Hugging Face hub; default: all-MiniLM-L6-v2")
     parser.add_argument("--dataset", default="pydocs", help="pydocs, or such as irds:beir/scifact")

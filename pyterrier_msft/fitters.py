@@ -130,9 +130,11 @@ class Contrastive(Fitter):
     """Learns from relevance labels: a relevant document against negatives of the first stage.
 
     The default is the localized contrastive objective of Gao, Dai and Callan (ECIR 2021). An epoch takes each query
-    once: one of its relevant documents and `n_negatives` of the others, both drawn anew.
+    once: `n_positives` of its relevant documents and `n_negatives` of the others, both drawn anew.
 
     Args:
+        n_positives: Relevant documents a group, fewer where there are fewer; None takes all of a query, for losses
+            such as `losses.multi_positive`.
         n_negatives: Documents that are not relevant, a group.
         depth: How deep in the results negatives are looked for; relevant documents may stand at any depth.
         min_relevance: The least label of a relevant document.
@@ -142,6 +144,7 @@ class Contrastive(Fitter):
         **shared: See `Hyperparameters`.
     """
 
+    n_positives: int | None = 1
     n_negatives: int = 7
     depth: int | None = 100
     min_relevance: float = 1
@@ -152,7 +155,7 @@ class Contrastive(Fitter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("n_negatives", "depth", "min_relevance"):
+        for name in ("n_positives", "n_negatives", "depth", "min_relevance"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"expected {name} above 0, found {value!r}")
@@ -186,8 +189,8 @@ class Contrastive(Fitter):
                 lowest = {"score": float("-inf")} if "score" in results.columns else {"rank": 2**31 - 1}
                 results = pd.concat([results, load_text(extra).assign(**lowest)], ignore_index=True)
         groups, report = from_qrels(
-            results, qrels, depth=self.depth, n_negatives=self.n_negatives, min_relevance=self.min_relevance,
-            text_field=text_field,
+            results, qrels, depth=self.depth, n_positives=self.n_positives, n_negatives=self.n_negatives,
+            min_relevance=self.min_relevance, text_field=text_field,
         )  # fmt: skip
         if not len(groups):
             raise ValueError(
