@@ -22,6 +22,8 @@ DEMO = [
     "statsmodels>=0.14.2",
     "sympy>=1.12",
 ]
+# What examples/ecir2025.py downloads and indexes by; the first stage Contriever brings sentence-transformers.
+PAPER = [*DEMO, "gdown>=5.2", "pyterrier-dr>=0.8"]
 
 setup(
     name="pyterrier-msft",
@@ -57,7 +59,9 @@ setup(
     ],
     extras_require={
         "cache": CACHE,
+        "bench": [*DEMO, "psutil>=5.9", "sentence-transformers>=5.0", "datasets>=3"],
         "demo": DEMO,
+        "paper": PAPER,
         "plot": PLOT,
         "test": [
             *DEMO,

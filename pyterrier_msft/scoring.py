@@ -4,7 +4,9 @@ Training and `transform` share what is here, so that a pair is read in the same 
 """
 
 import contextlib
+import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,8 @@ import pandas as pd
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 Encoded = dict[str, list[list[int]]]  # a tokenizer's columns ("input_ids", ...), one list of integers a pair
 
@@ -249,6 +253,46 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 
 # ---- scores
 
+# Families whose heads read the first token's state alone, with layers of one build.
+FIRST_TOKEN_HEADS = {"bert", "electra", "roberta", "xlm-roberta", "camembert"}
+
+
+@contextlib.contextmanager
+def first_token_only(model: PreTrainedModel) -> Iterator[None]:
+    """In the last layer compute the first token's row alone, in the forward and the backward pass.
+
+    Exact, since the head reads no other: of the layer's work the keys and values remain, about a sixth. Models of
+    other families stay as they are.
+    """
+    encoder = getattr(model.base_model, "encoder", None)
+    layer = encoder.layer[-1] if model.config.model_type in FIRST_TOKEN_HEADS and hasattr(encoder, "layer") else None
+    # Other attention implementations have masks of another shape; a patched layer is one that is used already.
+    if layer is None or model.config._attn_implementation not in {"sdpa", "eager"} or "forward" in vars(layer):
+        yield
+        return
+
+    def forward(states: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **__: Any) -> torch.Tensor:
+        attention, first = layer.attention.self, states[:, :1]  # (B, 1, H) of (B, T, H)
+        query, key, value = (
+            project(part).unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)
+            for project, part in ((attention.query, first), (attention.key, states), (attention.value, states))
+        )
+        context = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value,
+            attn_mask=None if attention_mask is None else attention_mask[:, :, :1],  # (B, 1, 1, T)
+            dropout_p=attention.dropout.p if layer.training else 0.0,
+            scale=attention.scaling,
+        )  # fmt: skip
+        attended = layer.attention.output(context.transpose(1, 2).flatten(2), first)
+        rows: torch.Tensor = layer.feed_forward_chunk(attended)
+        return rows
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+
 
 def forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """One float32 score a pair: (pairs,)."""
@@ -268,6 +312,8 @@ def score_pairs(
 ) -> np.ndarray:
     """Score each pair, in the order given, whatever order they are computed in.
 
+    Where a pass doesn't fit the device's memory it is halved, and the work goes on.
+
     Args:
         model: A cross-encoder with one output, on the device that it shall run on.
         encoder: How pairs become tokens.
@@ -286,19 +332,38 @@ def score_pairs(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), autocast(device, dtype):
+        with torch.inference_mode(), autocast(device, dtype), first_token_only(model):
             for start in range(0, len(queries), WINDOW):
                 window = slice(start, start + WINDOW)
                 encoded = encoder(queries[window], texts[window])
-                lengths = [len(ids) for ids in encoded["input_ids"]]
-                for indices in length_batches(lengths, max_tokens=max_tokens, max_pairs=batch_size):
+                lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+                batches = deque(length_batches(lengths, max_tokens=max_tokens, max_pairs=batch_size))
+                while batches:
+                    indices = batches.popleft()
                     batch = {key: value.to(device) for key, value in pad(encoder.tokenizer, encoded, indices).items()}
-                    scores[start + indices] = forward(model, batch).cpu().numpy()
+                    try:
+                        scores[start + indices] = forward(model, batch).cpu().numpy()
+                    except RuntimeError as error:
+                        if not out_of_memory(error) or len(indices) == 1:
+                            raise
+                        max_tokens = batch["input_ids"].numel() // 2
+                        logger.warning(
+                            "out of memory with %d pairs a pass: going on with half as many tokens", len(indices)
+                        )
+                        left = np.concatenate([indices, *batches])
+                        parts = length_batches(lengths[left], max_tokens=max_tokens, max_pairs=batch_size)
+                        batches = deque(left[part] for part in parts)
+                        continue
                     if progress is not None:
                         progress(len(indices))
     finally:
         model.train(was_training)
     return scores
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device's memory was too small; on a CPU, torch says so in words alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def token_limit(model: PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> int:

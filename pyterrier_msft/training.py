@@ -34,8 +34,10 @@ from pyterrier_msft.groups import Group, Groups
 from pyterrier_msft.scoring import (
     TOKENS_PER_PASS,
     PairEncoder,
+    first_token_only,
     forward,
     length_batches,
+    out_of_memory,
     pad,
     quiet_transformers,
     score_pairs,
@@ -173,6 +175,7 @@ def train(
         stack.enter_context(_isolated())
         stack.enter_context(quiet_transformers())
         stack.enter_context(_prepared(model, settings, device))
+        stack.enter_context(first_token_only(model))
         if checkpoint_dir is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyterrier_msft_")))
         else:
@@ -315,6 +318,10 @@ class _ListTrainer(Trainer):
     ) -> None:
         self.encoder, self.batches, self.list_loss, self.settings = encoder, batches, loss, settings
         self.validation, self.dtype, self.progress = validation, dtype, progress
+        self.max_pairs: int | None = None  # a pass, once the memory has been too small
+        # The update at hand, and the batches that it sums up so far.
+        self.update = -1
+        self.summed: list[dict[str, Any]] = []
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         # Not prepared by accelerate, which would hide the sampler and its order.
@@ -338,13 +345,43 @@ class _ListTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
         self.progress.pairs += len(inputs["places"])
+        if self.update != self.state.global_step:
+            self.update, self.summed = self.state.global_step, []
+        self.summed.append(self._prepare_inputs(inputs))
+        todo = self.summed[-1:]
+        while True:
+            try:
+                return [self._gradient(model, each) for each in todo][-1]
+            except RuntimeError as error:
+                pairs = max(len(chunk["input_ids"]) for each in todo for chunk in self._chunks(each))
+                if not out_of_memory(error) or pairs == 1:
+                    raise
+            # The backward pass may have stopped half-way: what this update has summed up so far is computed again.
+            self.max_pairs = pairs // 2
+            logger.warning("out of memory with %d pairs a pass: going on with %d", pairs, self.max_pairs)
+            model.zero_grad()
+            todo = self.summed
+
+    def _chunks(self, inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+        chunks: list[dict[str, torch.Tensor]] = inputs["chunks"]
+        if self.max_pairs is None:
+            return chunks
+        return [
+            dict(zip(chunk, part, strict=True))
+            for chunk in chunks
+            for part in zip(*(values.split(self.max_pairs) for values in chunk.values()), strict=True)
+        ]
+
+    def _gradient(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        inputs = {**inputs, "chunks": self._chunks(inputs)}
         if self._bounded(inputs):
-            return self._bounded_step(model, self._prepare_inputs(inputs))
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return self._bounded_step(model, inputs)
+        loss: torch.Tensor = super().training_step(model, inputs)
         return loss
 
     def _bounded(self, inputs: dict[str, Any]) -> bool:
-        return self.settings.pairs_per_pass is not None and len(inputs["chunks"]) > 1
+        bounded = self.max_pairs is not None or self.settings.pairs_per_pass is not None
+        return bounded and len(inputs["chunks"]) > 1
 
     def _bounded_step(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """The same gradient with one chunk's activations at a time.

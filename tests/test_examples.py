@@ -1,5 +1,6 @@
 """The examples as a user runs them, at a small scale."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,17 +15,27 @@ from pyterrier_msft import MonoCE
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLES / script), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTERRIER_HOME": str(cwd / "home")}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True, timeout=600)
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """PyTerrier's home, with PyDocs built once."""
+    return tmp_path_factory.mktemp("home")
 
 
-def test_quickstart(tmp_path):
+def run(*command: str, cwd: Path, home: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTERRIER_HOME": str(home)}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done
+
+
+def test_quickstart(tmp_path, home):
     pytest.importorskip("pyterrier_pisa")
+    script = str(EXAMPLES / "quickstart.py")
     backbone = write_tiny_bert(tmp_path / "tiny")
     arguments = ["--queries", "48", "--test-queries", "20", "--backbone", backbone]
-    first = run("quickstart.py", *arguments, cwd=tmp_path)
+    first = run(script, *arguments, cwd=tmp_path, home=home)
     out = tmp_path / "quickstart-out"
     results = pd.read_csv(out / "results.csv")
     assert results["name"].tolist() == ["BM25", "teacher", "CL", "KD", "CL-KD", "KD-CL"]
@@ -40,7 +51,74 @@ def test_quickstart(tmp_path):
     assert "BM25" in first.stdout
     assert "PISA" not in first.stdout + first.stderr
 
-    again = run("quickstart.py", *arguments, cwd=tmp_path)
+    again = run(script, *arguments, cwd=tmp_path, home=home)
     assert "training by" in first.stderr
     assert "training by" not in again.stderr
     pd.testing.assert_frame_equal(pd.read_csv(out / "results.csv"), results)
+
+
+# ---- the paper's recipe
+
+RECIPE = str(EXAMPLES / "ecir2025.py")
+
+
+def test_the_papers_plan_needs_no_network(tmp_path, home):
+    done = run(RECIPE, "--dry-run", "--sweep-second-stage", "1e-8", "1e-6", cwd=tmp_path, home=home)
+    lines = {line.split()[0]: line.split() for line in done.stderr.splitlines() if line.strip()}
+    assert "2,000,000" in lines["CL"]
+    assert "3,200,000,000" in lines["CL"]  # steps of 4 x 4 lists of 100
+    assert "46,875" in lines["KD"]  # 15 epochs of 100,000 queries in steps of 16 x 2
+    assert "second-stage 6e-12, 1e-08, 1e-06" in done.stderr
+    assert "7,127" in lines["evaluation"]
+    assert not (tmp_path / "ecir2025-out").exists()
+
+
+def test_the_recipe_on_pydocs(tmp_path, home):
+    pytest.importorskip("pyterrier_pisa")
+    backbone = write_tiny_bert(tmp_path / "tiny")
+    small = ["--scale", "small", "--backbone", backbone, "--queries", "32", "--teacher-queries", "8"]
+    small += ["--max-steps", "2", "--test-queries", "12", "--depth", "5"]
+    run(RECIPE, *small, "--seeds", "1", "2", "--sweep-second-stage", "1e-2", cwd=tmp_path, home=home)
+    out = tmp_path / "ecir2025-out"
+    results = pd.read_csv(out / "results.csv").set_index("name")
+    assert [*results.index] == ["BM25", "CL", "KD", "CL-KD", "KD-CL", "CL-KD 0.01", "KD-CL 0.01"]
+    assert results["n_seeds"].tolist() == [1, *[2] * 6]
+    assert results["paper"].isna().all()  # its numbers are for other data
+    # So small a rate can't move a float32 weight by more than its last digit.
+    assert results.loc["CL-KD", "nDCG@10"] == pytest.approx(results.loc["CL", "nDCG@10"], abs=1e-9)
+    verdicts = pd.read_csv(out / "equivalence.csv").set_index("system")
+    assert (verdicts["n_queries"] == 12).all()
+    assert verdicts.loc["CL-KD", "verdict"] == "equivalent within the margin"
+    sweep = pd.read_csv(out / "sweep-pydocs-BM25.csv")
+    assert sorted(sweep["learning_rate"].dropna().unique()) == [6e-12, 1e-2]
+    for plot in ("sweep-pydocs-BM25.png", "equivalence-pydocs-BM25.png"):
+        assert (out / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_recipe_on_files(tmp_path, home):
+    texts = [f"about the {word} of things" for word in ("colour", "size", "weight", "age", "price", "name")]
+    passages = [{"docid": str(i), "title": "", "text": text} for i, text in enumerate(texts)]
+    labelled = [
+        {"query_id": str(i), "query": text, "positive_passages": [passages[i]], "negative_passages": passages[:i]}
+        for i, text in enumerate(texts)
+    ]
+    ranked = [{"query": text, "passages": texts, "permutation": [3, 1, 2, 6, 5, 4]} for text in texts]
+    for name, records in {"labels": labelled, "teacher": ranked}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    write_run = """
+import pyterrier as pt
+dataset = pt.get_dataset("pydocs:test")
+docnos = [document["docno"] for _, document in zip(range(3), dataset.get_corpus_iter())]
+for qid, relevant in dataset.get_qrels().drop_duplicates("qid").head(30)[["qid", "docno"]].itertuples(index=False):
+    for rank, docno in enumerate([*docnos, relevant], 1):
+        print(qid, "Q0", docno, rank, 10 - rank, "run")
+"""
+    runs = run("-c", write_run, cwd=tmp_path, home=home).stdout
+    (tmp_path / "first.pydocs:test.trec").write_text(runs)
+    arguments = ["--scale", "small", "--backbone", write_tiny_bert(tmp_path / "tiny"), "--max-steps", "2"]
+    arguments += ["--labels", "labels.jsonl", "--teacher", "teacher.jsonl"]
+    arguments += ["--test", "pydocs:test", "--first-stage", "First=first.{test}.trec", "--out", "out"]
+    run(RECIPE, *arguments, cwd=tmp_path, home=home)
+    results = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert results["name"].tolist() == ["First", "CL", "KD", "CL-KD", "KD-CL"]
+    assert set(results["first_stage"]) == {"First"}

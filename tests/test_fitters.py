@@ -51,6 +51,7 @@ def test_a_transformer_after_a_fitter_is_refused():
     ("make", "message"),
     [
         (lambda: Contrastive(n_negatives=0), "expected n_negatives above 0, found 0"),
+        (lambda: Contrastive(n_positives=0), "expected n_positives above 0, found 0"),
         (lambda: Contrastive(min_relevance=0), "expected min_relevance above 0, found 0"),
         (lambda: Contrastive(loss="ranknet"), "expected a loss function such as losses.ranknet, found 'ranknet'"),
         (lambda: Contrastive(loss=losses.margin_mse), "needs scores labels"),
@@ -69,6 +70,22 @@ def test_a_transformer_after_a_fitter_is_refused():
 def test_mistakes_are_said_at_once(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# ---- what is learnt from
+
+
+def test_contrastive_takes_as_many_relevant_documents_as_asked():
+    frame = pd.DataFrame({"qid": "q", "query": "x", "docno": list("abcde"), "text": list("abcde"), "rank": range(5)})
+    rel = pd.DataFrame({"qid": "q", "docno": ["a", "c", "d"], "label": [1, 2, 1]})
+
+    def labels(**options):
+        groups, _ = Contrastive(n_negatives=1, **options).groups(frame, rel)
+        return sorted(groups.draw(0, seed=1, epoch=0).labels.tolist(), reverse=True)
+
+    assert len(labels()) == 2
+    assert len(labels(n_positives=2)) == 3
+    assert labels(n_positives=None, loss=losses.multi_positive) == [2, 1, 1, 0]
 
 
 # ---- digests

@@ -1,3 +1,5 @@
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from pyterrier_msft.scoring import (
     PairEncoder,
     clean,
+    first_token_only,
+    forward,
     length_batches,
     load_model,
+    pad,
     resolve_device,
     resolve_dtype,
     score_pairs,
@@ -50,6 +55,23 @@ def test_equals_plain_hugging_face(model, encoder, batch_size):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_last_layers_first_row_alone_gives_the_same_scores_and_gradients(backbone, encoder, attention):
+    models = [load_model(backbone, seed=1)[0] for _ in range(2)]
+    batch = pad(encoder.tokenizer, encoder(*pairs(9)), range(9))
+    scores = []
+    for model, context in zip(models, (contextlib.nullcontext, first_token_only), strict=True):
+        model.set_attn_implementation(attention)
+        with context(model) if context is first_token_only else context():
+            values = forward(model, batch)
+            (values * torch.arange(9)).sum().backward()
+        scores.append(values.detach())
+        assert "forward" not in vars(model.base_model.encoder.layer[-1])
+    torch.testing.assert_close(*scores, atol=1e-6, rtol=1e-5)
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
 def test_order_of_pairs_does_not_matter(model, encoder):
     queries, texts = pairs(60)
     order = np.random.default_rng(1).permutation(60)
@@ -66,6 +88,35 @@ def test_windows_join(model, encoder, monkeypatch):
     parts = score_pairs(model, encoder, queries, texts, dtype=torch.float32, progress=steps.append)
     np.testing.assert_allclose(parts, whole, atol=1e-5)
     assert sum(steps) == 50
+
+
+def test_out_of_memory_halves_the_pass(model, encoder, monkeypatch, caplog):
+    queries, texts = pairs(100)
+    expected = score_pairs(model, encoder, queries, texts, dtype=torch.float32)
+    sizes = []
+
+    def tight(model, batch):
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, batch)
+
+    monkeypatch.setattr("pyterrier_msft.scoring.forward", tight)
+    done = []
+    scores = score_pairs(model, encoder, queries, texts, dtype=torch.float32, batch_size=100, progress=done.append)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert sum(done) == 100
+    assert len(caplog.records) == sum(size > 30 for size in sizes) > 0
+    assert "out of memory with 100 pairs a pass: going on with half as many tokens" in caplog.text
+
+
+def test_a_pair_that_does_not_fit_is_an_error(model, encoder, monkeypatch):
+    def full(model, batch):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("pyterrier_msft.scoring.forward", full)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        score_pairs(model, encoder, *pairs(8), dtype=torch.float32)
 
 
 def test_a_training_model_scores_without_dropout_and_stays_training(model, encoder):

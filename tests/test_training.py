@@ -12,11 +12,17 @@ from ir_measures import RR
 
 from pyterrier_msft import losses
 from pyterrier_msft.groups import from_qrels
-from pyterrier_msft.scoring import load_model
+from pyterrier_msft.scoring import forward, load_model
 from pyterrier_msft.training import STATE_FILE, Hyperparameters, Validation, _Batches, _Collator, train
 
 # A listwise loss gives some biases no gradient, which AdamW turns into noise: where weights are compared, SGD.
 SGD = {"optim": "sgd"}
+ALL_LOSSES = [
+    losses.localized_contrastive, losses.multi_positive, losses.binary_cross_entropy, losses.ranknet,
+    losses.weighted_ranknet, losses.lambda_loss, losses.margin_mse, losses.kl_divergence, losses.listnet,
+    losses.list_mle, losses.position_aware_list_mle, losses.adr_mse,
+    losses.combine((losses.ranknet, 0.5), (losses.localized_contrastive, 1.0)),
+]  # fmt: skip
 FAST = Hyperparameters(learning_rate=1e-2, epochs=3, batch_size=8, metric=RR @ 10)
 
 
@@ -205,6 +211,68 @@ def test_bounded_memory_replays_dropout(encoder, groups, backbone, monkeypatch):
     monkeypatch.setattr("pyterrier_msft.training._ListTrainer._bounded", lambda self, inputs: False)
     run(models[1], encoder, groups, settings)
     torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("loss", ALL_LOSSES, ids=repr)
+def test_long_lists_in_bounded_memory_whatever_the_loss(encoder, train_part, backbone, loss):
+    groups = from_qrels(
+        train_part.results, train_part.qrels, depth=None, n_negatives=99, n_positives=None, min_relevance=1
+    )[0]
+    settings = Hyperparameters(dropout=0.0, max_steps=1, batch_size=4, learning_rate=1.0, warmup=0, trainer_args=SGD)
+    models = [load_model(backbone, seed=1)[0] for _ in range(2)]
+    before = weights(models[0])
+    for model, pairs in zip(models, (None, 8), strict=True):
+        run(model, encoder, groups, dataclasses.replace(settings, pairs_per_pass=pairs), loss=loss)
+    assert (weights(models[0]) - before).abs().max() > 1e-4
+    torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_out_of_memory_halves_the_pass_at_the_same_gradient(
+    encoder, groups, backbone, monkeypatch, caplog, accumulation
+):
+    settings = dataclasses.replace(
+        FAST, dropout=0.0, gradient_accumulation=accumulation, max_steps=4, learning_rate=0.3, trainer_args=SGD
+    )
+    models = [load_model(backbone, seed=1)[0] for _ in range(2)]
+    run(models[0], encoder, groups, settings)
+
+    def tight(model, chunk):
+        scores = forward(model, chunk)
+        sizes.append(len(scores))
+        if len(scores) > 10 and len(sizes) > accumulation:  # in the midst of an update
+            if not scores.requires_grad:
+                too_much()
+            scores.register_hook(lambda gradient: too_much())  # when some gradients are summed already
+        return scores
+
+    def too_much():
+        raise torch.OutOfMemoryError
+
+    sizes: list[int] = []
+    monkeypatch.setattr("pyterrier_msft.training.forward", tight)
+    run(models[1], encoder, groups, settings)
+    assert min(sizes) <= 10 < max(sizes)
+    torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
+    assert [r.message.split(":")[0] for r in caplog.records if "memory" in r.message] == [
+        "out of memory with 32 pairs a pass",
+        "out of memory with 16 pairs a pass",
+    ]
+
+
+def test_another_error_or_a_single_pair_is_not_tried_again(model, encoder, groups, monkeypatch):
+    def fails(error):
+        def forward(model, chunk):
+            raise error
+
+        monkeypatch.setattr("pyterrier_msft.training.forward", forward)
+
+    fails(RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(model, encoder, groups)
+    fails(torch.OutOfMemoryError("too large"))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(model, encoder, groups)
 
 
 # ---- what goes wrong

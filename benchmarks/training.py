@@ -1,0 +1,182 @@
+"""Training, side by side: Distillation by RankNet against sentence-transformers' CrossEncoderTrainer with RankNetLoss.
+
+Same weights at the start, same lists in the same order, same loss, optimiser and schedule; in turns, medians. The
+losses of the last steps tell whether the same was computed.
+
+    pip install -c constraints.txt -e ".[bench]" && python benchmarks/training.py
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from common import Shape, arguments, candidates, interleaved, minilm, report
+from datasets import Dataset
+from inference import save_model
+from sentence_transformers import CrossEncoder
+from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+from sentence_transformers.cross_encoder.losses import RankNetLoss
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PrinterCallback,
+    get_linear_schedule_with_warmup,
+)
+
+from pyterrier_msft import Distillation, MonoCE, losses
+from pyterrier_msft.groups import Group
+from pyterrier_msft.scoring import quiet_transformers, resolve_dtype
+from pyterrier_msft.training import _Batches  # the order in which lists come, for the peers to follow
+
+OURS = "MonoCE.fit"
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = arguments(__doc__.partition("\n")[0])
+    parser.add_argument("--queries", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=8, help="documents a list")
+    parser.add_argument("--batch-size", type=int, default=8, help="lists a step")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    args = parser.parse_args()
+    results, _ = candidates(args.queries, args.depth)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(args.backbone or minilm(), folder)
+        measure(folder, results, args)
+
+
+def measure(folder: str, results: pd.DataFrame, args: Any) -> None:
+    """Time one epoch of each trainer."""
+    fitter = Distillation(
+        depth=args.depth, batch_size=args.batch_size, dropout=args.dropout, learning_rate=5e-5, warmup=0.1,
+        clip_norm=1.0, metric=None,
+    )  # fmt: skip
+    groups, _ = fitter.groups(results, None)
+    batches = _Batches(groups, fitter)
+    order = [[batches[chosen] for chosen in batch] for batch in batches]  # steps of lists
+    rows = [{"query": g.query, "docs": g.texts, "labels": g.labels.tolist()} for batch in order for g in batch]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype("auto", device)
+
+    def ours() -> Callable[[], float]:
+        ce = MonoCE(folder, max_length=args.max_length, fitter=fitter)
+        ce.fingerprint  # noqa: B018  loads the weights
+
+        def call() -> float:
+            ce.fit(results)
+            return last(ce.history["loss"])
+
+        return call
+
+    def peer(mini_batch_size: int | None) -> Callable[[], Callable[[], float]]:
+        def ready() -> Callable[[], float]:
+            with quiet_transformers():
+                model = CrossEncoder(
+                    folder, max_length=args.max_length, config_kwargs=dropouts(args.dropout), num_labels=1
+                )
+            trainer = CrossEncoderTrainer(
+                model=model,
+                args=CrossEncoderTrainingArguments(
+                    output_dir=tempfile.mkdtemp(), num_train_epochs=1, per_device_train_batch_size=args.batch_size,
+                    learning_rate=5e-5, warmup_steps=0.1, weight_decay=0.01, max_grad_norm=1.0, seed=fitter.seed,
+                    bf16=dtype == torch.bfloat16, report_to="none", save_strategy="no", logging_steps=1,
+                    disable_tqdm=True, batch_sampler=InOrder,
+                ),
+                train_dataset=Dataset.from_list(rows),
+                loss=RankNetLoss(model, reduction_log="natural", mini_batch_size=mini_batch_size),
+            )  # fmt: skip
+            trainer.remove_callback(PrinterCallback)
+
+            def call() -> float:
+                trainer.train()
+                return last(pd.Series([row["loss"] for row in trainer.state.log_history if "loss" in row]))
+
+            return call
+
+        return ready
+
+    systems = {
+        OURS: ours,
+        "CrossEncoderTrainer, as called": peer(None),
+        "CrossEncoderTrainer, whole batches": peer(-1),
+        "plain Hugging Face": lambda: plain(folder, order, device, dtype, args),
+    }
+    seconds, peaks, final = interleaved(systems, repeats=args.repeats)
+    pairs = sum(len(row["docs"]) for row in rows)
+    encoded = AutoTokenizer.from_pretrained(folder)(
+        [row["query"] for row in rows for _ in row["docs"]], [text for row in rows for text in row["docs"]],
+        truncation=True, max_length=args.max_length,
+    )["input_ids"]  # fmt: skip
+    lengths = [len(ids) for ids in encoded]
+    print(f"{pairs} pairs of {np.mean(lengths):.0f} tokens on average in {len(order)} steps, dropout {args.dropout}")
+    report(
+        seconds, peaks, ours=OURS, pairs=pairs, operations=3 * sum(map(Shape.of(folder).operations, lengths)),
+        dtypes=dict.fromkeys(systems, dtype), agreement=pd.DataFrame({"loss at the end": final}), args=args,
+    )  # fmt: skip
+
+
+def plain(
+    folder: str, order: list[list[Group]], device: torch.device, dtype: torch.dtype, args: Any
+) -> Callable[[], float]:
+    """A loop as one writes it oneself."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, **dropouts(args.dropout)).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.01)
+    schedule = get_linear_schedule_with_warmup(optimizer, int(np.ceil(0.1 * len(order))), len(order))
+
+    def call() -> float:
+        values = []
+        for batch in order:
+            queries = [g.query for g in batch for _ in g.texts]
+            texts = [text for g in batch for text in g.texts]
+            tokens = tokenizer(
+                queries, texts, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt"
+            )
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                flat = model(**tokens.to(device)).logits[:, 0].float()
+            width = max(len(g.texts) for g in batch)
+            labels, mask = torch.zeros(len(batch), width), torch.zeros(len(batch), width, dtype=torch.bool)
+            for row, group in enumerate(batch):
+                labels[row, : len(group.texts)] = torch.from_numpy(group.labels)
+                mask[row, : len(group.texts)] = True
+            mask = mask.to(device)
+            scores = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+            loss = losses.ranknet(scores, labels.to(device), mask)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            values.append(float(loss))
+        return last(pd.Series(values))
+
+    return call
+
+
+def last(values: pd.Series) -> float:
+    """The mean loss of the last quarter."""
+    return float(values.iloc[-max(1, len(values) // 4) :].mean())
+
+
+def dropouts(p: float) -> dict[str, float]:
+    """A configuration's dropout probabilities."""
+    return {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p, "classifier_dropout": p}
+
+
+class InOrder(torch.utils.data.BatchSampler):
+    """Batches as the rows come."""
+
+    def __init__(self, dataset: Any, batch_size: int, drop_last: bool = False, **_: Any) -> None:
+        super().__init__(torch.utils.data.SequentialSampler(dataset), batch_size, drop_last)
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Batches of indices."""
+        return super().__iter__()
+
+
+if __name__ == "__main__":
+    main()
