@@ -264,8 +264,9 @@ def first_token_only(model: PreTrainedModel) -> Iterator[None]:
     Exact, since the head reads no other: of the layer's work the keys and values remain, about a sixth. Models of
     other families stay as they are.
     """
-    encoder = getattr(model.base_model, "encoder", None)
-    layer = encoder.layer[-1] if model.config.model_type in FIRST_TOKEN_HEADS and hasattr(encoder, "layer") else None
+    layer: Any = None
+    if model.config.model_type in FIRST_TOKEN_HEADS:
+        layer = model.base_model.encoder.layer[-1]
     # Other attention implementations have masks of another shape; a patched layer is one that is used already.
     if layer is None or model.config._attn_implementation not in {"sdpa", "eager"} or "forward" in vars(layer):
         yield
