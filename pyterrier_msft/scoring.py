@@ -6,9 +6,12 @@ Training and `transform` share what is here, so that a pair is read in the same 
 import contextlib
 import logging
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,8 @@ Encoded = dict[str, list[list[int]]]  # a tokenizer's columns ("input_ids", ...)
 WINDOW = 8192
 # Tokens a forward pass: caches on a CPU are small and its cores few; a GPU wants more work a launch.
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 65536}
+# A text's first characters that are tokenised, for each token that is read; twice what the longest language takes.
+CHARACTERS_PER_TOKEN = 12
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -126,14 +131,33 @@ class PairEncoder:
     def __call__(self, queries: Sequence[Any], texts: Sequence[Any]) -> Encoded:
         """Encode pairs, each truncated and none padded. Missing values (None, NaN) are read as the empty text."""
         short = self._cut_queries(queries)
-        encoded = self.tokenizer(
-            [short[clean(query)] for query in queries],
-            [clean(text) for text in texts],
-            truncation="only_second",
-            max_length=self.max_length,
-            verbose=False,
-        )
-        return dict(encoded)
+        cut = [short[clean(query)] for query in queries]
+        whole = [clean(text) for text in texts]
+        beginnings = [self._beginning(text) for text in whole]
+        encoded = self._encode(cut, beginnings)
+        # A beginning that doesn't fill the pair up, of few and long words, was too short.
+        wrong = [
+            i
+            for i, (text, beginning) in enumerate(zip(whole, beginnings, strict=True))
+            if len(beginning) < len(text) and len(encoded["input_ids"][i]) < self.max_length
+        ]
+        if wrong:
+            again = self._encode([cut[i] for i in wrong], [whole[i] for i in wrong])
+            for key, values in again.items():
+                for i, value in zip(wrong, values, strict=True):
+                    encoded[key][i] = value
+        return encoded
+
+    def _encode(self, queries: list[str], texts: list[str]) -> Encoded:
+        return dict(self.tokenizer(queries, texts, truncation="only_second", max_length=self.max_length, verbose=False))
+
+    def _beginning(self, text: str) -> str:
+        """What of a long text is worth tokenising: whole words, since tokenizers split texts at blanks first."""
+        limit = CHARACTERS_PER_TOKEN * self.max_length
+        if len(text) <= 2 * limit:
+            return text
+        blank = text.find(" ", limit, 2 * limit)
+        return text if blank < 0 else text[:blank]
 
     @property
     def query_limit(self) -> int:
@@ -330,36 +354,70 @@ def score_pairs(
     device = next(model.parameters()).device
     max_tokens = TOKENS_PER_PASS.get(device.type, TOKENS_PER_PASS["cpu"]) if batch_size is None else 2**62
     scores = np.empty(len(queries), dtype=np.float32)
+    lock = threading.Lock()
+
+    def score(start: int, encoded: Encoded, lengths: np.ndarray, batches: deque[np.ndarray]) -> None:
+        """Take batches from the queue until it is empty."""
+        nonlocal max_tokens
+        with torch.inference_mode(), autocast(device, dtype):
+            while True:
+                with lock:
+                    if not batches:
+                        return
+                    indices = batches.popleft()
+                batch = {key: value.to(device) for key, value in pad(encoder.tokenizer, encoded, indices).items()}
+                try:
+                    scores[start + indices] = forward(model, batch).cpu().numpy()
+                except RuntimeError as error:
+                    if not out_of_memory(error) or len(indices) == 1:
+                        raise
+                    logger.warning("out of memory with %d pairs a pass: going on with half as many", len(indices))
+                    with lock:
+                        max_tokens = min(max_tokens, batch["input_ids"].numel() // 2)
+                        left = np.concatenate([indices, *batches])
+                        batches.clear()
+                        parts = length_batches(lengths[left], max_tokens=max_tokens, max_pairs=batch_size)
+                        batches.extend(left[part] for part in parts)
+                    continue
+                if progress is not None:
+                    with lock:
+                        progress(len(indices))
+
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), autocast(device, dtype), first_token_only(model):
+        with first_token_only(model):
             for start in range(0, len(queries), WINDOW):
                 window = slice(start, start + WINDOW)
                 encoded = encoder(queries[window], texts[window])
                 lengths = np.array([len(ids) for ids in encoded["input_ids"]])
                 batches = deque(length_batches(lengths, max_tokens=max_tokens, max_pairs=batch_size))
-                while batches:
-                    indices = batches.popleft()
-                    batch = {key: value.to(device) for key, value in pad(encoder.tokenizer, encoded, indices).items()}
-                    try:
-                        scores[start + indices] = forward(model, batch).cpu().numpy()
-                    except RuntimeError as error:
-                        if not out_of_memory(error) or len(indices) == 1:
-                            raise
-                        max_tokens = batch["input_ids"].numel() // 2
-                        logger.warning(
-                            "out of memory with %d pairs a pass: going on with half as many tokens", len(indices)
-                        )
-                        left = np.concatenate([indices, *batches])
-                        parts = length_batches(lengths[left], max_tokens=max_tokens, max_pairs=batch_size)
-                        batches = deque(left[part] for part in parts)
-                        continue
-                    if progress is not None:
-                        progress(len(indices))
+                _in_threads(device, batches, partial(score, start, encoded, lengths, batches))
     finally:
         model.train(was_training)
     return scores
+
+
+def _in_threads(device: torch.device, work: deque[Any], worker: Callable[[], None]) -> None:
+    """Let a worker for each processor empty a queue.
+
+    Small operations gain little from several threads: on a CPU one batch a core is faster than all cores on a batch.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, len(work)) if device.type == "cpu" else 1
+    if workers == 1:
+        worker()
+        return
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+            try:
+                for done in as_completed([pool.submit(worker) for _ in range(workers)]):
+                    done.result()
+            except BaseException:  # an interruption too: the others shall not go on to the end
+                work.clear()
+                raise
+    finally:
+        torch.set_num_threads(threads)  # the number is each thread's own, and the default for new ones
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -107,7 +107,31 @@ def test_out_of_memory_halves_the_pass(model, encoder, monkeypatch, caplog):
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     assert sum(done) == 100
     assert len(caplog.records) == sum(size > 30 for size in sizes) > 0
-    assert "out of memory with 100 pairs a pass: going on with half as many tokens" in caplog.text
+    assert "out of memory with 100 pairs a pass: going on with half as many" in caplog.text
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_no_score(model, encoder, threads):
+    queries, texts = pairs(60)
+    expected = score_pairs(model, encoder, queries, texts, dtype=torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        scores = score_pairs(model, encoder, queries, texts, dtype=torch.float32, batch_size=7)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+
+
+def test_an_error_in_a_thread_is_raised(model, encoder, monkeypatch):
+    def broken(model, batch):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("pyterrier_msft.scoring.forward", broken)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    with pytest.raises(RuntimeError, match="a bug"):
+        score_pairs(model, encoder, *pairs(60), dtype=torch.float32, batch_size=7)
 
 
 def test_a_pair_that_does_not_fit_is_an_error(model, encoder, monkeypatch):
@@ -159,6 +183,12 @@ def test_token_types_and_order(encoder):
 
 def test_the_text_is_cut_to_fit(encoder):
     assert decode(encoder, "w1", " ".join(["w2"] * 1000)) == "[CLS] w1 [SEP] " + "w2 " * 20 + "[SEP]"
+
+
+@given(st.lists(st.tuples(st.sampled_from(["w1", "w2 ", "x" * 90, " ", "é!"]), st.integers(1, 300)), max_size=6))
+def test_a_very_long_text_is_read_as_if_all_of_it_were_tokenised(encoder, parts):
+    text = " ".join(" ".join([word] * n) for word, n in parts)
+    assert encoder(["w1", "w2"], [text, "w3"]) == encoder._encode(["w1", "w2"], [text, "w3"])
 
 
 def test_a_long_query_is_cut_first_and_leaves_room(encoder):
