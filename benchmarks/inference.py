@@ -108,6 +108,9 @@ def measure(folder: str, results: pd.DataFrame, qrels: pd.DataFrame, args) -> No
     dtypes = {OURS: auto}
     if auto != torch.float32:
         systems["MonoCE, float32"], dtypes["MonoCE, float32"] = lambda: transform(exact), torch.float32
+    if plain.device.type == "cpu":
+        int8 = MonoCE(folder, max_length=args.max_length, dtype="int8")
+        systems["MonoCE, int8"], dtypes["MonoCE, int8"] = lambda: transform(int8), torch.float32
     systems |= {
         "CrossEncoder, as called": lambda: predict(torch.float32, 32),
         best_name: lambda: predict(*best),

@@ -33,6 +33,7 @@ from pyterrier_msft.scoring import (
     PairEncoder,
     clean,
     load_model,
+    quantised,
     quiet_transformers,
     resolve_device,
     resolve_dtype,
@@ -64,7 +65,8 @@ class MonoCE(pt.Estimator):
         max_length: Tokens of a pair; a longer document is cut.
         max_query_length: Tokens of a query; a longer query is cut. None: half of `max_length`.
         batch_size: Pairs a pass when scoring. None: by a budget of tokens that suits the device.
-        dtype: "auto" (bfloat16 where the hardware has it, else float32), "float32", "bfloat16" or "float16".
+        dtype: "auto" (bfloat16 where the hardware has it, else float32), "float32", "bfloat16", "float16", or "int8":
+            then training is in float32, and scoring by a copy that is quantised, on CPUs.
         device: Such as "cpu" or "cuda:1". None: a GPU if there is one.
         seed: Decides the weights of a new head.
         trust_remote_code: Whether code that comes with a model may run.
@@ -129,6 +131,7 @@ class MonoCE(pt.Estimator):
         self._network: PreTrainedModel | None = None if isinstance(model, str) else _one_score(model)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._head_is_new = False
+        self._quantised: tuple[str, PreTrainedModel] | None = None
         self._stages: list[dict[str, Any]] = []
         self._reports: list[DataReport] = []
 
@@ -153,10 +156,13 @@ class MonoCE(pt.Estimator):
                 "`>>`, but not inside a cache, a `+` or a `|`",
                 stacklevel=2,
             )
+        dtype = resolve_dtype(self._dtype, network.device)
+        if dtype == torch.int8:
+            network = self._quantised_network()
         with pt.tqdm(total=len(inp), desc="MonoCE", unit="pair", disable=not self.verbose) as bar:
             scores = score_pairs(
                 network, encoder, inp["query"].tolist(), inp[self.text_field].tolist(),
-                dtype=resolve_dtype(self._dtype, network.device), batch_size=self.batch_size, progress=bar.update,
+                dtype=dtype, batch_size=self.batch_size, progress=bar.update,
             )  # fmt: skip
         if not np.isfinite(scores).all():
             raise ValueError(
@@ -302,6 +308,7 @@ class MonoCE(pt.Estimator):
         check = None
         if validation is not None and stage.metric is not None:
             check = Validation(validation[0], validation[1], stage.metric)
+        dtype = resolve_dtype(self._dtype, network.device)
         try:
             train(
                 network,
@@ -309,7 +316,7 @@ class MonoCE(pt.Estimator):
                 groups,
                 stage.loss,
                 stage,
-                dtype=resolve_dtype(self._dtype, network.device),
+                dtype=torch.float32 if dtype == torch.int8 else dtype,
                 validation=check,
                 checkpoint_dir=checkpoint_dir,
                 identity={"fitter": stage.settings_digest(), "data": data, "start weights": start},
@@ -519,6 +526,13 @@ class MonoCE(pt.Estimator):
             self._network.to(device)
         length = self._fitting(self.max_length, self._network)
         return self._network, PairEncoder(self._tokenizer, length, self.max_query_length)
+
+    def _quantised_network(self) -> PreTrainedModel:
+        """The network in int8, made anew when the weights have changed."""
+        fingerprint = self.fingerprint
+        if self._quantised is None or self._quantised[0] != fingerprint:
+            self._quantised = fingerprint, quantised(self._load()[0])
+        return self._quantised[1]
 
     def _fitting(self, max_length: int, network: PreTrainedModel) -> int:
         assert self._tokenizer is not None

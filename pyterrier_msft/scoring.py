@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -31,7 +32,7 @@ WINDOW = 8192
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 65536}
 # A text's first characters that are tokenised, for each token that is read; twice what the longest language takes.
 CHARACTERS_PER_TOKEN = 12
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
 # ---- models
@@ -255,6 +256,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         raise ValueError(f"expected dtype 'auto' or one of {sorted(DTYPES)}, found {dtype!r}")
     if dtype == "float16" and device.type == "cpu":
         raise ValueError("expected dtype 'float32' or 'bfloat16' on a CPU, found 'float16', which it only emulates")
+    if dtype == "int8" and device.type != "cpu":
+        raise ValueError(f"expected dtype 'int8' on a CPU only, found it for the device {str(device)!r}")
     if dtype == "auto":
         return torch.bfloat16 if _has_bfloat16(device) else torch.float32
     return DTYPES[dtype]
@@ -270,9 +273,23 @@ def _has_bfloat16(device: torch.device) -> bool:
     return any(check() for check in checks if check is not None)
 
 
+def quantised(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy for CPUs whose linear layers multiply in int8: weights by channel, inputs by their range at hand.
+
+    Faster where the processor has VNNI or AMX, at the price of scores that are rounded.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch would have a package of its own for this
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        settings = {torch.nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
+        copy: PreTrainedModel = torch.ao.quantization.quantize_dynamic(model, settings)
+    return copy.eval()
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Mixed precision for `dtype`; nothing for float32. The weights themselves stay in float32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    """Mixed precision for `dtype`; nothing for float32 and int8. The weights themselves stay in float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype not in {torch.float32, torch.int8})
 
 
 # ---- scores

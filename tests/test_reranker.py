@@ -73,6 +73,18 @@ def test_order_and_batches_do_not_matter(silent, test_part, batch_size):
     assert_frame_equal(silent(shuffled).sort_index(), expected, atol=1e-5)
 
 
+def test_int8_is_close_and_never_of_other_weights(trained, test_part, train_part):
+    int8 = trained.apply_attributes(dtype="int8")
+    assert int8.scoring_settings() != trained.scoring_settings()
+    for _ in range(2):
+        exact, rounded = (ce(test_part.results)["score"] for ce in (trained, int8))
+        assert 0 < np.abs(rounded - exact).max() < 0.1 * np.ptp(exact)
+        for ce in (trained, int8):  # both in float32
+            ce.fit(train_part.results, train_part.qrels, fitter=CL)
+    assert int8.fingerprint == trained.fingerprint
+    assert_frame_equal(pickle.loads(pickle.dumps(int8))(test_part.results), int8(test_part.results))
+
+
 def test_other_columns_and_the_input_stay(silent, test_part):
     frame = test_part.results.assign(extra=[{"x": i} for i in range(len(test_part.results))])
     before = copy.deepcopy(frame)

@@ -313,6 +313,9 @@ def test_dtypes(monkeypatch):
         resolve_dtype("int4", cpu)
     with pytest.raises(ValueError, match="only emulates"):
         resolve_dtype("float16", cpu)
+    assert resolve_dtype("int8", cpu) == torch.int8
+    with pytest.raises(ValueError, match="expected dtype 'int8' on a CPU only"):
+        resolve_dtype("int8", torch.device("cuda"))
 
 
 @pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
