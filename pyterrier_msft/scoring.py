@@ -294,6 +294,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 
 # ---- scores
 
+CPU_ATTENTION = "pyterrier_msft_cpu"  # what training computes attention with where there is dropout
 # Families whose heads read the first token's state alone, with layers of one build.
 FIRST_TOKEN_HEADS = {"bert", "electra", "roberta", "xlm-roberta", "camembert"}
 
@@ -309,7 +310,11 @@ def first_token_only(model: PreTrainedModel) -> Iterator[None]:
     if model.config.model_type in FIRST_TOKEN_HEADS:
         layer = model.base_model.encoder.layer[-1]
     # Other attention implementations have masks of another shape; a patched layer is one that is used already.
-    if layer is None or model.config._attn_implementation not in {"sdpa", "eager"} or "forward" in vars(layer):
+    if (
+        layer is None
+        or model.config._attn_implementation not in {"sdpa", "eager", CPU_ATTENTION}
+        or "forward" in vars(layer)
+    ):
         yield
         return
 

@@ -12,8 +12,8 @@ from ir_measures import RR
 
 from pyterrier_msft import losses
 from pyterrier_msft.groups import from_qrels
-from pyterrier_msft.scoring import forward, load_model
-from pyterrier_msft.training import STATE_FILE, Hyperparameters, Validation, _Batches, _Collator, train
+from pyterrier_msft.scoring import CPU_ATTENTION, forward, load_model, pad
+from pyterrier_msft.training import STATE_FILE, Hyperparameters, Validation, _Batches, _Collator, _dropout_of, train
 
 # A listwise loss gives some biases no gradient, which AdamW turns into noise: where weights are compared, SGD.
 SGD = {"optim": "sgd"}
@@ -184,6 +184,41 @@ def test_collator_puts_each_pair_in_its_place(groups, encoder):
         expected = encoder([query], [text])["input_ids"][0]
         assert ids[: len(expected)] == expected
         assert not any(ids[len(expected) :])  # padding
+
+
+# ---- dropout on a CPU
+
+
+def test_dropout_keeps_the_right_share_and_its_gradient():
+    module = torch.nn.Dropout(0.1)
+    x = torch.full((400, 500), 2.0, requires_grad=True)
+    torch.manual_seed(3)
+    y = _dropout_of(module, x)
+    assert sorted(y.unique().tolist()) == pytest.approx([0, 2 / 0.9])
+    assert (y == 0).float().mean() == pytest.approx(0.1, abs=0.003)  # 4.5 standard errors
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, y.detach() / 2)
+    torch.manual_seed(3)
+    torch.testing.assert_close(_dropout_of(module, x), y)
+    assert not torch.equal(_dropout_of(module, x), y)
+    assert _dropout_of(module.eval(), x) is x
+
+
+def test_our_attention_is_the_eager_one(backbone, encoder):
+    batch = pad(encoder.tokenizer, encoder(["w1", "w2 w3"], ["w4 w5 w6", "w7"]), range(2))
+    model = load_model(backbone, seed=1)[0]
+    scores = []
+    for name in ("eager", CPU_ATTENTION):
+        model.set_attn_implementation(name)
+        scores.append(forward(model, batch))
+    torch.testing.assert_close(*scores)
+
+
+def test_training_leaves_the_model_as_it_was(model, encoder, groups):
+    before = model.config._attn_implementation
+    run(model, encoder, groups, dataclasses.replace(FAST, dropout=0.2, max_steps=1))
+    assert model.config._attn_implementation == before
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 # ---- bounded memory
