@@ -10,6 +10,7 @@ VERSION = next(
 )
 CACHE = ["pyterrier-caching>=0.5"]
 PLOT = ["matplotlib>=3.8"]
+RUNS = ["polars>=1.30"]
 PISA = ['pyterrier-pisa>=0.4.9; platform_system == "Linux" and platform_machine == "x86_64"']
 # What PyDocs is made from (besides the standard library and torch), and the weights that need no hub.
 DEMO = [
@@ -23,7 +24,7 @@ DEMO = [
     "sympy>=1.12",
 ]
 # What examples/ecir2025.py downloads and indexes by; the first stage Contriever brings sentence-transformers.
-PAPER = [*DEMO, "gdown>=5.2", "pyterrier-dr>=0.8"]
+PAPER = [*DEMO, *RUNS, "gdown>=5.2", "pyterrier-dr>=0.8"]
 
 setup(
     name="pyterrier-msft",
@@ -63,8 +64,10 @@ setup(
         "demo": DEMO,
         "paper": PAPER,
         "plot": PLOT,
+        "runs": RUNS,
         "test": [
             *DEMO,
+            *RUNS,
             "hypothesis>=6.100",
             "mypy>=1.13",
             "pandas-stubs",

@@ -1,13 +1,15 @@
 """What the benchmarks share: input, interleaved timing, and how much of the machine was used."""
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
 import platform
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,9 +74,12 @@ def interleaved(
     return seconds, peaks, values
 
 
-@contextmanager
+@contextlib.contextmanager
 def _peak_memory() -> Iterator[list[float]]:
     """The process's resident memory at its highest, above that at the start; a GPU's where there is one."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # what earlier runs have freed must not be there to be used
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     process, peak, done = psutil.Process(), [0.0], threading.Event()
     before = process.memory_info().rss
     if torch.cuda.is_available():

@@ -1,11 +1,12 @@
 """What a stage of fine-tuning is, declared: `Contrastive`, `Distillation`, and sequences of them by `>>`."""
 
+import dataclasses
 import hashlib
 import inspect
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,13 +18,18 @@ from pyterrier_msft import losses, teachers
 from pyterrier_msft.groups import (
     DataReport,
     Groups,
+    as_ids,
     bare_ranks,
     frame_digest,
     from_qrels,
     from_teacher,
+    grades_of,
+    joined,
     missing_positives,
     order_key,
 )
+from pyterrier_msft.runs import pieces
+from pyterrier_msft.scoring import clean
 from pyterrier_msft.training import Hyperparameters, Loss
 
 PACKAGE = __name__.rpartition(".")[0]
@@ -79,25 +85,100 @@ class Fitter(Hyperparameters):
 
     def groups(
         self,
-        results: pd.DataFrame,
+        results: pd.DataFrame | str | Path,
         qrels: pd.DataFrame | None,
         *,
         text_field: str = "text",
         load_text: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+        topics: pd.DataFrame | None = None,
         verbose: bool = False,
     ) -> tuple[Groups, DataReport]:
         """What this objective learns from, out of a first stage's results, and what was found in the data.
 
         Args:
-            results: qid, query, docno, text, and score or rank.
+            results: qid, query, docno, text, and score or rank; or a file of these without the text, see `runs.pieces`.
             qrels: qid, docno, label.
             text_field: The results' column of text.
             load_text: Adds the column of text to a frame of docnos.
+            topics: qid, query: for a file without the queries' text.
             verbose: Whether to show the progress of a teacher that has to be run.
 
         Raises:
             ValueError: If a column is missing or nothing is left to learn from.
         """
+        self._check_source(qrels, load_text)
+        if isinstance(results, pd.DataFrame):
+            example = _example(results, "qid")
+            groups, report = self._read(results, qrels, text_field=text_field, load_text=load_text, verbose=verbose)
+        else:
+            if load_text is None:
+                raise ValueError(f"expected MonoCE(..., text=dataset) with results in {results}, found no text")
+            groups, report, example = self._read_file(results, qrels, topics, text_field, load_text)
+        if not len(groups):
+            raise ValueError(self._nothing(report, example, qrels))
+        if report.upside_down():
+            warnings.warn(
+                "the teacher's ranking looks upside down: its rank correlation with the first stage is "
+                f"{report.agreement:.2f}; a score must be higher, and a rank lower, for a better document",
+                stacklevel=3,
+            )
+        return groups, report
+
+    def _read_file(
+        self,
+        path: str | Path,
+        qrels: pd.DataFrame | None,
+        topics: pd.DataFrame | None,
+        text_field: str,
+        load_text: Callable[[pd.DataFrame], pd.DataFrame],
+    ) -> tuple[Groups, DataReport, Any]:
+        """Groups of a file's pieces, where docnos stand for texts until these are needed."""
+        fitter, topics, relevant = self._for_file(qrels, topics)
+        example: list[Any] = []
+
+        def parts() -> Iterator[tuple[Groups, DataReport]]:
+            for piece in pieces(path, depth=fitter.depth, relevant=relevant, topics=topics):
+                example.append(_example(piece, "qid"))
+                if len(piece):
+                    yield fitter._read(
+                        piece.assign(**{text_field: piece["docno"]}),
+                        qrels,
+                        text_field=text_field,
+                        load_text=lambda missing: missing.assign(**{text_field: missing["docno"]}),
+                    )
+
+        def load(docnos: list[str]) -> list[str]:
+            distinct = pd.DataFrame({"docno": list(dict.fromkeys(docnos))})
+            loaded = load_text(distinct)
+            texts = dict(zip(loaded["docno"], loaded[text_field], strict=True))
+            return [clean(texts.get(docno)) for docno in docnos]
+
+        groups, report = joined(parts())
+        return dataclasses.replace(groups, load=load), report, example[0] if example else None
+
+    def _for_file(
+        self, qrels: pd.DataFrame | None, topics: pd.DataFrame | None
+    ) -> tuple[Any, pd.DataFrame | None, pd.DataFrame | None]:
+        """The fitter that reads a file's pieces, the queries to take, and what is taken from any depth."""
+        return self, topics, None
+
+    def _check_source(self, qrels: pd.DataFrame | None, load_text: Any) -> None:
+        """Raise a ValueError if what the labels come from isn't given."""
+
+    def _read(
+        self,
+        results: pd.DataFrame,
+        qrels: pd.DataFrame | None,
+        *,
+        text_field: str,
+        load_text: Callable[[pd.DataFrame], pd.DataFrame] | None,
+        verbose: bool = False,
+    ) -> tuple[Groups, DataReport]:
+        """The groups of a frame; there may be none."""
+        raise NotImplementedError
+
+    def _nothing(self, report: DataReport, example: Any, qrels: pd.DataFrame | None) -> str:
+        """What to say when nothing is left to learn from."""
         raise NotImplementedError
 
     def digest(self) -> str:
@@ -161,44 +242,55 @@ class Contrastive(Fitter):
                 raise ValueError(f"expected {name} above 0, found {value!r}")
         self._check_labels()
 
-    def groups(
-        self,
-        results: pd.DataFrame,
-        qrels: pd.DataFrame | None,
-        *,
-        text_field: str = "text",
-        load_text: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
-        verbose: bool = False,
-    ) -> tuple[Groups, DataReport]:
-        """See `Fitter.groups`."""
+    def _check_source(self, qrels: pd.DataFrame | None, load_text: Any) -> None:
         if qrels is None:
             raise ValueError(
                 "expected qrels to learn from, found None: give them as the second argument of fit, or distil a "
                 "ranking by MonoCE(..., fitter=Distillation(...))"
             )
+        if self.add_missing_positives and load_text is None:
+            raise ValueError(
+                "expected MonoCE(..., text=dataset) with add_missing_positives=True, found no text: the results "
+                "don't have the text of documents that the first stage missed"
+            )
+
+    def _for_file(
+        self, qrels: pd.DataFrame | None, topics: pd.DataFrame | None
+    ) -> tuple[Any, pd.DataFrame | None, pd.DataFrame | None]:
+        assert qrels is not None
+        grades = grades_of(qrels)
+        return self, topics, grades[grades >= self.min_relevance].index.to_frame(index=False)
+
+    def _read(
+        self,
+        results: pd.DataFrame,
+        qrels: pd.DataFrame | None,
+        *,
+        text_field: str,
+        load_text: Callable[[pd.DataFrame], pd.DataFrame] | None,
+        verbose: bool = False,
+    ) -> tuple[Groups, DataReport]:
+        assert qrels is not None
         if self.add_missing_positives:
-            if load_text is None:
-                raise ValueError(
-                    "expected MonoCE(..., text=dataset) with add_missing_positives=True, found no text: the results "
-                    "don't have the text of documents that the first stage missed"
-                )
+            assert load_text is not None
             extra = missing_positives(results, qrels, min_relevance=self.min_relevance)
             if len(extra):
                 if order_key(results) is None:
                     results = results.assign(rank=range(len(results)))  # as they come
                 lowest = {"score": float("-inf")} if "score" in results.columns else {"rank": 2**31 - 1}
                 results = pd.concat([results, load_text(extra).assign(**lowest)], ignore_index=True)
-        groups, report = from_qrels(
+        return from_qrels(
             results, qrels, depth=self.depth, n_positives=self.n_positives, n_negatives=self.n_negatives,
             min_relevance=self.min_relevance, text_field=text_field,
         )  # fmt: skip
-        if not len(groups):
-            raise ValueError(
-                "expected queries with a relevant document and one that is not among their results, found none "
-                f"of {report.queries} queries (qids such as {_example(results, 'qid')!r} in the results and "
-                f"{_example(qrels, 'qid')!r} in the qrels)"
-            )
-        return groups, report
+
+    def _nothing(self, report: DataReport, example: Any, qrels: pd.DataFrame | None) -> str:
+        assert qrels is not None
+        return (
+            "expected queries with a relevant document and one that is not among their results, found none "
+            f"of {report.queries} queries (qids such as {example!r} in the results and "
+            f"{_example(qrels, 'qid')!r} in the qrels)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -250,37 +342,44 @@ class Distillation(Fitter):
     def _keeps_scores(self) -> bool:
         return getattr(self.loss, "labels", None) == "scores"
 
-    def groups(
+    def _for_file(
+        self, qrels: pd.DataFrame | None, topics: pd.DataFrame | None
+    ) -> tuple[Any, pd.DataFrame | None, pd.DataFrame | None]:
+        if isinstance(self.teacher, pt.Transformer | Mapping):
+            raise ValueError(
+                "expected a teacher's ranking as a frame or a file with results in a file, found "
+                f"{_written(self.teacher)}"
+            )
+        if self.teacher is None:
+            return self, topics, None
+        frame = teachers.ranking(self.teacher, pd.DataFrame())
+        assert frame is not None
+        if topics is not None:
+            topics = topics[as_ids(topics["qid"]).isin(as_ids(frame["qid"])).to_numpy()]
+        return dataclasses.replace(self, teacher=frame), topics, None
+
+    def _read(
         self,
         results: pd.DataFrame,
         qrels: pd.DataFrame | None,
         *,
-        text_field: str = "text",
-        load_text: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+        text_field: str,
+        load_text: Callable[[pd.DataFrame], pd.DataFrame] | None,
         verbose: bool = False,
     ) -> tuple[Groups, DataReport]:
-        """See `Fitter.groups`; the qrels are not looked at."""
         ranking = teachers.ranking(self.teacher, results, depth=self.depth, text_field=text_field, verbose=verbose)
         if self._keeps_scores and bare_ranks(results if ranking is None else ranking):
             raise ValueError(
                 f"expected a teacher with scores for {_written(self.loss)}, found a ranking whose scores only restate "
                 "its ranks; take a loss for ranks, such as losses.ranknet"
             )
-        groups, report = from_teacher(
+        return from_teacher(
             results, ranking, depth=self.depth, keep_scores=self._keeps_scores, unranked=self.unranked,
             text_field=text_field,
         )  # fmt: skip
-        if not len(groups):
-            raise ValueError(
-                f"expected queries with documents that the teacher puts in an order, found none of {report.queries}"
-            )
-        if report.upside_down():
-            warnings.warn(
-                "the teacher's ranking looks upside down: its rank correlation with the first stage is "
-                f"{report.agreement:.2f}; a score must be higher, and a rank lower, for a better document",
-                stacklevel=3,
-            )
-        return groups, report
+
+    def _nothing(self, report: DataReport, example: Any, qrels: pd.DataFrame | None) -> str:
+        return f"expected queries with documents that the teacher puts in an order, found none of {report.queries}"
 
 
 def check_fitter(fitter: Any) -> "Fitter | FitterSequence":

@@ -5,7 +5,9 @@ and nowhere else.
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,9 +40,15 @@ class Groups:
     labels: list[np.ndarray]  # for each query, float32 labels of its documents
     n_negatives: int | None = None
     n_positives: int | None = 1
+    load: Callable[[list[str]], list[str]] | None = None  # then `texts` are docnos, whose texts this looks up
 
     def __len__(self) -> int:
         return len(self.qids)
+
+    def text(self, documents: Iterable[int]) -> list[str]:
+        """The texts of documents given as indices."""
+        found = [self.texts[i] for i in documents]
+        return found if self.load is None else self.load(found)
 
     def draw(self, index: int, *, seed: int, epoch: int) -> Group:
         """The group of one query in one epoch: the same for the same arguments, whatever was drawn before."""
@@ -55,17 +63,23 @@ class Groups:
                 ]
             )
             documents, labels = documents[chosen], labels[chosen]
-        return Group(self.qids[index], self.queries[index], [self.texts[i] for i in documents], labels)
+        return Group(self.qids[index], self.queries[index], self.text(documents), labels)
 
     def lengths(self) -> np.ndarray:
-        """Characters of each query's longest document with the query: what batches of like length are made by."""
+        """Characters of each query's longest document with the query: what batches of like length are made by.
+
+        Of the query alone where texts are looked up only when they are needed.
+        """
+        queries = np.array([len(query) for query in self.queries], dtype=np.int64)
+        if self.load is not None:
+            return queries
         characters = np.array([len(text) for text in self.texts], dtype=np.int64)
         longest = [characters[documents].max(initial=0) for documents in self.documents]
-        return np.array([len(query) for query in self.queries], dtype=np.int64) + np.array(longest, dtype=np.int64)
+        return queries + np.array(longest, dtype=np.int64)
 
     def digest(self) -> str:
         """A digest of the content, for cache keys: whatever the labels come from, they are told here."""
-        digest = hashlib.sha256(f"{self.n_negatives} {self.n_positives}".encode())
+        digest = hashlib.sha256(f"{self.n_negatives} {self.n_positives} {self.load is None}".encode())
         for strings in (self.qids, self.queries, self.texts):
             for string in strings:
                 content = string.encode("utf-8", "surrogatepass")
@@ -73,6 +87,31 @@ class Groups:
         for documents, labels in zip(self.documents, self.labels, strict=True):
             digest.update(b"%d " % len(documents) + documents.astype("<i8").tobytes() + labels.astype("<f4").tobytes())
         return digest.hexdigest()
+
+
+def joined(parts: Iterable[tuple[Groups, "DataReport"]]) -> tuple[Groups, "DataReport"]:
+    """Groups that were made piece by piece, of different queries, as one, in the order of their qids."""
+    codes: dict[str, int] = {}
+    pieces, reports = [], []
+    for groups, report in parts:
+        of_piece = np.array([codes.setdefault(text, len(codes)) for text in groups.texts], dtype=np.int32)
+        documents = [of_piece[indices] for indices in groups.documents]
+        pieces.append(replace(groups, texts=[], documents=documents))
+        reports.append(report)
+    order = sorted(range(sum(map(len, pieces))), key=[qid for piece in pieces for qid in piece.qids].__getitem__)
+
+    def ordered(name: str) -> list[Any]:
+        values = [value for piece in pieces for value in getattr(piece, name)]
+        return [values[i] for i in order]
+
+    chosen = pieces[0] if pieces else Groups([], [], [], [], [])
+    return (
+        replace(
+            chosen, qids=ordered("qids"), queries=ordered("queries"), texts=list(codes),
+            documents=ordered("documents"), labels=ordered("labels"),
+        ),
+        DataReport.total(reports),
+    )  # fmt: skip
 
 
 def _choose(rng: np.random.Generator, items: np.ndarray, n: int | None) -> np.ndarray:
@@ -120,6 +159,19 @@ class DataReport:
         if self.agreement is not None:
             lines.append(f"teacher and first stage agree by a rank correlation of {self.agreement:.2f}")
         return "\n  ".join(["DataReport:", *lines])
+
+    @classmethod
+    def total(cls, reports: Sequence["DataReport"]) -> "DataReport":
+        """The report on pieces of data: counts added up, shares averaged over the groups."""
+        values: dict[str, Any] = {}
+        for f in fields(cls):
+            found = [(getattr(report, f.name), report.groups) for report in reports]
+            known = [(value, weight) for value, weight in found if value is not None]
+            if f.type is int:
+                values[f.name] = sum(value for value, _ in known)
+            elif total := sum(weight for _, weight in known):
+                values[f.name] = sum(value * weight for value, weight in known) / total
+        return cls(**values)
 
     def dropped(self) -> str:
         """What was left out, in words, for a warning; empty if nothing was."""

@@ -191,7 +191,7 @@ class MonoCE(pt.Estimator):
 
     def fit(
         self,
-        topics_or_res_tr: pd.DataFrame,
+        topics_or_res_tr: pd.DataFrame | str | Path,
         qrels_tr: pd.DataFrame | None = None,
         topics_or_res_va: pd.DataFrame | None = None,
         qrels_va: pd.DataFrame | None = None,
@@ -202,7 +202,9 @@ class MonoCE(pt.Estimator):
         """Train the model in place on a first stage's results.
 
         Args:
-            topics_or_res_tr: The results: qid, query, docno, text, and score or rank.
+            topics_or_res_tr: The results: qid, query, docno, text, and score or rank. Or a file of them, of any size:
+                a TREC run, plain or `.gz`, or Parquet; then `MonoCE(..., text=dataset)` has the texts, which are
+                looked up when a batch needs them, and the queries (extra `[runs]`).
             qrels_tr: qid, docno, label. Not needed for distillation.
             topics_or_res_va: Validation results, of other queries; then the best weights by the fitter's metric
                 are kept.
@@ -219,7 +221,8 @@ class MonoCE(pt.Estimator):
         chosen = check_fitter(fitter or self.fitter or Contrastive())
         # Everything that can be known to be wrong is said before the first stage trains for hours.
         prepared = [self._prepare(stage, topics_or_res_tr, qrels_tr) for stage in chosen.stages]
-        results_va = self._validation_frame(topics_or_res_va, qrels_va, topics_or_res_tr)
+        learnt = {qid for groups, _, _ in prepared for qid in groups.qids}
+        results_va = self._validation_frame(topics_or_res_va, qrels_va, learnt)
         for number, (stage, (groups, report, data)) in enumerate(zip(chosen.stages, prepared, strict=True)):
             folder = checkpoint_dir
             if folder is not None and len(chosen.stages) > 1:
@@ -228,21 +231,28 @@ class MonoCE(pt.Estimator):
         return self
 
     def _prepare(self, stage: Fitter, results: Any, qrels: pd.DataFrame | None) -> tuple[Groups, DataReport, str]:
-        if not isinstance(results, pd.DataFrame):
-            raise ValueError(f"expected a data frame of results to train on, found {type(results).__name__}")
-        require_columns(results, ["qid", "query", "docno"], "training results (the output of a first stage)")
-        if self.text is None and self.text_field not in results.columns:
+        topics = None
+        if isinstance(results, pd.DataFrame):
+            require_columns(results, ["qid", "query", "docno"], "training results (the output of a first stage)")
+            if self.text is None and self.text_field not in results.columns:
+                raise ValueError(
+                    f"expected a column {self.text_field!r} with the documents' text, found "
+                    f"{list(map(str, results.columns))}: put dataset.text_loader() before MonoCE, or give "
+                    "MonoCE(..., text=dataset)"
+                )
+            results = self._with_text(results)
+        elif isinstance(results, str | Path):
+            topics = self.text.get_topics() if hasattr(self.text, "get_topics") else None
+        else:
             raise ValueError(
-                f"expected a column {self.text_field!r} with the documents' text, found "
-                f"{list(map(str, results.columns))}: put dataset.text_loader() before MonoCE, or give "
-                "MonoCE(..., text=dataset)"
+                f"expected a data frame of results to train on, or a run's path, found {type(results).__name__}"
             )
-        results = self._with_text(results)
         groups, report = stage.groups(
             results,
             qrels,
             text_field=self.text_field,
             load_text=self._load_text if self.text is not None else None,
+            topics=topics,
             verbose=self.verbose,
         )
         if report.dropped():
@@ -250,7 +260,7 @@ class MonoCE(pt.Estimator):
         return groups, report, groups.digest()
 
     def _validation_frame(
-        self, results: pd.DataFrame | None, qrels: pd.DataFrame | None, training: pd.DataFrame
+        self, results: pd.DataFrame | None, qrels: pd.DataFrame | None, learnt: set[str]
     ) -> tuple[pd.DataFrame, pd.DataFrame] | None:
         if results is None:
             return None
@@ -267,7 +277,7 @@ class MonoCE(pt.Estimator):
         frame = frame[frame["qid"].isin(labels["qid"].unique())].reset_index(drop=True)
         if not len(frame):
             raise ValueError("expected judged queries among the validation results, found none")
-        common = frame["qid"].drop_duplicates().isin(as_ids(training["qid"]).unique()).sum()
+        common = frame["qid"].drop_duplicates().isin(learnt).sum()
         if common:
             warnings.warn(
                 f"{common} validation queries are training queries too: the metric will flatter", stacklevel=3
@@ -616,7 +626,7 @@ def _sample(groups: Groups) -> tuple[list[str], list[str]]:
     """Some pairs of the training data, evenly taken."""
     step = max(1, len(groups) * 4 // TRUNCATION_SAMPLE)
     chosen = [
-        (groups.queries[i], groups.texts[j]) for i in range(0, len(groups), step) for j in groups.documents[i][:4]
+        (groups.queries[i], text) for i in range(0, len(groups), step) for text in groups.text(groups.documents[i][:4])
     ]
     return [query for query, _ in chosen], [text for _, text in chosen]
 

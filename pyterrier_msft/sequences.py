@@ -19,7 +19,7 @@ from pyterrier_msft.reranker import MonoCE
 logger = logging.getLogger(__name__)
 
 # The rooms whose code decides what weights come out.
-CODE = ("losses", "groups", "scoring", "teachers", "training", "fitters")
+CODE = ("losses", "groups", "runs", "scoring", "teachers", "training", "fitters")
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Stage:
 
     Args:
         fitter: Such as `Contrastive()`.
-        results: The first stage's results: qid, query, docno, text, and score or rank.
+        results: The first stage's results: qid, query, docno, text, and score or rank; or a file, see `MonoCE.fit`.
         qrels: qid, docno, label; None where the fitter doesn't need them.
     """
 
     fitter: Fitter
-    results: pd.DataFrame
+    results: pd.DataFrame | str | Path
     qrels: pd.DataFrame | None = None
 
     def __post_init__(self) -> None:
@@ -41,7 +41,12 @@ class Stage:
 
     def digest(self) -> str:
         """A digest of the fitter and the data."""
-        frames = [frame_digest(self.results), "" if self.qrels is None else frame_digest(self.qrels)]
+        if isinstance(self.results, pd.DataFrame):
+            results = frame_digest(self.results)
+        else:
+            with Path(self.results).open("rb") as file:
+                results = hashlib.file_digest(file, "sha256").hexdigest()
+        frames = [results, "" if self.qrels is None else frame_digest(self.qrels)]
         return hashlib.sha256(json.dumps([self.fitter.digest(), *frames]).encode()).hexdigest()
 
 

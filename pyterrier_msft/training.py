@@ -9,9 +9,11 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import shutil
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -61,6 +63,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Tokens whose activations are computed together: more than in scoring, for the sake of the backward pass.
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 65536}
+AHEAD = 2  # batches made before they are needed
 # Batches sorted by length together: longer windows save padding and make batches less random.
 SORTED_BATCHES = 16
 # A resumed run may lose this much work; a step count alone would say nothing about time.
@@ -309,6 +312,45 @@ class _Collator:
         }
 
 
+class _ReadAhead(DataLoader[Any]):
+    """A DataLoader that makes the next batches in a thread, while the model is at work."""
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()  # here, since it draws from torch's random state
+
+        def read() -> None:
+            try:
+                for batch in batches:
+                    if not put((batch, None)):
+                        return
+                put((None, None))
+            except BaseException as error:  # whatever it is, it is raised where the batch is taken
+                put((None, error))
+
+        def put(item: tuple[Any, BaseException | None]) -> bool:
+            while not stopped.is_set():
+                with contextlib.suppress(queue.Full):
+                    ready.put(item, timeout=0.1)
+                    return True
+            return False
+
+        ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=AHEAD)
+        stopped = threading.Event()
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        try:
+            while True:
+                batch, error = ready.get()
+                if error is not None:
+                    raise error
+                if batch is None:
+                    return
+                yield batch
+        finally:  # also when training stops before the end
+            stopped.set()
+            thread.join()
+
+
 # ---- the loop
 
 
@@ -341,7 +383,10 @@ class _ListTrainer(Trainer):
         # Not prepared by accelerate, which would hide the sampler and its order.
         budget = TOKENS_PER_PASS.get(self.args.device.type, TOKENS_PER_PASS["cpu"])
         collate = _Collator(self.encoder, budget, self.settings.pairs_per_pass)
-        return DataLoader(self.batches, batch_sampler=self.batches, collate_fn=collate)  # type: ignore[arg-type]
+        # On a CPU whose batches need nothing looked up, a thread would only take the model's time.
+        ahead = self.args.device.type != "cpu" or self.batches.groups.load is not None
+        kind = _ReadAhead if ahead else DataLoader
+        return kind(self.batches, batch_sampler=self.batches, collate_fn=collate)  # type: ignore[arg-type]
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         return 0  # an estimate from `input_ids`, which a batch of chunks doesn't have; nobody reads it

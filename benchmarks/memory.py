@@ -1,0 +1,65 @@
+"""Peak memory of a training step against the length of its lists, with and without bounded memory.
+
+Each configuration has a process of its own. The paper's step has 4 lists of 100 documents of 256 tokens.
+
+    pip install -c constraints.txt -e ".[bench]" && python benchmarks/memory.py
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+
+import pandas as pd
+import torch
+from common import minilm
+
+from pyterrier_msft import Distillation, MonoCE
+
+WORDS = [f"word{number}" for number in range(500)]
+
+
+def main() -> None:
+    """Measure all, or one configuration in this process."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[10, 25, 50, 100, 200], help="documents a list")
+    parser.add_argument("--pairs-per-pass", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--one", type=int, nargs=2, metavar=("LENGTH", "PAIRS"), help="0 pairs: not bounded")
+    args = parser.parse_args()
+    if args.one:
+        print(peak(args.one[0], args.one[1] or None, args.max_length))
+        return
+    rows = []
+    for length in args.lengths:
+        row: dict[str, object] = {"documents a list": length}
+        for pairs in (*args.pairs_per_pass, 0):
+            command = [sys.executable, __file__, "--one", str(length), str(pairs), "--max-length", str(args.max_length)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            failed = "out of memory" if done.returncode else None
+            row[f"{pairs} pairs a pass" if pairs else "all at once"] = failed or round(float(done.stdout.split()[-1]))
+        rows.append(row)
+        print(pd.DataFrame([row]).to_string(index=False, header=len(rows) == 1), flush=True)
+
+
+def peak(length: int, pairs: int | None, max_length: int) -> float:
+    """MiB that two steps of 4 lists take, above what the loaded model and the libraries do."""
+    text = " ".join(WORDS)
+    results = pd.DataFrame(
+        [(str(q), WORDS[q], f"d{d}", f"{d} {text}", d) for q in range(4) for d in range(length)],
+        columns=["qid", "query", "docno", "text", "rank"],
+    )
+    fitter = Distillation(depth=None, batch_size=4, max_steps=2, pairs_per_pass=pairs, dropout=0.0)
+    ce = MonoCE(minilm(), max_length=max_length, fitter=fitter)
+    if torch.cuda.is_available():
+        ce.fit(results)
+        return torch.cuda.max_memory_allocated() / 2**20
+    warm = Distillation(depth=2, batch_size=1, max_steps=2, dropout=0.0)
+    ce.fit(results, fitter=warm)  # imports, and what a first step leaves
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ce.fit(results)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Results in files: the same groups as from a frame, in pieces, with the text looked up later."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, runs
+from pyterrier_msft.groups import DataReport
+
+pytest.importorskip("polars")
+FAST = {"learning_rate": 1e-2, "epochs": 2, "batch_size": 8}
+
+
+class Dataset:
+    """What a file lacks: texts and queries."""
+
+    def __init__(self, part):
+        self.documents = part.results.drop_duplicates("docno").set_index("docno")["text"]
+        self.topics = part.results[["qid", "query"]].drop_duplicates()
+        self.loads = 0
+
+    def get_topics(self):
+        return self.topics
+
+    def text_loader(self, fields):
+        def load(frame):
+            self.loads += 1
+            return frame.assign(text=self.documents.reindex(frame["docno"]).to_numpy())
+
+        return load
+
+
+def write(frame: pd.DataFrame, folder, kind: str):
+    path = folder / f"run{kind}"
+    if kind == ".parquet":
+        frame.to_parquet(path)
+    else:
+        lines = frame.assign(Q0="Q0", tag="t")[["qid", "Q0", "docno", "rank", "score", "tag"]]
+        lines.to_csv(path, sep="\t" if "tab" in kind else " ", header=False, index=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranked(train_part) -> pd.DataFrame:
+    """The part's results with scores."""
+    results = train_part.results.reset_index(drop=True)
+    rank = results.groupby("qid").cumcount()
+    return results.assign(rank=rank, score=30.0 - rank)
+
+
+def read(fitter, source, part, dataset=None):
+    if dataset is None:
+        return fitter.groups(source, part.qrels)
+    return fitter.groups(source, part.qrels, load_text=dataset.text_loader(["text"]), topics=dataset.get_topics())
+
+
+@pytest.mark.parametrize("kind", [".trec", ".tab.trec", ".trec.gz", ".parquet"])
+@pytest.mark.parametrize("rows", [7, 1_000_000])
+@pytest.mark.parametrize("depth", [3, None])
+@pytest.mark.parametrize("objective", ["labels", "ranking", "teacher"])
+def test_a_file_gives_the_groups_of_the_frame(ranked, train_part, tmp_path, monkeypatch, kind, rows, depth, objective):
+    monkeypatch.setattr(runs, "ROWS", rows)
+    teacher = ranked[["qid", "docno"]].assign(score=np.random.default_rng(0).random(len(ranked)))
+    fitter = {
+        "labels": Contrastive(n_negatives=4, depth=depth),
+        "ranking": Distillation(depth=depth),
+        "teacher": Distillation(depth=depth, teacher=teacher),
+    }[objective]
+    dataset = Dataset(train_part)
+    expected, expected_report = read(fitter, ranked, train_part)
+    groups, report = read(fitter, write(ranked, tmp_path, kind), train_part, dataset)
+    assert dataset.loads == 0  # not before they are needed
+    assert groups.qids == expected.qids
+    for index in range(len(groups)):
+        a, b = (g.draw(index, seed=1, epoch=2) for g in (groups, expected))
+        assert (a.qid, a.query, a.texts) == (b.qid, b.query, b.texts)
+        np.testing.assert_array_equal(a.labels, b.labels)
+    # The file's missing texts are not known yet; documents that are below the depth are not counted.
+    for name in ("groups", "documents", "without_relevant", "without_negatives", "unranked_by_teacher"):
+        assert getattr(report, name) == getattr(expected_report, name)
+    assert report.agreement == pytest.approx(expected_report.agreement)
+
+
+def test_fit_from_a_file_gives_the_weights_of_the_frame(ranked, train_part, backbone, tmp_path):
+    path = write(ranked, tmp_path, ".parquet")
+    # Batches of like length need the texts' lengths, so with one batch an epoch the order is the same.
+    fitter = Contrastive(n_negatives=3, **{**FAST, "batch_size": 64})
+    options = {"max_length": 24, "dtype": "float32", "device": "cpu", "fitter": fitter}
+    by_frame = MonoCE(backbone, **options).fit(ranked, train_part.qrels)
+    by_file = MonoCE(backbone, **options, text=Dataset(train_part)).fit(path, train_part.qrels)
+    a, b = (ce.history["loss"].to_numpy() for ce in (by_frame, by_file))
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+def test_a_files_training_resumes_and_stops(ranked, train_part, backbone, tmp_path):
+    path = write(ranked, tmp_path, ".trec")
+    ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu", text=Dataset(train_part))
+    stage = Stage(Contrastive(n_negatives=3, **FAST), path, train_part.qrels)
+    first = fit_sequences(ce, {"CL": stage}, ["CL"], save_dir=tmp_path / "models")["CL"]
+    assert fit_sequences(ce, {"CL": stage}, ["CL"], save_dir=tmp_path / "models")["CL"].fingerprint == first.fingerprint
+    assert dataclasses.replace(stage, results=write(ranked.head(40), tmp_path, ".parquet")).digest() != stage.digest()
+
+
+def test_an_error_while_reading_ahead_is_raised(ranked, train_part, backbone, tmp_path):
+    dataset = Dataset(train_part)
+    ce = MonoCE(backbone, max_length=24, device="cpu", text=dataset)
+    ce.fit(write(ranked, tmp_path, ".trec"), train_part.qrels, fitter=Contrastive(n_negatives=3, max_steps=1))
+    dataset.text_loader = lambda fields: lambda frame: frame.assign(text=1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ce.fit(tmp_path / "run.trec", train_part.qrels, fitter=Contrastive(n_negatives=3))
+
+
+def test_relevant_documents_that_are_missing_are_added(ranked, train_part, tmp_path):
+    relevant = train_part.qrels[train_part.qrels["label"] > 0]
+    without = ranked[~ranked["docno"].isin(relevant["docno"].head(10))]
+    fitter = Contrastive(n_negatives=4, add_missing_positives=True)
+    dataset = Dataset(train_part)
+    expected, _ = fitter.groups(without, train_part.qrels, load_text=dataset.text_loader(["text"]))
+    groups, report = read(fitter, write(without, tmp_path, ".trec"), train_part, dataset)
+    assert groups.qids == expected.qids
+    assert report.without_relevant == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.sample(frac=1, random_state=0), "expected the rows of a query together"),
+        (lambda f: f.drop(columns=["rank", "score"]), "expected a score or a rank"),
+        (lambda f: f.drop(columns="docno"), "expected columns"),
+    ],
+)
+def test_a_file_of_another_form(ranked, train_part, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(runs, "ROWS", 50)
+    with pytest.raises(ValueError, match=message):
+        read(Contrastive(), write(change(ranked), tmp_path, ".parquet"), train_part, Dataset(train_part))
+
+
+@pytest.mark.parametrize("content", ["q1 Q0 d1 1\n", "q1 Q0 d1 1 high t\n", "", "q1  Q0  d1 1 2.0 t\n"])
+def test_a_broken_run(train_part, tmp_path, content):
+    path = tmp_path / "run.trec"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="expected"):
+        read(Contrastive(), path, train_part, Dataset(train_part))
+
+
+def test_no_file(train_part):
+    with pytest.raises(ValueError, match="found no file 'nowhere.trec'"):
+        read(Contrastive(), "nowhere.trec", train_part, Dataset(train_part))
+
+
+def test_reports_add_up():
+    total = DataReport.total([DataReport(queries=2, groups=1, agreement=1.0), DataReport(queries=3, groups=3)])
+    assert (total.queries, total.groups, total.agreement) == (5, 4, 1.0)
