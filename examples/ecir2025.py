@@ -18,7 +18,7 @@ import math
 import re
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from ir_measures import AP, RR, R, nDCG
 from quickstart import BiEncoder, bm25, minilm, save
 from transformers import AutoConfig
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots, teachers
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots, runs, teachers
 from pyterrier_msft.scoring import resolve_dtype
 from pyterrier_msft.significance import equivalence_table, seed_summary
 
@@ -136,11 +136,11 @@ class Test:
 class Data:
     """What to train and test on."""
 
-    labels: tuple[pd.DataFrame, pd.DataFrame]  # a first stage's results with text, and qrels: what CL learns from
+    labels: tuple[pd.DataFrame | Path, pd.DataFrame]  # a first stage's results, and qrels: what CL learns from
     ranking: pd.DataFrame  # a teacher's ranking with text: what KD learns from
     tests: list[Test]
     validation: tuple[pd.DataFrame, pd.DataFrame] | None = None
-    text: pt.datasets.Dataset | None = None  # where relevant documents that the first stage missed have their text
+    text: pt.datasets.Dataset | None = None  # where documents that come without their text have it
 
 
 def main() -> None:
@@ -249,40 +249,40 @@ def pydocs(scale: Scale, out: Path) -> Data:
 
 def msmarco(args: argparse.Namespace, scale: Scale, out: Path) -> Data:
     """The paper's training data, test queries and first stages, downloaded."""
-    passages = pt.get_dataset("irds:msmarco-passage")
     train = pt.get_dataset("irds:msmarco-passage/train/judged")
     downloads = out / "downloads"
     downloads.mkdir(exist_ok=True)
     run_file = downloads / "colbertv2.train.run"
     if not run_file.exists():
         pt.io.download(COLBERT_RUN, str(run_file))
-    depth = scale.contrastive.depth or DEPTH
-    topics = train.get_topics()
-    results = pd.concat(top_of_run(run_file, depth=depth, queries=scale.queries), ignore_index=True)
-    results = passages.text_loader()(results.merge(topics[["qid", "query"]], on="qid"))
-    qrels = train.get_qrels()
-    held_out = results["qid"].map(lambda qid: int(qid) % 100 == 0)  # 1%, the same whatever the scale
-    candidates, answers = rankgpt(downloads)
-    ranking = teachers.read_permutations(candidates, responses=answers)
-    known = dict(zip(topics["query"].str.strip(), topics["qid"], strict=True))
-    validation_queries = set(results.loc[held_out, "query"])
-    ranking = ranking[~ranking["query"].map(lambda query: query in validation_queries or query.strip() not in known)]
+    # The run stays on disk: 503k queries x 500 documents; fit takes each query's top from it.
+    topics, qrels = train.get_topics(), train.get_qrels()
+    topics = topics[topics["qid"].isin(qrels["qid"])].head(scale.queries or 10**9)
+    held_out = topics[topics["qid"].map(int) % 100 == 0] if scale.validates else topics.head(0)
+    labelled = qrels[qrels["qid"].isin(topics["qid"]) & ~qrels["qid"].isin(held_out["qid"])]
+    validation = None
+    if len(held_out):
+        candidates = pd.concat(runs.pieces(run_file, depth=DEPTH, topics=held_out), ignore_index=True)
+        validation = train.text_loader()(candidates), qrels[qrels["qid"].isin(held_out["qid"])]
+    candidates_file, answers = rankgpt(downloads)
+    ranking = teachers.read_permutations(candidates_file, responses=answers)
+    ranking = ranking[~ranking["query"].str.strip().isin(held_out["query"].str.strip())]
     tests = []
     for name in args.test or TESTS:
         dataset = pt.get_dataset(TESTS.get(name, name))
         queries = dataset.get_topics().head(scale.test_queries or 10**9)
         for first_stage, retrieve in first_stages(out).items():
-            found = (retrieve() >> passages.text_loader())(queries)
+            found = (retrieve() >> train.text_loader())(queries)
             tests.append(Test(name, first_stage, found, queries, dataset.get_qrels()))
         tests += [from_run(name, first_stage, path, scale) for first_stage, path in run_files(args, name)]
     if not any(test.first_stage == "ColBERTv2" for test in tests):
         logger.warning("ColBERTv2 is left out: give its runs as --first-stage 'ColBERTv2=runs/colbertv2.{test}.trec'")
     return Data(
-        labels=(results[~held_out], qrels),
+        labels=(run_file, labelled),
         ranking=first_queries(ranking, scale.teacher_queries),
         tests=tests,
-        validation=(results[held_out & (results["rank"] < DEPTH)], qrels) if scale.validates else None,
-        text=passages,
+        validation=validation,
+        text=train,
     )
 
 
@@ -299,20 +299,6 @@ def rankgpt(folder: Path) -> tuple[Path, Path]:
             with zipfile.ZipFile(folder / name) as archive:
                 archive.extract("marco-train-100k.jsonl", folder)
     return folder / "marco-train-100k.jsonl", folder / "marco-train-100k-gpt3.5.json"
-
-
-def top_of_run(path: Path, *, depth: int, queries: int | None) -> Iterator[pd.DataFrame]:
-    """A run's top `depth`, in pieces: the whole file has 250 million lines."""
-    names = ["qid", "Q0", "docno", "rank", "score", "tag"]
-    chunks = pd.read_csv(path, sep=r"\s+", names=names, usecols=["qid", "docno", "rank", "score"],
-                         dtype={"qid": str, "docno": str}, chunksize=5_000_000)  # fmt: skip
-    seen: dict[str, None] = {}
-    for chunk in chunks:
-        seen |= dict.fromkeys(chunk["qid"])
-        wanted = set(list(seen)[:queries])
-        yield chunk[(chunk["rank"] <= depth) & chunk["qid"].isin(wanted)]
-        if queries is not None and len(seen) > queries:
-            return
 
 
 def first_stages(out: Path) -> dict[str, Callable[[], pt.Transformer]]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pyterrier as pt
 import pytest
 from conftest import write_tiny_bert
 
@@ -122,3 +123,50 @@ for qid, relevant in dataset.get_qrels().drop_duplicates("qid").head(30)[["qid",
     results = pd.read_csv(tmp_path / "out" / "results.csv")
     assert results["name"].tolist() == ["First", "CL", "KD", "CL-KD", "KD-CL"]
     assert set(results["first_stage"]) == {"First"}
+
+
+def test_the_papers_data_in_small(tmp_path, monkeypatch, train_part):
+    """MS MARCO's part of the recipe on stand-ins: a dataset, a downloaded run, RankGPT's two files, a first stage."""
+    pytest.importorskip("polars")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import ecir2025
+
+    number = {qid: str(place + 60) for place, qid in enumerate(train_part.results["qid"].unique())}  # 60 to 123
+    results = train_part.results.assign(qid=train_part.results["qid"].map(number), score=1.0)
+    results["rank"] = results.groupby("qid").cumcount() + 1
+    results["score"] -= results["rank"]
+    qrels = train_part.qrels.assign(qid=train_part.qrels["qid"].map(number))
+
+    class Dataset:
+        def get_topics(self):
+            return results[["qid", "query"]].drop_duplicates()
+
+        def get_qrels(self):
+            return qrels
+
+        def text_loader(self, fields=None):
+            texts = results.drop_duplicates("docno").set_index("docno")["text"]
+            return pt.apply.text(lambda row: texts[row["docno"]])
+
+    def download(url, path):
+        lines = results.assign(Q0="Q0", tag="colbert")[["qid", "Q0", "docno", "rank", "score", "tag"]]
+        lines.to_csv(path, sep=" ", header=False, index=False)
+
+    lists = [(query, frame["text"].tolist()) for query, frame in results.groupby("query")]
+    (tmp_path / "lists.jsonl").write_text("\n".join(json.dumps({"query": q, "passages": t}) for q, t in lists))
+    (tmp_path / "answers.json").write_text(json.dumps(["[2] > [1]"] * len(lists)))
+    monkeypatch.setattr(pt, "get_dataset", lambda name: Dataset())
+    monkeypatch.setattr(pt.io, "download", download)
+    monkeypatch.setattr(ecir2025, "rankgpt", lambda folder: (tmp_path / "lists.jsonl", tmp_path / "answers.json"))
+    first_stage = pt.Transformer.from_df(results.drop(columns="text"))
+    monkeypatch.setattr(ecir2025, "first_stages", lambda out: {"BM25": lambda: first_stage})
+    arguments = ["--backbone", write_tiny_bert(tmp_path / "tiny"), "--test", "dl19", "--max-steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["ecir2025.py", *arguments, "--max-length", "24", "--out", str(tmp_path / "out")])
+    with pytest.warns(UserWarning, match="without a relevant document"):  # the query that is held out
+        ecir2025.main()
+    table = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert table["name"].tolist() == ["BM25", "CL", "KD", "CL-KD", "KD-CL"]
+    [history] = (tmp_path / "out" / "models").glob("CL-[0-9a-f]*/msft.json")
+    stage = json.loads(history.read_text())["stages"][-1]
+    assert stage["queries"] == 63  # without the query 100
+    assert "nDCG@10" in stage["history"][-1]  # which validates

@@ -146,7 +146,7 @@ def test_a_broken_run(train_part, tmp_path, content):
 
 
 def test_no_file(train_part):
-    with pytest.raises(ValueError, match="found no file 'nowhere.trec'"):
+    with pytest.raises(ValueError, match=r"found no file 'nowhere\.trec'"):
         read(Contrastive(), "nowhere.trec", train_part, Dataset(train_part))
 
 
