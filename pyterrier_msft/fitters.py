@@ -142,7 +142,7 @@ class Fitter(Hyperparameters):
                 if len(piece):
                     yield fitter._read(
                         piece.assign(**{text_field: piece["docno"]}),
-                        qrels,
+                        None if qrels is None else qrels[as_ids(qrels["qid"]).isin(piece["qid"]).to_numpy()],
                         text_field=text_field,
                         load_text=lambda missing: missing.assign(**{text_field: missing["docno"]}),
                     )
