@@ -9,7 +9,7 @@ import pytest
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, runs
 from pyterrier_msft.groups import DataReport
 
-pytest.importorskip("polars")
+pl = pytest.importorskip("polars")
 FAST = {"learning_rate": 1e-2, "epochs": 2, "batch_size": 8}
 
 
@@ -35,7 +35,7 @@ class Dataset:
 def write(frame: pd.DataFrame, folder, kind: str):
     path = folder / f"run{kind}"
     if kind == ".parquet":
-        frame.to_parquet(path)
+        pl.DataFrame({column: frame[column].tolist() for column in frame.columns}).write_parquet(path)
     else:
         lines = frame.assign(Q0="Q0", tag="t")[["qid", "Q0", "docno", "rank", "score", "tag"]]
         lines.to_csv(path, sep="\t" if "tab" in kind else " ", header=False, index=False)
