@@ -315,8 +315,9 @@ def first_stages(out: Path) -> dict[str, Callable[[], pt.Transformer]]:
         except ImportError as error:
             raise ImportError('Contriever needs the extra [paper]: pip install "pyterrier-msft[paper]"') from error
         model, index = SBertBiEncoder("facebook/contriever-msmarco", batch_size=256), FlexIndex(str(out / "contriever"))
-        if not index.built():
-            (model >> index).index(pt.get_dataset("irds:msmarco-passage").get_corpus_iter())
+        if not (out / "contriever" / "pt_meta.json").exists():  # what is written last
+            corpus = pt.get_dataset("irds:msmarco-passage").get_corpus_iter()
+            (model >> index.indexer(mode="overwrite")).index(corpus)
         return model >> index.torch_retriever(num_results=DEPTH, fp16=True, drop_query_vec=True)
 
     return {"BM25": lexical, "Contriever": contriever}

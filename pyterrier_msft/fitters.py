@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -135,11 +136,15 @@ class Fitter(Hyperparameters):
         """Groups of a file's pieces, where docnos stand for texts until these are needed."""
         fitter, topics, relevant = self._for_file(qrels, topics)
         example: list[Any] = []
+        # A piece that the teacher knows nothing of is no mistake, as it would be in a whole frame.
+        teacher = getattr(fitter, "teacher", None)
+        ranked = None if teacher is None else set(as_ids(teacher["qid"]))
 
         def parts() -> Iterator[tuple[Groups, DataReport]]:
             for piece in pieces(path, depth=fitter.depth, relevant=relevant, topics=topics):
                 example.append(_example(piece, "qid"))
-                if len(piece):
+                known = None if ranked is None else piece["qid"].isin(ranked)
+                if len(piece) and (known is None or known.any()):
                     yield fitter._read(
                         piece.assign(**{text_field: piece["docno"]}),
                         None if qrels is None else qrels[as_ids(qrels["qid"]).isin(piece["qid"]).to_numpy()],
@@ -439,7 +444,11 @@ def _content(value: Any, name: str) -> Any:
                 source = inspect.getsource(value)
             except OSError as error:
                 raise ValueError(f"expected a function whose source can be read, found {value!r}") from error
-        return [value.__module__, value.__qualname__, source]
+        captured = [_content(cell.cell_contents, name) for cell in value.__closure__ or ()]
+        defaults = [_content(part, name) for part in (value.__defaults__, value.__kwdefaults__)]
+        return [value.__module__, value.__qualname__, source, captured, defaults]
+    if isinstance(value, partial):
+        return ["partial", *(_content(part, name) for part in (value.func, value.args, value.keywords))]
     if isinstance(value, pt.Transformer):
         raise ValueError(
             f"expected a {name} whose content can be told, found the transformer {_written(value)}: run it on the "
@@ -449,7 +458,13 @@ def _content(value: Any, name: str) -> Any:
         return [type(value).__qualname__, *(_content(getattr(value, f.name), f.name) for f in fields(value))]
     if isinstance(value, list | tuple):
         return [_content(item, name) for item in value]
-    return value if value is None or isinstance(value, int | float | str) else repr(value)
+    if value is None or isinstance(value, int | float | str):
+        return value
+    written = repr(value)
+    if " at 0x" not in written:
+        return written
+    # The address is another one in each process.
+    return [type(value).__module__, type(value).__qualname__, _content(getattr(value, "__dict__", {}), name)]
 
 
 def _sha256(content: Any) -> str:

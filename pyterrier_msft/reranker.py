@@ -115,7 +115,7 @@ class MonoCE(pt.Estimator):
                 raise ValueError(f"expected {name} as a whole number above 0, found {value!r}")
         if text is not None and not callable(getattr(text, "text_loader", None)):
             raise ValueError(f"expected text as something with .text_loader(), found {text!r}")
-        resolve_dtype(dtype, torch.device("cpu" if device is None else device))
+        resolve_dtype(dtype, resolve_device(None) if device is None else torch.device(device))
         self.fitter = None if fitter is None else check_fitter(fitter)
         self.text_field = text_field
         self.text = text
@@ -242,7 +242,8 @@ class MonoCE(pt.Estimator):
                 )
             results = self._with_text(results)
         elif isinstance(results, str | Path):
-            topics = self.text.get_topics() if hasattr(self.text, "get_topics") else None
+            with contextlib.suppress(AttributeError, NotImplementedError):  # a corpus alone has none
+                topics = self.text.get_topics()
         else:
             raise ValueError(
                 f"expected a data frame of results to train on, or a run's path, found {type(results).__name__}"
@@ -294,6 +295,7 @@ class MonoCE(pt.Estimator):
         checkpoint_dir: str | Path | None,
     ) -> None:
         network, encoder = self._load()
+        dtype = resolve_dtype(self._dtype, network.device)
         if stage.max_length is not None:
             encoder = dataclasses.replace(encoder, max_length=self._fitting(stage.max_length, network))
         cut_queries, cut_texts = encoder.truncated(*_sample(groups))
@@ -318,7 +320,6 @@ class MonoCE(pt.Estimator):
         check = None
         if validation is not None and stage.metric is not None:
             check = Validation(validation[0], validation[1], stage.metric)
-        dtype = resolve_dtype(self._dtype, network.device)
         try:
             train(
                 network,
@@ -469,6 +470,9 @@ class MonoCE(pt.Estimator):
             (partial / RECORD).write_text(json.dumps(self._record(), indent=1))
             (partial / "pt_meta.json").write_text(json.dumps(ARTIFACT))
             (partial / "README.md").write_text(self._card())
+            mask = os.umask(0)
+            os.umask(mask)
+            partial.chmod(0o777 & ~mask)  # a temporary folder is its owner's alone
             old = path.with_name(f".{path.name}.old")
             if path.exists():
                 os.replace(path, old)
@@ -608,7 +612,8 @@ def _check_folder(model: str) -> None:
 def _one_score(model: PreTrainedModel) -> PreTrainedModel:
     if model.config.num_labels != 1:
         raise ValueError(f"expected a model with one label (a score), found {model.config.num_labels}")
-    return model.eval()
+    # In float32, whatever it was saved in: in half precision most of AdamW's steps would be rounded away.
+    return model.float().eval()
 
 
 def _tokenizer_of(network: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -155,7 +155,7 @@ class PairEncoder:
     def _beginning(self, text: str) -> str:
         """What of a long text is worth tokenising: whole words, since tokenizers split texts at blanks first."""
         limit = CHARACTERS_PER_TOKEN * self.max_length
-        if len(text) <= 2 * limit:
+        if len(text) <= 2 * limit or self.tokenizer.truncation_side != "right":
             return text
         blank = text.find(" ", limit, 2 * limit)
         return text if blank < 0 else text[:blank]
@@ -225,9 +225,7 @@ def pad(
 ) -> dict[str, torch.Tensor]:
     """The chosen pairs as tensors [pairs, longest], the longest rounded up to a multiple of 8."""
     chosen = {key: [values[i] for i in indices] for key, values in encoded.items()}
-    with quiet_transformers():
-        padded = tokenizer.pad(chosen, pad_to_multiple_of=8, return_tensors="pt", verbose=False)
-    return dict(padded)
+    return dict(tokenizer.pad(chosen, pad_to_multiple_of=8, return_tensors="pt", verbose=False))
 
 
 # ---- precision
@@ -408,7 +406,8 @@ def score_pairs(
     was_training = model.training
     model.eval()
     try:
-        with first_token_only(model):
+        # Once and not in each thread: what they are set back to is one for all threads.
+        with quiet_transformers(), first_token_only(model):
             for start in range(0, len(queries), WINDOW):
                 window = slice(start, start + WINDOW)
                 encoded = encoder(queries[window], texts[window])

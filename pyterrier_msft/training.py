@@ -676,6 +676,11 @@ def _arguments(
         "report_to": "none",
     }
     arguments = TrainingArguments(**{**ours, **settings.trainer_args})
+    if device.type == "cuda" and device.index not in {None, arguments.device.index}:
+        raise ValueError(
+            f"expected {str(arguments.device)!r}, which Trainer takes, as the device to train on, found "
+            f"{str(device)!r}: choose a GPU by the environment variable CUDA_VISIBLE_DEVICES"
+        )
     # Several GPUs in one process would mean DataParallel, which splits lists; torchrun is the way to use them.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
@@ -700,8 +705,8 @@ def _prepared(
         if settings.dropout is not None:
             for module, name, _ in dropouts:
                 setattr(module, name, settings.dropout)
-            if device.type == "cpu":
-                _suit_cpu(model, dtype)
+        if device.type == "cpu":
+            _suit_cpu(model, dtype)
         if settings.freeze_position_embeddings:
             frozen = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
             if not frozen:
@@ -791,12 +796,16 @@ def _isolated() -> Iterator[None]:
 
 
 def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if device.type == "mps":
+        return torch.get_rng_state(), torch.mps.get_rng_state()
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> None:
     torch.set_rng_state(state[0])
-    if state[1] is not None:
+    if state[1] is not None and device.type == "mps":
+        torch.mps.set_rng_state(state[1])
+    elif state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import pandas as pd
 import pyterrier as pt
@@ -70,6 +71,28 @@ def test_a_transformer_after_a_fitter_is_refused():
 def test_mistakes_are_said_at_once(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_digest_knows_what_a_function_captured():
+    def scaled(k):
+        def loss(scores, labels, mask):
+            return losses.ranknet(scores, labels, mask) * k
+
+        return loss
+
+    class Loss:
+        def __init__(self, k):
+            self.k = k
+
+        def __call__(self, scores, labels, mask):
+            return scores.sum()
+
+    assert Contrastive(loss=scaled(1)).digest() == Contrastive(loss=scaled(1)).digest()
+    assert Contrastive(loss=scaled(1)).digest() != Contrastive(loss=scaled(9)).digest()
+    by_partial = [Contrastive(loss=functools.partial(a_loss, k=k)).digest() for k in (1, 1, 2)]
+    assert by_partial[0] == by_partial[1] != by_partial[2]
+    by_object = [Contrastive(loss=Loss(k)).digest() for k in (1, 1, 2)]
+    assert by_object[0] == by_object[1] != by_object[2]
 
 
 # ---- what is learnt from

@@ -9,6 +9,7 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 import torch
+import transformers
 from ir_measures import RR, nDCG
 from pandas.testing import assert_frame_equal
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -83,6 +84,21 @@ def test_int8_is_close_and_never_of_other_weights(trained, test_part, train_part
             ce.fit(train_part.results, train_part.qrels, fitter=CL)
     assert int8.fingerprint == trained.fingerprint
     assert_frame_equal(pickle.loads(pickle.dumps(int8))(test_part.results), int8(test_part.results))
+
+
+def test_a_loaded_model_in_half_precision_becomes_float32(backbone, test_part):
+    network = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1, dtype=torch.bfloat16)
+    ce = MonoCE(network, max_length=24, dtype="float32", device="cpu")
+    assert {p.dtype for p in ce._load()[0].parameters()} == {torch.float32}
+
+
+def test_scoring_in_threads_leaves_the_settings_of_transformers(silent, test_part, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    before = transformers.logging.get_verbosity()
+    silent.batch_size = 2
+    for _ in range(3):
+        silent(test_part.results)
+    assert transformers.logging.get_verbosity() == before
 
 
 def test_other_columns_and_the_input_stay(silent, test_part):

@@ -83,6 +83,19 @@ def test_a_file_gives_the_groups_of_the_frame(ranked, train_part, tmp_path, monk
     assert report.agreement == pytest.approx(expected_report.agreement)
 
 
+def test_pieces_that_the_teacher_knows_nothing_of(ranked, train_part, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ROWS", 20)
+    qid = ranked["qid"].iloc[-1]
+    teacher = ranked[ranked["qid"] == qid][["qid", "docno", "score"]]
+    groups, _ = read(
+        Distillation(teacher=teacher), write(ranked, tmp_path, ".parquet"), train_part, Dataset(train_part)
+    )
+    assert groups.qids == [qid]
+    stranger = teacher.assign(qid="nobody")
+    with pytest.raises(ValueError, match="expected queries with documents that the teacher puts in an order"):
+        read(Distillation(teacher=stranger), tmp_path / "run.parquet", train_part, Dataset(train_part))
+
+
 def test_fit_from_a_file_gives_the_weights_of_the_frame(ranked, train_part, backbone, tmp_path):
     path = write(ranked, tmp_path, ".parquet")
     # Batches of like length need the texts' lengths, so with one batch an epoch the order is the same.

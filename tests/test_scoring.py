@@ -191,6 +191,11 @@ def test_a_very_long_text_is_read_as_if_all_of_it_were_tokenised(encoder, parts)
     assert encoder(["w1", "w2"], [text, "w3"]) == encoder._encode(["w1", "w2"], [text, "w3"])
 
 
+def test_the_end_of_a_text_is_read_where_the_tokenizer_cuts_at_the_left(backbone):
+    tokenizer = AutoTokenizer.from_pretrained(backbone, truncation_side="left")
+    assert decode(PairEncoder(tokenizer, 8), "w1", "w2 " * 5000 + "w3").endswith("w3 [SEP]")
+
+
 def test_a_long_query_is_cut_first_and_leaves_room(encoder):
     assert decode(encoder, " ".join(["w1"] * 10_000), "w2 w3") == "[CLS] " + "w1 " * 12 + "[SEP] w2 w3 [SEP]"
     short = PairEncoder(encoder.tokenizer, 24, max_query_length=2)

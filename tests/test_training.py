@@ -204,6 +204,13 @@ def test_dropout_keeps_the_right_share_and_its_gradient():
     assert _dropout_of(module.eval(), x) is x
 
 
+def test_dropout_of_the_backbone_is_ours_too(model, encoder, groups, monkeypatch):
+    calls = []
+    monkeypatch.setattr("pyterrier_msft.training._dropout_of", lambda module, x: calls.append(module) or x)
+    run(model, encoder, groups, dataclasses.replace(FAST, max_steps=1))
+    assert calls
+
+
 def test_our_attention_is_the_eager_one(backbone, encoder):
     batch = pad(encoder.tokenizer, encoder(["w1", "w2 w3"], ["w4 w5 w6", "w7"]), range(2))
     model = load_model(backbone, seed=1)[0]
