@@ -17,6 +17,7 @@ from ir_measures import AP, RR, R, nDCG
 from transformers import AutoModel, AutoTokenizer
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots
+from pyterrier_msft.pydocs import silenced
 from pyterrier_msft.scoring import autocast, quiet_transformers, resolve_dtype
 
 MEASURES = [nDCG @ 10, RR @ 10, AP, R @ 100]
@@ -129,7 +130,10 @@ def bm25(dataset: pt.datasets.Dataset, out: Path) -> pt.Transformer:
     except (NotImplementedError, ValueError):
         index = PisaIndex(str(out / "index"), text_field="text")
         if not index.built():
-            index.index(dataset.get_corpus_iter(verbose=True))
+            documents = list(dataset.get_corpus_iter(verbose=True))
+            with silenced():
+                index.index(documents)
+                index.bm25().search("a query")  # the first retriever writes files too
     return index.bm25(num_results=100)
 
 

@@ -288,7 +288,7 @@ def _load_or_build(path: Path, packages: tuple[Package, ...]) -> Collection:
 
 
 @contextmanager
-def _silenced() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Sends the process's output to nowhere, including what C++ writes past Python's streams."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # what was printed before must not be lost
@@ -313,7 +313,7 @@ def build_index(collection: Collection, path: Path) -> None:
     # A list, since PISA ends an index without a word where an iterator raises.
     documents = collection.documents[["docno", "text"]].to_dict("records")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as temporary:
-        with _silenced():
+        with silenced():
             index = PisaIndex(f"{temporary}/index", text_field="text").index(documents)
             index.bm25().search("sort an array")  # a first retriever writes files too, as noisily
         if len(index) != len(documents):

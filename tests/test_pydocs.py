@@ -449,7 +449,7 @@ def test_another_process_may_be_quicker_with_the_index(large):
 
 def test_output_comes_back_after_a_failure(capfd):
     def fail():
-        with pydocs._silenced():
+        with pydocs.silenced():
             os.write(2, b"lost")
             raise RuntimeError
 
