@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial
@@ -33,6 +34,7 @@ from pyterrier_msft.runs import pieces
 from pyterrier_msft.scoring import clean
 from pyterrier_msft.training import Hyperparameters, Loss
 
+ENOUGH = 32  # documents without a text, and none with one, after which there is no text to be hoped for
 PACKAGE = __name__.rpartition(".")[0]
 
 
@@ -152,11 +154,24 @@ class Fitter(Hyperparameters):
                         load_text=lambda missing: missing.assign(**{text_field: missing["docno"]}),
                     )
 
+        counts: Counter[str] = Counter()
+
         def load(docnos: list[str]) -> list[str]:
             distinct = pd.DataFrame({"docno": list(dict.fromkeys(docnos))})
             loaded = load_text(distinct)
             texts = dict(zip(loaded["docno"], loaded[text_field], strict=True))
-            return [clean(texts.get(docno)) for docno in docnos]
+            found = [clean(texts.get(docno)) for docno in docnos]
+            missing = [docno for docno, text in zip(docnos, found, strict=True) if not text.strip()]
+            counts["found"] += len(docnos) - len(missing)
+            counts["missing"] += len(missing)
+            if missing and counts["missing"] == len(missing):  # for the first time
+                warnings.warn(f"documents without text, such as {missing[0]!r}, are read as empty", stacklevel=2)
+            if not counts["found"] and counts["missing"] >= ENOUGH:
+                raise ValueError(
+                    f"expected texts from MonoCE(..., text=dataset), found none of {counts['missing']} documents, such "
+                    f"as {missing[0]!r}"
+                )
+            return found
 
         groups, report = joined(parts())
         return dataclasses.replace(groups, load=load), report, example[0] if example else None

@@ -114,7 +114,7 @@ class MonoCE(pt.Estimator):
             if value is not None and not (isinstance(value, int) and value > 0):
                 raise ValueError(f"expected {name} as a whole number above 0, found {value!r}")
         if text is not None and not callable(getattr(text, "text_loader", None)):
-            raise ValueError(f"expected text as something with .text_loader(), found {text!r}")
+            raise ValueError(f"expected text as something with .text_loader(), found {type(text).__name__}")
         resolve_dtype(dtype, resolve_device(None) if device is None else torch.device(device))
         self.fitter = None if fitter is None else check_fitter(fitter)
         self.text_field = text_field

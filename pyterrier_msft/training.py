@@ -551,7 +551,8 @@ class _Progress(TrainerCallback):
                 {k: f"{self.history[-1][k]:.3g}" for k in ("loss", self.metric) if k in self.history[-1]}
             )
         # Not at the start: a new head differs little between documents.
-        settled = state.global_step >= max(10, self.batches.updates // 5)
+        last = state.global_step >= self.batches.updates
+        settled = state.global_step >= max(10, self.batches.updates // 5) or (last and state.global_step >= 4)
         if settled and self.spread < 1e-3 and not self.alarmed:
             self.alarmed = True
             warnings.warn(

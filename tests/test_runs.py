@@ -125,6 +125,18 @@ def test_an_error_while_reading_ahead_is_raised(ranked, train_part, backbone, tm
         ce.fit(tmp_path / "run.trec", train_part.qrels, fitter=Contrastive(n_negatives=3))
 
 
+def test_texts_that_are_not_there(ranked, train_part, backbone, tmp_path):
+    dataset = Dataset(train_part)
+    ce = MonoCE(backbone, max_length=24, device="cpu", text=dataset)
+    path, fitter = write(ranked, tmp_path, ".trec"), Contrastive(n_negatives=3, max_steps=2)
+    dataset.documents = dataset.documents.iloc[::2]
+    with pytest.warns(UserWarning, match="documents without text, such as"):
+        ce.fit(path, train_part.qrels, fitter=fitter)
+    dataset.documents = dataset.documents.head(0)
+    with pytest.raises(ValueError, match="expected texts from MonoCE"):
+        ce.fit(path, train_part.qrels, fitter=fitter)
+
+
 def test_relevant_documents_that_are_missing_are_added(ranked, train_part, tmp_path):
     relevant = train_part.qrels[train_part.qrels["label"] > 0]
     without = ranked[~ranked["docno"].isin(relevant["docno"].head(10))]

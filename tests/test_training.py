@@ -329,10 +329,11 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_queries(model, encoder, g
     assert not model.training
 
 
-def test_constant_scores_raise_the_alarm(model, encoder, groups):
+@pytest.mark.parametrize("steps", [4, 20])
+def test_constant_scores_raise_the_alarm(model, encoder, groups, steps):
     torch.nn.init.zeros_(model.classifier.weight)
     with pytest.warns(UserWarning, match="get the same score"):
-        run(model, encoder, groups, dataclasses.replace(FAST, learning_rate=1e-9))
+        run(model, encoder, groups, dataclasses.replace(FAST, learning_rate=1e-9, max_steps=steps))
 
 
 @pytest.mark.parametrize(
