@@ -208,8 +208,11 @@ class Scores:
 
 
 def save(axes: "plots.Axes", path: Path) -> None:
-    """Write a plot."""
+    """Write a plot, and let go of it."""
+    from matplotlib import pyplot
+
     axes.figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(axes.figure)
 
 
 if __name__ == "__main__":
