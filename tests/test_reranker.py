@@ -128,7 +128,8 @@ def test_text_field_and_missing_text(silent, test_part):
     silent.text_field = "body"
     assert len(silent(frame)) == 3
     frame["body"] = [None, float("nan"), ""]
-    assert silent(frame)["score"].nunique() == 1
+    # One pair, thrice; a matrix's last rows may differ from the others in the last digit.
+    assert np.ptp(silent(frame)["score"]) < 1e-6
 
 
 def test_a_missing_column_is_named(ce, test_part):
