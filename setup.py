@@ -73,6 +73,7 @@ setup(
             "pandas-stubs",
             "pytest>=8",
             "ruff>=0.8",
+            "sybil>=9",
             "types-tqdm",
         ],
     },

@@ -56,7 +56,9 @@ class tost:  # a class, so that it pickles, compares and prints as it was writte
     The test never gives a NaN, which PyTerrier would count as a rejection: differences that are all the same give
     p = 0 if they are smaller than the margin and 1 otherwise; of fewer than two queries nothing is known, and p = 1.
 
-    >>> pt.Experiment(systems, topics, qrels, [nDCG @ 10], baseline="CL", test=tost(0.01), correction="holm")
+    >>> table = pt.Experiment(
+    ...     systems, topics, qrels, [nDCG @ 10], baseline="CL", test=tost(0.01), correction="holm"
+    ... )
 
     PyTerrier labels its columns as ever: "nDCG@10 p-value" is then the TOST's, and "nDCG@10 reject" is True where
     *equivalence* is shown.

@@ -507,7 +507,7 @@ def cached(teacher: pt.Transformer, folder: str | Path, *, batch_size: int = 1, 
 
     Example:
         >>> llm = teachers.cached(llm, "rankings-of-llm")
-        >>> ce.fit(candidates, fitter=Distillation(teacher=llm))
+        >>> ce = ce.fit(results, fitter=Distillation(teacher=llm))
     """
     return Cached(teacher, folder, batch_size=batch_size, verbose=verbose)
 

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PT_TEST_TRANSFORMER_REPORTS", "0")
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,19 +31,19 @@ def _offline_schematics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pt.documentation, "_cached_objects_inv", {}, raising=False)
 
 
-def write_tiny_bert(folder: Path) -> str:
+def write_tiny_bert(folder: Path, *, words: Sequence[str] = WORDS, positions: int = 64) -> str:
     """A random BERT backbone of 2 layers and 16 dimensions, as a Hugging Face folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     (folder / "vocab.txt").write_text("\n".join(vocab))
     config = BertConfig(
         vocab_size=len(vocab), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=64, initializer_range=0.2,
+        max_position_embeddings=positions, initializer_range=0.2,
     )  # fmt: skip
     with torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(0)
         BertModel(config).save_pretrained(folder)
-        BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+        BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=positions).save_pretrained(folder)
     return str(folder)
 
 

