@@ -64,6 +64,8 @@ class MonoCE(pt.Estimator):
             `.text_loader()`.
         max_length: Tokens of a pair; a longer document is cut.
         max_query_length: Tokens of a query; a longer query is cut. None: half of `max_length`.
+        passages: Windows of `max_length` tokens that a longer document is read in, from its beginning. The best
+            one's score is the document's, in scoring and in training (MaxP: Dai and Callan, SIGIR 2019).
         batch_size: Pairs a pass when scoring. None: by a budget of tokens that suits the device.
         dtype: "auto" (bfloat16 where the hardware has it, else float32), "float32", "bfloat16", "float16", or "int8":
             then training is in float32, and scoring by a copy that is quantised, on CPUs.
@@ -92,6 +94,7 @@ class MonoCE(pt.Estimator):
         text: Any = None,
         max_length: int = 256,
         max_query_length: int | None = None,
+        passages: int = 1,
         batch_size: int | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
@@ -109,9 +112,10 @@ class MonoCE(pt.Estimator):
         for name, value in {
             "max_length": max_length,
             "max_query_length": max_query_length,
+            "passages": passages,
             "batch_size": batch_size,
         }.items():
-            if value is not None and not (isinstance(value, int) and value > 0):
+            if not (isinstance(value, int) and value > 0) and (value is not None or name == "passages"):
                 raise ValueError(f"expected {name} as a whole number above 0, found {value!r}")
         if text is not None and not callable(getattr(text, "text_loader", None)):
             raise ValueError(f"expected text as something with .text_loader(), found {type(text).__name__}")
@@ -121,6 +125,7 @@ class MonoCE(pt.Estimator):
         self.text = text
         self.max_length = max_length
         self.max_query_length = max_query_length
+        self.passages = passages
         self.batch_size = batch_size
         self.seed = seed
         self.trust_remote_code = trust_remote_code
@@ -437,6 +442,7 @@ class MonoCE(pt.Estimator):
             "text_field": self.text_field,
             "max_length": self.max_length,
             "max_query_length": self.max_query_length,
+            "passages": self.passages,
             "dtype": str(resolve_dtype(self._dtype, device)),
         }
 
@@ -504,6 +510,7 @@ class MonoCE(pt.Estimator):
                 "text_field": self.text_field,
                 "max_length": self.max_length,
                 "max_query_length": self.max_query_length,
+                "passages": self.passages,
                 "seed": self.seed,
             },
             "fingerprint": self.fingerprint,
@@ -539,7 +546,7 @@ class MonoCE(pt.Estimator):
         if self._network.device != device:
             self._network.to(device)
         length = self._fitting(self.max_length, self._network)
-        return self._network, PairEncoder(self._tokenizer, length, self.max_query_length)
+        return self._network, PairEncoder(self._tokenizer, length, self.max_query_length, self.passages)
 
     def _quantised_network(self) -> PreTrainedModel:
         """The network in int8, made anew when the weights have changed."""

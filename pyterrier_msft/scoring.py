@@ -11,7 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ WINDOW = 8192
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 65536}
 # A text's first characters that are tokenised, for each token that is read; twice what the longest language takes.
 CHARACTERS_PER_TOKEN = 12
+OVERLAP = 1 / 8  # of max_length: what two windows of a text share
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
@@ -122,19 +123,59 @@ class PairEncoder:
     """Tokenises pairs as `[CLS] query [SEP] text [SEP]`, or as the tokenizer has it.
 
     The text is cut to what is left beside the query; the query is cut only beyond `max_query_length` tokens
-    (None: half of `max_length`), so that a long query can't push the text out.
+    (None: half of `max_length`), so that a long query can't push the text out. With `passages`, a text that doesn't
+    fit is read in windows, each beside the query, see `windows`.
     """
 
     tokenizer: transformers.PreTrainedTokenizerBase
     max_length: int
     max_query_length: int | None = None
+    passages: int = 1
+
+    def windows(self, queries: Sequence[Any], texts: Sequence[Any]) -> tuple[Encoded, np.ndarray]:
+        """Encode pairs, each in as many windows as it needs, and at most `passages`.
+
+        A text's windows are as long as fits beside the query, and each begins with the end of the one before, so that
+        what one cuts apart is whole in the other.
+
+        Returns:
+            The windows, and for each of them the index of its pair.
+
+        Raises:
+            ValueError: If there shall be several, and the tokenizer has none of its own in Rust to make them.
+        """
+        if self.passages == 1:
+            return self(queries, texts), np.arange(len(queries))
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"expected a fast tokenizer with passages={self.passages}, found {type(self.tokenizer).__name__}"
+            )
+        cut, whole, beginnings = self._strings(queries, texts)
+        encoded, pair = self._encode_windows(cut, beginnings)
+        # A beginning that gives no window more than is read was perhaps too short.
+        counts = np.bincount(pair, minlength=len(whole))
+        if any(
+            len(beginning) < len(text) and count <= self.passages
+            for text, beginning, count in zip(whole, beginnings, counts, strict=True)
+        ):
+            encoded, pair = self._encode_windows(cut, whole)
+        place = np.arange(len(pair)) - np.searchsorted(pair, pair)
+        kept = np.flatnonzero(place < self.passages)
+        return {key: [values[i] for i in kept] for key, values in encoded.items()}, pair[kept]
+
+    def _encode_windows(self, queries: list[str], texts: list[str]) -> tuple[Encoded, np.ndarray]:
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True) - self.query_limit
+        encoded = dict(
+            self.tokenizer(
+                queries, texts, truncation="only_second", max_length=self.max_length, verbose=False,
+                return_overflowing_tokens=True, stride=max(0, min(int(self.max_length * OVERLAP), room - 1)),
+            )
+        )  # fmt: skip
+        return encoded, np.array(encoded.pop("overflow_to_sample_mapping"), dtype=np.int64)
 
     def __call__(self, queries: Sequence[Any], texts: Sequence[Any]) -> Encoded:
         """Encode pairs, each truncated and none padded. Missing values (None, NaN) are read as the empty text."""
-        short = self._cut_queries(queries)
-        cut = [short[clean(query)] for query in queries]
-        whole = [clean(text) for text in texts]
-        beginnings = [self._beginning(text) for text in whole]
+        cut, whole, beginnings = self._strings(queries, texts)
         encoded = self._encode(cut, beginnings)
         # A beginning that doesn't fill the pair up, of few and long words, was too short.
         wrong = [
@@ -149,12 +190,18 @@ class PairEncoder:
                     encoded[key][i] = value
         return encoded
 
+    def _strings(self, queries: Sequence[Any], texts: Sequence[Any]) -> tuple[list[str], list[str], list[str]]:
+        """The queries as they are read, the texts, and what of each is worth tokenising."""
+        short = self._cut_queries(queries)
+        whole = [clean(text) for text in texts]
+        return [short[clean(query)] for query in queries], whole, [self._beginning(text) for text in whole]
+
     def _encode(self, queries: list[str], texts: list[str]) -> Encoded:
         return dict(self.tokenizer(queries, texts, truncation="only_second", max_length=self.max_length, verbose=False))
 
     def _beginning(self, text: str) -> str:
         """What of a long text is worth tokenising: whole words, since tokenizers split texts at blanks first."""
-        limit = CHARACTERS_PER_TOKEN * self.max_length
+        limit = CHARACTERS_PER_TOKEN * self.max_length * self.passages
         if len(text) <= 2 * limit or self.tokenizer.truncation_side != "right":
             return text
         blank = text.find(" ", limit, 2 * limit)
@@ -188,6 +235,9 @@ class PairEncoder:
             return 0.0, 0.0
         short = self._cut_queries(queries)
         cut_queries = np.mean([short[clean(query)] != clean(query) for query in queries])
+        if self.passages > 1:
+            _, pair = replace(self, passages=self.passages + 1).windows(queries, texts)
+            return float(cut_queries), float(np.mean(np.bincount(pair) > self.passages))
         lengths = [len(ids) for ids in self([*queries], [*texts])["input_ids"]]
         full = [i for i, length in enumerate(lengths) if length >= self.max_length]
         # Exactly as long as the limit is not cut: a pair is, if one more token would be there to take.
@@ -357,7 +407,8 @@ def score_pairs(
 ) -> np.ndarray:
     """Score each pair, in the order given, whatever order they are computed in.
 
-    Where a pass doesn't fit the device's memory it is halved, and the work goes on.
+    A pair in several windows has the best one's score (MaxP: Dai and Callan, SIGIR 2019). Where a pass doesn't fit
+    the device's memory it is halved, and the work goes on.
 
     Args:
         model: A cross-encoder with one output, on the device that it shall run on.
@@ -365,7 +416,7 @@ def score_pairs(
         queries: One query a pair.
         texts: One text a pair.
         dtype: The precision to compute in.
-        batch_size: Pairs a pass. None: as many as a budget of tokens that suits the device holds.
+        batch_size: Pairs (or windows) a pass. None: as many as a budget of tokens that suits the device holds.
         progress: Called with the number of pairs done since it was last called.
 
     Returns:
@@ -373,10 +424,10 @@ def score_pairs(
     """
     device = next(model.parameters()).device
     max_tokens = TOKENS_PER_PASS.get(device.type, TOKENS_PER_PASS["cpu"]) if batch_size is None else 2**62
-    scores = np.empty(len(queries), dtype=np.float32)
+    scores = np.full(len(queries), -np.inf, dtype=np.float32)
     lock = threading.Lock()
 
-    def score(start: int, encoded: Encoded, lengths: np.ndarray, batches: deque[np.ndarray]) -> None:
+    def score(start: int, encoded: Encoded, pair: np.ndarray, lengths: np.ndarray, batches: deque[np.ndarray]) -> None:
         """Take batches from the queue until it is empty."""
         nonlocal max_tokens
         with torch.inference_mode(), autocast(device, dtype):
@@ -387,7 +438,7 @@ def score_pairs(
                     indices = batches.popleft()
                 batch = {key: value.to(device) for key, value in pad(encoder.tokenizer, encoded, indices).items()}
                 try:
-                    scores[start + indices] = forward(model, batch).cpu().numpy()
+                    found = forward(model, batch).cpu().numpy()
                 except RuntimeError as error:
                     if not out_of_memory(error) or len(indices) == 1:
                         raise
@@ -399,9 +450,10 @@ def score_pairs(
                         parts = length_batches(lengths[left], max_tokens=max_tokens, max_pairs=batch_size)
                         batches.extend(left[part] for part in parts)
                     continue
-                if progress is not None:
-                    with lock:
-                        progress(len(indices))
+                with lock:
+                    np.maximum.at(scores, start + pair[indices], found)
+                    if progress is not None:  # a pair is done with its first window
+                        progress(int(np.sum((indices == 0) | (pair[indices] != pair[indices - 1]))))
 
     was_training = model.training
     model.eval()
@@ -410,10 +462,10 @@ def score_pairs(
         with quiet_transformers(), first_token_only(model):
             for start in range(0, len(queries), WINDOW):
                 window = slice(start, start + WINDOW)
-                encoded = encoder(queries[window], texts[window])
+                encoded, pair = encoder.windows(queries[window], texts[window])
                 lengths = np.array([len(ids) for ids in encoded["input_ids"]])
                 batches = deque(length_batches(lengths, max_tokens=max_tokens, max_pairs=batch_size))
-                _in_threads(device, batches, partial(score, start, encoded, lengths, batches))
+                _in_threads(device, batches, partial(score, start, encoded, pair, lengths, batches))
     finally:
         model.train(was_training)
     return scores

@@ -283,7 +283,10 @@ class _Batches:
 
 @dataclass(frozen=True)
 class _Collator:
-    """Groups to what one step needs: chunks of padded pairs, and where their scores belong in [G, L]."""
+    """Groups to what one step needs: chunks of padded pairs, and where their scores belong in [G, L].
+
+    Several windows of a document belong to one place.
+    """
 
     encoder: PairEncoder
     max_tokens: int
@@ -296,13 +299,14 @@ class _Collator:
         for row, group in enumerate(groups):
             labels[row, : len(group.labels)] = torch.from_numpy(group.labels)
             mask[row, : len(group.labels)] = True
-        encoded = self.encoder(
+        encoded, pair = self.encoder.windows(
             [group.query for group in groups for _ in group.texts], [text for group in groups for text in group.texts]
         )
         parts = length_batches(
             [len(ids) for ids in encoded["input_ids"]], max_tokens=self.max_tokens, max_pairs=self.max_pairs
         )
         places = mask.flatten().nonzero().squeeze(-1)  # (pairs,) where the n-th pair stands in the flattened [G, L]
+        places = places[torch.from_numpy(pair)]  # (windows,)
         return {
             "chunks": [pad(self.encoder.tokenizer, encoded, part) for part in parts],
             "places": places[torch.from_numpy(np.concatenate(parts))],
@@ -468,7 +472,10 @@ class _ListTrainer(Trainer):
 
     def _loss(self, flat: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         mask = inputs["mask"]  # (G, L)
-        scores = flat.new_zeros(mask.numel()).index_copy(0, inputs["places"], flat).view(mask.shape)  # (G, L)
+        # A document's score is its best window's, so that the gradient goes to that one.
+        places = inputs["places"]
+        scores = flat.new_zeros(mask.numel()).scatter_reduce(0, places, flat, "amax", include_self=False)
+        scores = scores.view(mask.shape)  # (G, L)
         with torch.autocast(flat.device.type, enabled=False):
             loss = self.list_loss(scores, inputs["labels"], mask)
         if not torch.isfinite(loss):
