@@ -5,7 +5,6 @@ import hashlib
 import inspect
 import json
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -27,12 +26,14 @@ from pyterrier_msft.groups import (
     from_teacher,
     grades_of,
     joined,
+    mismatch,
     missing_positives,
     order_key,
 )
+from pyterrier_msft.notices import warn
 from pyterrier_msft.runs import pieces
 from pyterrier_msft.scoring import clean
-from pyterrier_msft.training import Hyperparameters, Loss
+from pyterrier_msft.training import Hyperparameters, Loss, check_number
 
 ENOUGH = 32  # documents without a text, and none with one, after which there is no text to be hoped for
 PACKAGE = __name__.rpartition(".")[0]
@@ -111,19 +112,18 @@ class Fitter(Hyperparameters):
         """
         self._check_source(qrels, load_text)
         if isinstance(results, pd.DataFrame):
-            example = _example(results, "qid")
+            sample = results
             groups, report = self._read(results, qrels, text_field=text_field, load_text=load_text, verbose=verbose)
         else:
             if load_text is None:
                 raise ValueError(f"expected MonoCE(..., text=dataset) with results in {results}, found no text")
-            groups, report, example = self._read_file(results, qrels, topics, text_field, load_text)
+            groups, report, sample = self._read_file(results, qrels, topics, text_field, load_text)
         if not len(groups):
-            raise ValueError(self._nothing(report, example, qrels))
+            raise ValueError(self._nothing(report, sample, qrels))
         if report.upside_down():
-            warnings.warn(
+            warn(
                 "the teacher's ranking looks upside down: its rank correlation with the first stage is "
-                f"{report.agreement:.2f}; a score must be higher, and a rank lower, for a better document",
-                stacklevel=3,
+                f"{report.agreement:.2f}; a score must be higher, and a rank lower, for a better document"
             )
         return groups, report
 
@@ -134,17 +134,18 @@ class Fitter(Hyperparameters):
         topics: pd.DataFrame | None,
         text_field: str,
         load_text: Callable[[pd.DataFrame], pd.DataFrame],
-    ) -> tuple[Groups, DataReport, Any]:
-        """Groups of a file's pieces, where docnos stand for texts until these are needed."""
+    ) -> tuple[Groups, DataReport, pd.DataFrame]:
+        """Groups of a file's pieces, where docnos stand for texts until these are needed; and the first piece."""
         fitter, topics, relevant = self._for_file(qrels, topics)
-        example: list[Any] = []
+        first: list[pd.DataFrame] = []
         # A piece that the teacher knows nothing of is no mistake, as it would be in a whole frame.
         teacher = getattr(fitter, "teacher", None)
         ranked = None if teacher is None else set(as_ids(teacher["qid"]))
 
         def parts() -> Iterator[tuple[Groups, DataReport]]:
             for piece in pieces(path, depth=fitter.depth, relevant=relevant, topics=topics):
-                example.append(_example(piece, "qid"))
+                if not first and len(piece):
+                    first.append(piece)
                 known = None if ranked is None else piece["qid"].isin(ranked)
                 if len(piece) and (known is None or known.any()):
                     yield fitter._read(
@@ -165,7 +166,7 @@ class Fitter(Hyperparameters):
             counts["found"] += len(docnos) - len(missing)
             counts["missing"] += len(missing)
             if missing and counts["missing"] == len(missing):  # for the first time
-                warnings.warn(f"documents without text, such as {missing[0]!r}, are read as empty", stacklevel=2)
+                warn(f"documents without text, such as {missing[0]!r}, are read as empty")
             if not counts["found"] and counts["missing"] >= ENOUGH:
                 raise ValueError(
                     f"expected texts from MonoCE(..., text=dataset), found none of {counts['missing']} documents, such "
@@ -174,7 +175,11 @@ class Fitter(Hyperparameters):
             return found
 
         groups, report = joined(parts())
-        return dataclasses.replace(groups, load=load), report, example[0] if example else None
+        return (
+            dataclasses.replace(groups, load=load),
+            report,
+            first[0] if first else pd.DataFrame(columns=["qid", "docno"]),
+        )
 
     def _for_file(
         self, qrels: pd.DataFrame | None, topics: pd.DataFrame | None
@@ -197,8 +202,8 @@ class Fitter(Hyperparameters):
         """The groups of a frame; there may be none."""
         raise NotImplementedError
 
-    def _nothing(self, report: DataReport, example: Any, qrels: pd.DataFrame | None) -> str:
-        """What to say when nothing is left to learn from."""
+    def _nothing(self, report: DataReport, results: pd.DataFrame, qrels: pd.DataFrame | None) -> str:
+        """What to say when nothing is left to learn from; `results` are all of them, or a sample."""
         raise NotImplementedError
 
     def digest(self) -> str:
@@ -256,10 +261,9 @@ class Contrastive(Fitter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("n_positives", "n_negatives", "depth", "min_relevance"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"expected {name} above 0, found {value!r}")
+        for name in ("n_positives", "n_negatives", "depth"):
+            check_number(name, getattr(self, name), whole=True)
+        check_number("min_relevance", self.min_relevance)
         self._check_labels()
 
     def _check_source(self, qrels: pd.DataFrame | None, load_text: Any) -> None:
@@ -304,12 +308,25 @@ class Contrastive(Fitter):
             min_relevance=self.min_relevance, text_field=text_field,
         )  # fmt: skip
 
-    def _nothing(self, report: DataReport, example: Any, qrels: pd.DataFrame | None) -> str:
+    def _nothing(self, report: DataReport, results: pd.DataFrame, qrels: pd.DataFrame | None) -> str:
         assert qrels is not None
+        grades = grades_of(qrels)
+        relevant = grades[grades >= self.min_relevance].index.to_frame(index=False)
+        mine = grades.index.get_level_values("qid").isin(as_ids(results["qid"]))
+        if why := _no_texts(report):
+            pass
+        elif report.without_relevant < report.queries:
+            why = "the relevant documents are there, but no others in the top of the results, to be negatives"
+        elif mine.any() and not (grades[mine] >= self.min_relevance).any():
+            highest = grades[mine].max()
+            why = f"the highest label of these queries is {highest:g}, and min_relevance is {self.min_relevance:g}"
+        else:
+            why = mismatch(results, relevant if mine.any() else qrels, "the qrels")
+            if mine.any() and why.startswith("qids and docnos match"):
+                why = "the first stage found no relevant document; add_missing_positives=True adds them"
         return (
-            "expected queries with a relevant document and one that is not among their results, found none "
-            f"of {report.queries} queries (qids such as {example!r} in the results and "
-            f"{_example(qrels, 'qid')!r} in the qrels)"
+            "expected queries with a relevant document and one that is not among their results, found none of "
+            f"{report.queries:,} queries: {why}"
         )
 
 
@@ -342,8 +359,9 @@ class Distillation(Fitter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.depth is not None and not self.depth > 1:
-            raise ValueError(f"expected a depth of at least 2, found {self.depth!r}")
+        check_number("depth", self.depth, whole=True)
+        if self.depth == 1:
+            raise ValueError("expected a depth of at least 2, found 1")
         teachers.check(self.teacher)
         teachers.check_unranked(self.unranked)
         self._check_labels()
@@ -398,14 +416,22 @@ class Distillation(Fitter):
             text_field=text_field,
         )  # fmt: skip
 
-    def _nothing(self, report: DataReport, example: Any, qrels: pd.DataFrame | None) -> str:
-        return f"expected queries with documents that the teacher puts in an order, found none of {report.queries}"
+    def _nothing(self, report: DataReport, results: pd.DataFrame, qrels: pd.DataFrame | None) -> str:
+        why = _no_texts(report) or (
+            "each has one document alone, or all have the same score"
+            if report.queries > report.without_teacher
+            else "the teacher has none of them"
+        )
+        found = f"none of {report.queries:,} queries"
+        return f"expected queries with documents that the teacher puts in an order, found {found}: {why}"
 
 
 def check_fitter(fitter: Any) -> "Fitter | FitterSequence":
     """The fitter itself; a ValueError for anything else."""
     if isinstance(fitter, Fitter | FitterSequence):
         return fitter
+    if isinstance(fitter, type) and issubclass(fitter, Fitter):
+        raise ValueError(f"expected a fitter such as {fitter.__name__}(), found the class {fitter.__name__}")
     raise ValueError(f"expected a fitter such as Contrastive() or Distillation(teacher=...), found {fitter!r}")
 
 
@@ -418,8 +444,17 @@ def _stages(other: Any) -> tuple[Fitter, ...]:
     return check_fitter(other).stages
 
 
-def _example(frame: pd.DataFrame, column: str) -> Any:
-    return frame[column].iloc[0] if len(frame) and column in frame.columns else None
+def _no_texts(report: DataReport) -> str:
+    """Whether there is nothing to learn from for lack of rows, texts or queries; empty if not."""
+    if not report.queries:
+        return "the results are empty"
+    if report.documents or not (report.without_text or report.without_query):
+        return ""
+    return (
+        f"{report.without_text:,} documents have no text, and those of {report.without_query:,} more no query"
+        if report.without_query
+        else f"{report.without_text:,} documents have no text"
+    )
 
 
 def _same(value: Any, default: Any) -> bool:

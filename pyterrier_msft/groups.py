@@ -7,6 +7,7 @@ and nowhere else.
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -127,11 +128,15 @@ class DataReport:
     documents: int = 0  # query-document pairs that groups are drawn from
     duplicates: int = 0  # pairs given more than once
     without_text: int = 0  # pairs
+    without_query: int = 0  # pairs whose query has no text
     without_relevant: int = 0  # queries
+    unjudged: int = 0  # queries without a relevant document that the qrels don't have at all
     without_negatives: int = 0  # queries
     without_teacher: int = 0  # queries
     unranked_by_teacher: int = 0  # pairs, left out
     ranked_last: int = 0  # pairs that the teacher did not rank, placed below all others
+    judged_twice: int = 0  # pairs with two labels in the qrels, of which the higher counts
+    several_queries: int = 0  # qids with several texts, of which the best-ranked document's counts
     tied_labels: float = 0.0  # of the pairs of documents in a list, by a teacher
     agreement: float | None = None  # mean rank correlation of the teacher with the first stage, -1 to 1
     truncated_queries: float = 0.0
@@ -139,17 +144,23 @@ class DataReport:
 
     def __repr__(self) -> str:
         lines = [f"{self.groups:,} of {self.queries:,} queries to learn from, with {self.documents:,} documents"]
+        unjudged = f" ({self.unjudged:,} of them not in the qrels)" if self.unjudged else ""
         counts = {
-            "queries without a relevant document": self.without_relevant,
+            f"queries without a relevant document{unjudged}": self.without_relevant,
             "queries without a document that is not relevant": self.without_negatives,
             "queries without the teacher's ranking": self.without_teacher,
             "documents that the teacher did not rank": self.unranked_by_teacher,
             "documents without text": self.without_text,
+            "documents whose query has no text": self.without_query,
             "documents given twice for a query": self.duplicates,
         }
         lines += [f"{count:,} {what}: left out" for what, count in counts.items() if count]
-        if self.ranked_last:
-            lines.append(f"{self.ranked_last:,} documents that the teacher did not rank: placed below all others")
+        taken = {
+            "documents that the teacher did not rank: placed below all others": self.ranked_last,
+            "documents with two labels in the qrels: the higher counts": self.judged_twice,
+            "qids with several queries: that of the best-ranked document counts": self.several_queries,
+        }
+        lines += [f"{count:,} {what}" for what, count in taken.items() if count]
         shares = {
             "of the teacher's pairs of documents are tied": self.tied_labels,
             "of the queries are cut to fit (max_query_length)": self.truncated_queries,
@@ -175,9 +186,14 @@ class DataReport:
 
     def dropped(self) -> str:
         """What was left out, in words, for a warning; empty if nothing was."""
-        return "; ".join(
-            line.strip().removesuffix(": left out") for line in repr(self).split("\n") if line.endswith("left out")
-        )
+        return "; ".join(self._lines(": left out"))
+
+    def contradictions(self) -> str:
+        """Where the data say two things, and which was taken, in words, for a warning; empty if nowhere."""
+        return "; ".join(f"{line} counts" for line in self._lines(" counts"))
+
+    def _lines(self, end: str) -> list[str]:
+        return [line.strip().removesuffix(end) for line in repr(self).split("\n") if line.endswith(end)]
 
     def upside_down(self) -> bool:
         """Whether the teacher seems to rank the worst first: it contradicts the first stage on the whole."""
@@ -197,13 +213,13 @@ def clean_results(results: pd.DataFrame, *, text_field: str) -> _Lists:
     """Ids as strings, each query's documents in order of score (or rank), without duplicates and empty texts.
 
     Raises:
-        ValueError: If a column is missing, or there is a score that is not a number.
+        ValueError: If a column is missing, an id is missing, a score is not a number, or a text is something else.
     """
     require_columns(results, ["qid", "query", "docno", text_field], "training results")
-    rows = pd.DataFrame(
-        {"qid": as_ids(results["qid"]), "query": results["query"].to_numpy(), "docno": as_ids(results["docno"])}
-    )
-    rows["text"] = results[text_field].to_numpy()
+    no_query, no_text = (without_text(results[column]) for column in ("query", text_field))
+    rows = pd.DataFrame({"qid": as_ids(results["qid"]), "docno": as_ids(results["docno"])})
+    rows["query"], rows["text"] = as_texts(results["query"]), as_texts(results[text_field])
+    rows["no_query"], rows["no_text"] = no_query, no_text
     rows["row"] = np.arange(len(rows))
     key = order_key(results)
     ordered = key is not None
@@ -211,10 +227,16 @@ def clean_results(results: pd.DataFrame, *, text_field: str) -> _Lists:
     rows = rows.sort_values("key", ascending=False, kind="stable")
     n_queries = rows["qid"].nunique()
     unique = rows.drop_duplicates(["qid", "docno"])
-    with_text = unique[unique["text"].map(lambda text: isinstance(text, str) and bool(text.strip())).astype(bool)]
-    with_text = with_text.assign(order=with_text.groupby("qid", sort=False).cumcount())
-    counts = {"queries": n_queries, "duplicates": len(rows) - len(unique), "without_text": len(unique) - len(with_text)}
-    return _Lists(with_text.reset_index(drop=True), ordered, counts)
+    usable = unique[~unique["no_query"] & ~unique["no_text"]].drop(columns=["no_query", "no_text"])
+    usable = usable.assign(order=usable.groupby("qid", sort=False).cumcount())
+    counts = {
+        "queries": n_queries,
+        "duplicates": len(rows) - len(unique),
+        "without_query": int(unique["no_query"].sum()),
+        "without_text": int((unique["no_text"] & ~unique["no_query"]).sum()),
+        "several_queries": _several(usable),
+    }
+    return _Lists(usable.reset_index(drop=True), ordered, counts)
 
 
 def top_documents(results: pd.DataFrame, *, depth: int | None, text_field: str = "text") -> pd.DataFrame:
@@ -254,6 +276,7 @@ def from_qrels(
     lists = clean_results(results, text_field=text_field)
     grades = grades_of(qrels)
     rows = lists.rows
+    known = set(grades.index.get_level_values("qid"))
     pairs = pd.MultiIndex.from_arrays([rows["qid"], rows["docno"].str.replace(PASSAGE, "", regex=True)])
     grade = grades.reindex(pairs).to_numpy(dtype=np.float64)
     rows = rows.assign(label=np.where(grade >= min_relevance, grade, 0.0))  # NaN >= x is False
@@ -270,6 +293,8 @@ def from_qrels(
         groups=len(groups),
         documents=_count(groups),
         without_relevant=without_relevant,
+        unjudged=sum(qid not in known for qid in as_ids(results["qid"]).unique()),
+        judged_twice=_judged_twice(qrels),
         without_negatives=lists.counts["queries"] - without_relevant - len(groups),
         **lists.counts,
     )
@@ -329,8 +354,8 @@ def from_teacher(
     known = rows.loc[~missing, "qid"].nunique()
     if not known and len(rows):
         raise ValueError(
-            "expected the teacher's ranking to share queries and documents with the results, found none in common "
-            f"(qids such as {rows['qid'].iloc[0]!r} here, {teacher['qid'].iloc[0] if len(teacher) else 'none'!r} there)"
+            "expected the teacher's ranking to share queries and documents with the results, found none in common: "
+            + mismatch(rows, teacher, "the teacher's ranking")
         )
     if unranked == "last":
         if keep_scores:
@@ -376,24 +401,124 @@ def bare_ranks(ranking: pd.DataFrame) -> bool:
 
 
 def grades_of(qrels: pd.DataFrame) -> pd.Series:
-    """Qrels as a series of labels over (qid, docno), ids as strings; of a pair judged twice the higher label."""
+    """Qrels as a series of labels over (qid, docno), ids as strings; of a pair judged twice the higher label.
+
+    Raises:
+        ValueError: If a column or an id is missing, or a label is not a finite number.
+    """
+    return _labels(qrels).groupby(level=[0, 1]).max()
+
+
+def _labels(qrels: pd.DataFrame) -> pd.Series:
     require_columns(qrels, ["qid", "docno", "label"], "qrels")
-    labels = pd.to_numeric(qrels["label"])
+    labels = _numbers(qrels["label"], "label")
+    if not np.isfinite(labels).all():
+        raise ValueError(f"expected a number as every label, found {_some(labels[~np.isfinite(labels)])}")
     index = pd.MultiIndex.from_arrays([as_ids(qrels["qid"]), as_ids(qrels["docno"])], names=["qid", "docno"])
-    return pd.Series(labels.to_numpy(dtype=np.float64), index=index).groupby(level=[0, 1]).max()
+    return pd.Series(labels, index=index)
+
+
+def _judged_twice(qrels: pd.DataFrame) -> int:
+    labels = _labels(qrels)
+    if labels.index.is_unique:
+        return 0
+    return int((labels.groupby(level=[0, 1]).nunique() > 1).sum())
+
+
+def _several(rows: pd.DataFrame) -> int:
+    """How many qids have several queries."""
+    distinct = rows[["qid", "query"]].drop_duplicates()["qid"]
+    return int(distinct[distinct.duplicated()].nunique())
+
+
+def mismatch(results: pd.DataFrame, other: pd.DataFrame, what: str) -> str:
+    """Why results and `other` (qrels, or a teacher's ranking) have no document in common, in words."""
+    if not len(other):
+        return f"there are no rows in {what}"
+    for column in ("qid", "docno"):
+        here, there = as_ids(results[column]), as_ids(other[column])
+        if column == "docno":
+            here = here.str.replace(PASSAGE, "", regex=True)
+        if not here.isin(there).any():
+            return (
+                f"the {column}s don't match, such as {results[column].iloc[0]!r} in the results and "
+                f"{other[column].iloc[0]!r} in {what}"
+            )
+    return f"qids and docnos match, but no document of a query's results is in {what} for that query"
 
 
 def as_ids(values: pd.Series) -> pd.Series:
-    """Ids as strings with a plain index: after `|` a result frame's index is not unique."""
-    return values.astype(str).reset_index(drop=True)
+    """Ids as strings, with a plain index: after `|` a result frame's index is not unique.
+
+    Blanks at the ends are cut, and the whole numbers that pandas makes floats of, where one is missing, are read as
+    what they were: 1.0 is "1".
+
+    Raises:
+        ValueError: If an id is missing, or no Unicode text.
+    """
+    values = values.reset_index(drop=True)
+    require_ids(values.to_frame(), [values.name])
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        values = values.astype(values.cat.categories.dtype)
+    if pd.api.types.is_float_dtype(values):
+        values = values.astype(object)
+    if values.dtype == object and any(issubclass(kind, float | np.floating) for kind in set(map(type, values))):
+        values = values.map(_whole)
+    try:
+        return values.astype(str).str.strip()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"expected every {values.name} in Unicode, found {error.object!r}") from error
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float | np.floating) and float(value).is_integer() else value
+
+
+def without_text(values: pd.Series) -> np.ndarray:
+    """Which of a column's values are no text: missing (None, NaN, NA) or blank.
+
+    Raises:
+        ValueError: If there is something else than text and numbers, such as a list of passages.
+    """
+    if _is_text(values):
+        spaces = values.str.isspace().to_numpy(dtype=bool, na_value=False)
+        empty = (values == "").to_numpy(dtype=bool, na_value=False)
+        return values.isna().to_numpy(dtype=bool) | spaces | empty
+    column = values.tolist()
+    kinds = set(map(type, column))
+    for kind in kinds:
+        if not issubclass(kind, str | Number | np.bool_ | type(None) | type(pd.NA) | type(pd.NaT)):
+            raise ValueError(f"expected text in the column {values.name!r}, found {kind.__name__} in it")
+    blank = np.fromiter((isinstance(text, str) and not text.strip() for text in column), bool, len(column))
+    return values.isna().to_numpy(dtype=bool) | blank
+
+
+def as_texts(values: pd.Series) -> pd.Series:
+    """A column's texts with a plain index: a number as it is written, what is missing as the empty text.
+
+    Lone surrogates, which no tokenizer takes, become '?'.
+    """
+    plain = values.reset_index(drop=True)
+    if _is_text(values):
+        return plain.fillna("")
+    missing = plain.isna().to_numpy(dtype=bool)
+    column = ["" if gone else str(text) for text, gone in zip(plain.tolist(), missing, strict=True)]
+    return pd.Series(
+        [text if text.isascii() else text.encode("utf-8", "replace").decode() for text in column], dtype=str
+    )
+
+
+def _is_text(values: pd.Series) -> bool:
+    """Whether the dtype admits nothing but text, and of that only what is valid."""
+    return isinstance(values.dtype, pd.StringDtype | pd.ArrowDtype) and pd.api.types.is_string_dtype(values.dtype)
 
 
 def order_key(frame: pd.DataFrame) -> np.ndarray | None:
     """What orders a result frame, higher being better: the score, else the negative rank, else None."""
     if "score" in frame.columns:
-        key = pd.to_numeric(frame["score"]).to_numpy(dtype=np.float64)
+        key = _numbers(frame["score"], "score")
     elif "rank" in frame.columns:
-        key = -pd.to_numeric(frame["rank"]).to_numpy(dtype=np.float64)
+        key = -_numbers(frame["rank"], "rank")
     else:
         return None
     if np.isnan(key).any():
@@ -401,11 +526,60 @@ def order_key(frame: pd.DataFrame) -> np.ndarray | None:
     return key
 
 
-def require_columns(frame: pd.DataFrame, columns: list[str], what: str) -> None:
-    """Raise a ValueError that names what is expected and what is there."""
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
-        raise ValueError(f"expected columns {columns} in {what}, found {list(map(str, frame.columns))}")
+def _numbers(values: pd.Series, what: str) -> np.ndarray:
+    try:
+        return pd.to_numeric(values).to_numpy(dtype=np.float64, na_value=np.nan)
+    except (ValueError, TypeError) as error:
+        numbers = pd.to_numeric(values.astype(str), errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        raise ValueError(
+            f"expected a number as every {what}, found {_some(values.to_numpy()[np.isnan(numbers)])}"
+        ) from error
+
+
+def _some(values: np.ndarray) -> str:
+    return f"{len(values):,} such as {values[0]!r}" if len(values) else "none"
+
+
+# How other tools call PyTerrier's columns.
+ELSEWHERE = {
+    "qid": ("query_id", "queryid", "topic", "topic_id", "q_id"),
+    "docno": ("doc_id", "docid", "document_id", "pid", "passage_id", "d_id"),
+    "query": ("query_text", "question", "title"),
+    "text": ("body", "contents", "content", "passage", "doc_text"),
+    "label": ("relevance", "rel", "grade", "judgment"),
+    "score": ("sim", "similarity"),
+}
+
+
+def require_columns(frame: Any, columns: list[str], what: str) -> None:
+    """Raise a ValueError that names what is expected and what is there, and what may help."""
+    if not isinstance(frame, pd.DataFrame):
+        raise ValueError(f"expected {what} as a data frame, found {type(frame).__name__}")
+    names = list(map(str, frame.columns))
+    if missing := [column for column in columns if column not in frame.columns]:
+        others = {other: column for column in missing for other in ELSEWHERE.get(column, ()) if other in frame.columns}
+        levels = [name for name in frame.index.names if name in missing]
+        hint = ""
+        if others:
+            hint = f"; rename them by .rename(columns={others})"
+        elif levels:
+            hint = f"; {', '.join(map(repr, levels))} is in the index: give frame.reset_index()"
+        elif "label" in missing and "score" in frame.columns:
+            hint = "; these look like results: are the arguments swapped?"
+        elif "query" in missing and "label" in frame.columns:
+            hint = "; these look like qrels: are the arguments swapped?"
+        elif "docno" in missing and "query" in frame.columns:
+            hint = "; these look like topics: give what a first stage finds for them, first_stage(topics)"
+        raise ValueError(f"expected columns {columns} in {what}, found {names}{hint}")
+    if twice := [column for column in (*columns, "score", "rank") if names.count(column) > 1]:
+        raise ValueError(f"expected one column {twice[0]!r} in {what}, found {names.count(twice[0])}")
+
+
+def require_ids(frame: pd.DataFrame, columns: Iterable[Any]) -> None:
+    """Raise a ValueError that counts the rows without an id."""
+    for column in columns:
+        if missing := int(frame[column].isna().sum()):
+            raise ValueError(f"expected a {column} in every row, found {missing:,} of {len(frame):,} without")
 
 
 def frame_digest(frame: pd.DataFrame) -> str:
@@ -428,7 +602,7 @@ def _groups(rows: pd.DataFrame, *, n_negatives: int | None, n_positives: int | N
     first = rows.iloc[starts]
     return Groups(
         qids=first["qid"].tolist(),
-        queries=first["query"].astype(str).tolist(),
+        queries=first["query"].tolist(),
         texts=list(texts),
         documents=np.split(codes, starts[1:]) if len(rows) else [],
         labels=np.split(rows["label"].to_numpy(dtype=np.float32), starts[1:]) if len(rows) else [],

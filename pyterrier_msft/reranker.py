@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,13 +25,19 @@ from pyterrier_msft.groups import (
     DataReport,
     Groups,
     as_ids,
+    as_texts,
     grades_of,
+    mismatch,
     require_columns,
+    require_ids,
+    without_text,
 )
+from pyterrier_msft.notices import warn
 from pyterrier_msft.scoring import (
     PairEncoder,
     clean,
     load_model,
+    named_device,
     quantised,
     quiet_transformers,
     resolve_device,
@@ -40,9 +45,10 @@ from pyterrier_msft.scoring import (
     score_pairs,
     token_limit,
 )
-from pyterrier_msft.training import Validation, train
+from pyterrier_msft.training import Validation, check_number, train
 
 RECORD = "msft.json"
+RESULT_COLUMNS = {"qid", "query", "docno", "score", "rank"}
 ARTIFACT = {"type": "cross_encoder", "format": "hf", "package_hint": "pyterrier-msft"}
 TRUNCATION_SAMPLE = 1000  # pairs tokenised to tell what share is cut
 
@@ -109,17 +115,16 @@ class MonoCE(pt.Estimator):
             _check_folder(model)
         elif not isinstance(model, PreTrainedModel):
             raise ValueError(f"expected a model's name, its folder, or a PreTrainedModel, found {type(model).__name__}")
-        for name, value in {
-            "max_length": max_length,
-            "max_query_length": max_query_length,
-            "passages": passages,
-            "batch_size": batch_size,
-        }.items():
-            if not (isinstance(value, int) and value > 0) and (value is not None or name == "passages"):
-                raise ValueError(f"expected {name} as a whole number above 0, found {value!r}")
+        check_number("max_length", max_length, whole=True)
+        check_number("max_query_length", max_query_length, whole=True)
+        check_number("passages", 0 if passages is None else passages, whole=True)
+        check_number("batch_size", batch_size, whole=True)
+        check_number("seed", seed, whole=True, zero=True)
+        if not isinstance(text_field, str) or text_field in RESULT_COLUMNS:
+            raise ValueError(f"expected text_field as the name of a column of text, found {text_field!r}")
         if text is not None and not callable(getattr(text, "text_loader", None)):
             raise ValueError(f"expected text as something with .text_loader(), found {type(text).__name__}")
-        resolve_dtype(dtype, resolve_device(None) if device is None else torch.device(device))
+        resolve_dtype(dtype, resolve_device(None) if device is None else named_device(device))
         self.fitter = None if fitter is None else check_fitter(fitter)
         self.text_field = text_field
         self.text = text
@@ -156,10 +161,9 @@ class MonoCE(pt.Estimator):
             return pt.model.add_ranks(inp.assign(score=pd.Series(dtype="float64")))
         network, encoder = self._load()
         if self._head_is_new:
-            warnings.warn(
+            warn(
                 f"{self!r} scores at random: its head is new until fit() reaches it. An estimator is fitted inside "
-                "`>>`, but not inside a cache, a `+` or a `|`",
-                stacklevel=2,
+                "`>>`, but not inside a cache, a `+` or a `|`"
             )
         dtype = resolve_dtype(self._dtype, network.device)
         if dtype == torch.int8:
@@ -173,16 +177,31 @@ class MonoCE(pt.Estimator):
             raise ValueError(
                 f"expected finite scores, found {np.sum(~np.isfinite(scores)):,} of {len(scores):,} that are not"
             )
-        # An array and not a Series: after `|` the frame's index is not unique.
-        return pt.model.add_ranks(inp.assign(score=scores.astype(np.float64)))
+        return _ranked(inp, scores.astype(np.float64))
 
     def _checked(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Results with the columns that scoring needs, the text loaded if need be."""
+        """Results with the columns that scoring needs, the text loaded if need be; what they lack is said."""
         wanted = ["query"] if self.text is not None else ["query", self.text_field]
-        pt.validate.result_frame(inp, extra_columns=wanted, context=self)
-        if len(inp):
-            return self._with_text(inp)
-        return inp if self.text_field in inp.columns else inp.assign(**{self.text_field: pd.Series(dtype="object")})
+        if not isinstance(inp, pd.DataFrame):
+            raise ValueError(f"expected results as a data frame, found {type(inp).__name__}")
+        try:
+            pt.validate.result_frame(inp, extra_columns=wanted, context=self)
+            require_columns(inp, ["qid", "docno", *wanted], "results")
+        except pt.validate.InputValidationError as error:
+            try:
+                require_columns(inp, ["qid", "docno", *wanted], "results")
+            except ValueError as in_words:
+                error.add_note(str(in_words))
+            raise
+        if not len(inp):
+            return inp if self.text_field in inp.columns else inp.assign(**{self.text_field: pd.Series(dtype="object")})
+        require_ids(inp, ["qid", "docno"])
+        inp = self._with_text(inp)
+        lacking = {name: int(without_text(inp[name]).sum()) for name in ("query", self.text_field)}
+        if any(lacking.values()):
+            found = " and ".join(f"{count:,} without {name!r}" for name, count in lacking.items() if count)
+            warn(f"of {len(inp):,} rows to score, {found}: read as empty, so that their scores mean little")
+        return inp
 
     def _with_text(self, results: pd.DataFrame) -> pd.DataFrame:
         return results if self.text is None or self.text_field in results.columns else self._load_text(results)
@@ -190,6 +209,10 @@ class MonoCE(pt.Estimator):
     def _load_text(self, results: pd.DataFrame) -> pd.DataFrame:
         loaded: pd.DataFrame = self.text.text_loader(fields=[self.text_field])(results)
         require_columns(loaded, [self.text_field], "what the text loader gives")
+        if len(loaded) != len(results):
+            raise ValueError(
+                f"expected {len(results):,} rows from the text loader, as many as it got, found {len(loaded):,}"
+            )
         return loaded
 
     # ---- training
@@ -223,11 +246,15 @@ class MonoCE(pt.Estimator):
         Raises:
             ValueError: If something is missing or nothing is left to learn from, before any training.
         """
-        chosen = check_fitter(fitter or self.fitter or Contrastive())
+        chosen = check_fitter(self.fitter or Contrastive() if fitter is None else fitter)
         # Everything that can be known to be wrong is said before the first stage trains for hours.
+        resolve_device(self._device)
+        results_va = self._validation_frame(topics_or_res_va, qrels_va)
         prepared = [self._prepare(stage, topics_or_res_tr, qrels_tr) for stage in chosen.stages]
-        learnt = {qid for groups, _, _ in prepared for qid in groups.qids}
-        results_va = self._validation_frame(topics_or_res_va, qrels_va, learnt)
+        if results_va is not None:
+            learnt = {qid for groups, _, _ in prepared for qid in groups.qids}
+            if common := int(results_va[0]["qid"].drop_duplicates().isin(learnt).sum()):
+                warn(f"{common} validation queries are training queries too: the metric will flatter")
         for number, (stage, (groups, report, data)) in enumerate(zip(chosen.stages, prepared, strict=True)):
             folder = checkpoint_dir
             if folder is not None and len(chosen.stages) > 1:
@@ -245,7 +272,7 @@ class MonoCE(pt.Estimator):
                     f"{list(map(str, results.columns))}: put dataset.text_loader() before MonoCE, or give "
                     "MonoCE(..., text=dataset)"
                 )
-            results = self._with_text(results)
+            results = self._with_text(results.reset_index(drop=True))
         elif isinstance(results, str | Path):
             with contextlib.suppress(AttributeError, NotImplementedError):  # a corpus alone has none
                 topics = self.text.get_topics()
@@ -262,33 +289,50 @@ class MonoCE(pt.Estimator):
             verbose=self.verbose,
         )
         if report.dropped():
-            warnings.warn(f"{type(stage).__name__} leaves out: {report.dropped()}", stacklevel=4)
+            warn(f"{type(stage).__name__} leaves out: {report.dropped()}")
+        if report.contradictions():
+            warn(f"{type(stage).__name__} found {report.contradictions()}")
         return groups, report, groups.digest()
 
     def _validation_frame(
-        self, results: pd.DataFrame | None, qrels: pd.DataFrame | None, learnt: set[str]
+        self, results: pd.DataFrame | None, qrels: pd.DataFrame | None
     ) -> tuple[pd.DataFrame, pd.DataFrame] | None:
         if results is None:
+            if qrels is not None:
+                raise ValueError("expected validation results with the validation qrels, found None")
             return None
         if qrels is None:
             raise ValueError("expected qrels with the validation results, found None")
-        results = self._with_text(results)
+        require_columns(results, ["qid", "query", "docno"], "validation results")
+        labels = grades_of(qrels).rename("label").reset_index()
+        if (labels["label"] % 1).any():
+            raise ValueError(
+                "expected whole numbers as labels of validation queries, since measures are of grades, found "
+                f"{labels.loc[labels['label'] % 1 != 0, 'label'].iloc[0]}"
+            )
+        results = self._with_text(results.reset_index(drop=True))
         require_columns(results, ["qid", "query", "docno", self.text_field], "validation results")
         frame = pd.DataFrame({"qid": as_ids(results["qid"]), "docno": as_ids(results["docno"])})
-        frame["query"], frame["text"] = results["query"].to_numpy(), results[self.text_field].to_numpy()
+        frame["query"], frame["text"] = as_texts(results["query"]), as_texts(results[self.text_field])
+        no_text = without_text(results["query"]) | without_text(results[self.text_field])
         # Passages are judged as their documents, as in training.
         frame["docno"] = frame["docno"].str.replace(PASSAGE, "", regex=True)
-        labels = grades_of(qrels).rename("label").reset_index()
         labels = labels[labels["qid"].isin(frame["qid"].unique())]
-        frame = frame[frame["qid"].isin(labels["qid"].unique())].reset_index(drop=True)
-        if not len(frame):
-            raise ValueError("expected judged queries among the validation results, found none")
-        common = frame["qid"].drop_duplicates().isin(learnt).sum()
-        if common:
-            warnings.warn(
-                f"{common} validation queries are training queries too: the metric will flatter", stacklevel=3
+        judged = frame["qid"].isin(labels["qid"].unique())
+        relevant = pd.MultiIndex.from_frame(labels.loc[labels["label"] > 0, ["qid", "docno"]])
+        if not pd.MultiIndex.from_frame(frame[["qid", "docno"]]).isin(relevant).any():
+            why = (
+                "" if judged.any() and not len(relevant) else mismatch(frame, qrels, "the qrels") if len(frame) else ""
             )
-        return frame, labels.astype({"label": int})
+            raise ValueError(
+                "expected judged queries with a relevant document among the validation results, found none"
+                f"{': ' * bool(why)}{why}"
+            )
+        if no_text[judged].any():
+            warn(
+                f"{int(no_text[judged].sum()):,} validation documents have no text, or no query: they are read as empty"
+            )
+        return frame[judged].reset_index(drop=True), labels.astype({"label": int})
 
     def _train(
         self,
@@ -603,7 +647,14 @@ class CachedMonoCE(pt.Estimator):
         # Opened for each call: a connection works in its own thread alone, and can't be pickled.
         with contextlib.closing(Sqlite3ScorerCache(self.folder / name, self.reranker)) as cache:
             scored = cache(pairs.drop_duplicates(["query", "docno"])).set_index(["query", "docno"])["score"]
-        return pt.model.add_ranks(inp.assign(score=scored.loc[pd.MultiIndex.from_arrays([queries, keys])].to_numpy()))
+        return _ranked(inp, scored.loc[pd.MultiIndex.from_arrays([queries, keys])].to_numpy())
+
+
+def _ranked(results: pd.DataFrame, scores: np.ndarray) -> pd.DataFrame:
+    """Results with these scores and the ranks that they make."""
+    # Under a plain index: after `|` the frame's is not unique, and it may have a level called qid.
+    ranked = pt.model.add_ranks(results.reset_index(drop=True).assign(score=scores))
+    return ranked.set_axis(results.index[ranked.index])
 
 
 def _check_folder(model: str) -> None:

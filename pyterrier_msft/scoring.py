@@ -249,7 +249,8 @@ class PairEncoder:
 def clean(text: Any) -> str:
     """A string that every tokenizer takes: missing values are empty, lone surrogates become '?'."""
     if not isinstance(text, str):
-        return "" if text is None or text is pd.NA or (isinstance(text, float) and math.isnan(text)) else str(text)
+        nan = isinstance(text, float | np.floating) and math.isnan(text)
+        return "" if nan or text is None or text is pd.NA or text is pd.NaT else str(text)
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -285,12 +286,22 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device named, or the best there is; a ValueError if the one named isn't there."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    found = named_device(device)
     try:
-        found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"expected a device that is there, found {device!r}: {_first_line(error)}") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"expected a device that is there, found {str(device)!r}: {_first_line(error)}") from error
     return found
+
+
+def named_device(device: str | torch.device) -> torch.device:
+    """The device of that name, whether it is there or not; a ValueError for what is no name of a device."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"expected a device that is there, found {device!r}, which is no name such as 'cuda:0'"
+        ) from error
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -15,10 +15,10 @@ import shutil
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from transformers.masking_utils import eager_mask
 from transformers.trainer_callback import TrainerState
 
 from pyterrier_msft.groups import Group, Groups
+from pyterrier_msft.notices import warn
 from pyterrier_msft.scoring import (
     CPU_ATTENTION,
     FIRST_TOKEN_HEADS,
@@ -115,14 +116,15 @@ class Hyperparameters:
     trainer_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "max_steps", "batch_size", "gradient_accumulation", "pairs_per_pass",
-                     "clip_norm", "max_length", "eval_every", "patience"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"expected {name} above 0, found {value!r}")
+        for name in ("max_steps", "batch_size", "gradient_accumulation", "pairs_per_pass", "max_length", "eval_every",
+                     "patience"):  # fmt: skip
+            check_number(name, getattr(self, name), whole=True)
+        for name in ("learning_rate", "epochs", "clip_norm"):
+            check_number(name, getattr(self, name))
         for name in ("warmup", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"expected {name} of at least 0, found {getattr(self, name)!r}")
+            check_number(name, getattr(self, name), zero=True)
+        check_number("dropout", self.dropout, zero=True)
+        check_number("seed", self.seed, whole=True, zero=True)
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"expected dropout from 0 to below 1, found {self.dropout!r}")
         if isinstance(self.metric, str):
@@ -131,6 +133,17 @@ class Hyperparameters:
     def shared(self) -> dict[str, Any]:
         """These hyperparameters, without what a kind of fitter adds."""
         return {f.name: getattr(self, f.name) for f in fields(Hyperparameters)}
+
+
+def check_number(name: str, value: Any, *, whole: bool = False, zero: bool = False) -> None:
+    """Raise a ValueError if a setting is neither None nor a finite number above 0 (or of at least 0)."""
+    least = "of at least 0" if zero else "above 0"
+    if value is None:
+        return
+    if not isinstance(value, Integral if whole else Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"expected {name} as a {'whole ' * whole}number {least}, found {value!r}")
+    if float(value) < 0 or (value == 0 and not zero):
+        raise ValueError(f"expected {name} {least}, found {value!r}")
 
 
 @dataclass(frozen=True)
@@ -562,11 +575,10 @@ class _Progress(TrainerCallback):
         settled = state.global_step >= max(10, self.batches.updates // 5) or (last and state.global_step >= 4)
         if settled and self.spread < 1e-3 and not self.alarmed:
             self.alarmed = True
-            warnings.warn(
+            warn(
                 f"all documents of a query get the same score (they differ by {self.spread:.1e} at step "
                 f"{state.global_step}): check that qids of results and qrels match, that labels are not all equal, and "
-                "the learning rate (too high collapses a model, too low never leaves the new head's constant)",
-                stacklevel=2,
+                "the learning rate (too high collapses a model, too low never leaves the new head's constant)"
             )
 
     def on_evaluate(
@@ -718,7 +730,7 @@ def _prepared(
         if settings.freeze_position_embeddings:
             frozen = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
             if not frozen:
-                warnings.warn(f"{type(model).__name__} has no position embeddings to freeze", stacklevel=2)
+                warn(f"{type(model).__name__} has no position embeddings to freeze")
             for module in frozen:
                 module.requires_grad_(False)
         yield

@@ -147,7 +147,7 @@ def test_contrastive_without_qrels_names_distillation(train_part):
 
 def test_qids_that_do_not_match_are_shown(train_part):
     other = train_part.qrels.assign(qid="x" + train_part.qrels["qid"])
-    with pytest.raises(ValueError, match="qids such as 'tr0' in the results and 'xtr0' in the qrels"):
+    with pytest.raises(ValueError, match="the qids don't match, such as 'tr0' in the results and 'xtr0' in the qrels"):
         Contrastive().groups(train_part.results, other)
 
 
