@@ -10,6 +10,7 @@ VERSION = next(
 )
 CACHE = ["pyterrier-caching>=0.5"]
 PLOT = ["matplotlib>=3.8"]
+LORA = ["peft>=0.17"]
 RUNS = ["polars>=1.30"]
 PISA = ['pyterrier-pisa>=0.4.9; platform_system == "Linux" and platform_machine == "x86_64"']
 # What PyDocs is made from (besides the standard library and torch), and the weights that need no hub.
@@ -62,23 +63,28 @@ setup(
         "cache": CACHE,
         "bench": [*DEMO, "psutil>=5.9", "sentence-transformers>=5.0", "datasets>=3"],
         "demo": DEMO,
+        "lora": LORA,
         "paper": PAPER,
         "plot": PLOT,
         "runs": RUNS,
         "test": [
             *DEMO,
+            *LORA,
             *RUNS,
             "hypothesis>=6.100",
             "mypy>=1.13",
             "pandas-stubs",
             "pytest>=8",
             "ruff>=0.8",
+            "sentence-transformers>=5.0",
+            "tensorboard>=2.16",
             "sybil>=9",
             "types-tqdm",
         ],
     },
     entry_points={
         "pyterrier.artifact": ["cross_encoder.hf = pyterrier_msft.reranker:MonoCE.load"],
+        "pyterrier.artifact.url_protocol_resolver": ["hf-model = pyterrier_msft.hub:resolve"],
         "pyterrier.dataset_provider": ["pydocs = pyterrier_msft.pydocs:PyDocsProvider"],
     },
 )

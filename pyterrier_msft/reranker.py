@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 import torch
+from huggingface_hub import HfApi
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pyterrier_msft import __version__
+from pyterrier_msft import __version__, adapters, hub
 from pyterrier_msft.fitters import Contrastive, Fitter, FitterSequence, check_fitter
 from pyterrier_msft.groups import (
     PASSAGE,
@@ -65,6 +66,8 @@ class MonoCE(pt.Estimator):
         model: A name on the Hugging Face hub, a folder, or a loaded `PreTrainedModel`: a backbone, which gets a new
             head, or any published cross-encoder with a single score.
         fitter: What `fit` does. None: `Contrastive()`.
+        adapter: A `peft.LoraConfig`, or another adapter of peft's (extra `[lora]`): then `fit` trains it and the head
+            alone, see `save` for what becomes of it.
         text_field: The column of the documents' text.
         text: Where a document's text comes from if the results don't have it: a dataset or an index with
             `.text_loader()`.
@@ -77,6 +80,7 @@ class MonoCE(pt.Estimator):
             then training is in float32, and scoring by a copy that is quantised, on CPUs.
         device: Such as "cpu" or "cuda:1". None: a GPU if there is one.
         seed: Decides the weights of a new head.
+        revision: The branch, tag or commit of a model on the hub.
         trust_remote_code: Whether code that comes with a model may run.
         verbose: Whether to show progress bars.
 
@@ -96,6 +100,7 @@ class MonoCE(pt.Estimator):
         model: str | Path | PreTrainedModel = "google/electra-base-discriminator",
         *,
         fitter: Fitter | FitterSequence | None = None,
+        adapter: Any = None,
         text_field: str = "text",
         text: Any = None,
         max_length: int = 256,
@@ -105,6 +110,7 @@ class MonoCE(pt.Estimator):
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         seed: int = 42,
+        revision: str | None = None,
         trust_remote_code: bool = False,
         verbose: bool = False,
     ) -> None:
@@ -124,8 +130,11 @@ class MonoCE(pt.Estimator):
             raise ValueError(f"expected text_field as the name of a column of text, found {text_field!r}")
         if text is not None and not callable(getattr(text, "text_loader", None)):
             raise ValueError(f"expected text as something with .text_loader(), found {type(text).__name__}")
+        if adapter is not None:
+            adapters.check(adapter)
         resolve_dtype(dtype, resolve_device(None) if device is None else named_device(device))
         self.fitter = None if fitter is None else check_fitter(fitter)
+        self.adapter = adapter
         self.text_field = text_field
         self.text = text
         self.max_length = max_length
@@ -133,12 +142,17 @@ class MonoCE(pt.Estimator):
         self.passages = passages
         self.batch_size = batch_size
         self.seed = seed
+        self.revision = revision
         self.trust_remote_code = trust_remote_code
         self.verbose = verbose
         self._model = model if isinstance(model, str) else model.name_or_path or type(model).__name__
+        # Its name on the hub, which a card tells.
+        self._base = None if Path(self._model).is_dir() or not isinstance(model, str) else self._model
         self._dtype = dtype
         self._device = device
         self._network: PreTrainedModel | None = None if isinstance(model, str) else _one_score(model)
+        self._peft: Any = None  # the network as peft sees it, where there is an adapter
+        self._adapter_folder: str | None = None  # of a saved one
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._head_is_new = False
         self._quantised: tuple[str, PreTrainedModel] | None = None
@@ -354,6 +368,7 @@ class MonoCE(pt.Estimator):
         self._stages.append(
             {
                 "fitter": repr(stage),
+                "loss": getattr(stage.loss, "__name__", repr(stage.loss)),
                 "digest": stage.settings_digest(),
                 "data": data,
                 "queries": len(groups),
@@ -419,13 +434,8 @@ class MonoCE(pt.Estimator):
 
         Computed anew each time (a third of a second for a BERT-base): tensors don't tell of every write to them.
         """
-        state = self._load()[0].state_dict()
-        digest = hashlib.sha256()
-        for name in sorted(state):
-            tensor = state[name].detach().cpu().contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        network = self._load()[0]
+        return _fingerprint(network, None if self._peft is None else adapters.settings(self._peft))
 
     def __repr__(self) -> str:
         parts = [repr(self._model)]
@@ -456,11 +466,8 @@ class MonoCE(pt.Estimator):
     def apply_attributes(self, **settings: Any) -> "MonoCE":
         """A clone with some settings changed. PyTerrier calls this when it takes transformers apart."""
         other = copy.copy(self)
-        other._network, other._stages, other._reports = (
-            copy.deepcopy(self._network),
-            copy.deepcopy(self._stages),
-            [*self._reports],
-        )
+        other._network, other._peft = copy.deepcopy((self._network, self._peft))  # together: they share modules
+        other._stages, other._reports = copy.deepcopy(self._stages), [*self._reports]
         for name, value in settings.items():
             setattr(other, f"_{name}" if name in {"model", "dtype", "device"} else name, value)
         return other
@@ -471,12 +478,12 @@ class MonoCE(pt.Estimator):
         other.seed = seed
         self._load()
         if self._head_is_new:
-            other._network = None  # loaded anew at first use
+            other._network = other._peft = None  # loaded anew at first use
         return other
 
     def take_weights(self, other: "MonoCE") -> None:
         """Become what another re-ranker is, with one's own settings."""
-        self._network, self._tokenizer = other._load()[0], other._tokenizer
+        self._network, self._tokenizer, self._peft = other._load()[0], other._tokenizer, other._peft
         self._head_is_new, self._stages, self._reports = other._head_is_new, other._stages, other._reports
 
     def scoring_settings(self) -> dict[str, Any]:
@@ -492,34 +499,40 @@ class MonoCE(pt.Estimator):
 
     # ---- on disk
 
-    def save(self, path: str | Path) -> None:
-        """Write the model as an ordinary Hugging Face folder, with a record of how it was trained.
+    def save(
+        self,
+        path: str | Path,
+        *,
+        merged: bool = True,
+        license: str | None = None,
+        metrics: pd.DataFrame | None = None,
+        **card: Any,
+    ) -> None:
+        """Write the model as an ordinary Hugging Face folder, with a model card and a record of how it was trained.
 
         `AutoModelForSequenceClassification`, sentence-transformers' `CrossEncoder` and `MonoCE.load` read it, with
         equal scores. What is in the folder is replaced once the new files are all there.
+
+        Args:
+            path: The folder.
+            merged: Whether an adapter becomes part of the weights. False: the folder holds the adapter alone, which
+                `MonoCE.load` and peft put into the backbone again. Without an adapter it makes no difference.
+            license: For the card, as the hub names it, such as "apache-2.0".
+            metrics: A table for the card, such as `pt.Experiment`'s.
+            **card: What else `huggingface_hub.ModelCardData` takes, such as `language="en"`.
 
         Raises:
             ValueError: If `path` is a file, or a folder of something else.
         """
         path = Path(path).absolute()
-        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file()):
+        known = ("config.json", adapters.CONFIG)
+        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not any((path / f).is_file() for f in known)):
             raise ValueError(f"expected a new folder or a model's to save in, found {path}")
-        network, encoder = self._load()
+        self._load()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
-            # CrossEncoder puts a sigmoid on a single label unless it is told not to.
-            activation = {"activation_fn": "torch.nn.modules.linear.Identity"}
-            network.config.sentence_transformers = {
-                **getattr(network.config, "sentence_transformers", {}),
-                **activation,
-            }
-            with quiet_transformers():
-                network.save_pretrained(partial)
-                encoder.tokenizer.save_pretrained(partial)
-            (partial / RECORD).write_text(json.dumps(self._record(), indent=1))
-            (partial / "pt_meta.json").write_text(json.dumps(ARTIFACT))
-            (partial / "README.md").write_text(self._card())
+            self._write(partial, name=path.name, merged=merged, license=license, metrics=metrics, **card)
             mask = os.umask(0)
             os.umask(mask)
             partial.chmod(0o777 & ~mask)  # a temporary folder is its owner's alone
@@ -531,24 +544,111 @@ class MonoCE(pt.Estimator):
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    @classmethod
-    def load(cls, path: str | Path, **settings: Any) -> "MonoCE":
-        """The re-ranker in a folder that `save` wrote, or in any folder of a cross-encoder.
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool | None = None,
+        merged: bool = True,
+        license: str | None = None,
+        metrics: pd.DataFrame | None = None,
+        token: str | None = None,
+        **card: Any,
+    ) -> str:
+        """Publish what `save` writes as a model on the Hugging Face hub.
 
         Args:
-            path: The folder.
-            **settings: In place of the saved ones, such as `device="cpu"`.
+            repo: Its name, such as "user/model"; it is made if it isn't there, and an earlier model in it is replaced.
+            private: Whether a new repository is private. None: as the hub has it.
+            merged: See `save`, as for the three that follow.
+            license: For the card.
+            metrics: For the card.
+            token: The hub's. None: that of `hf auth login`.
+            **card: For the card.
+
+        Returns:
+            The commit's address.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            raise ValueError(f"expected a model's folder, found {str(path)!r}")
+        api = HfApi(token=token)
+        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory(prefix="pyterrier_msft_") as folder:
+            self._write(Path(folder), name=repo, merged=merged, license=license, metrics=metrics, **card)
+            commit = api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=f"{len(self._stages)} stages, weights {self.fingerprint}",
+                delete_patterns=["*.safetensors", "*.json"],  # those of an earlier model
+            )
+        return str(commit.commit_url)
+
+    @classmethod
+    def load(cls, path: str | Path, **settings: Any) -> "MonoCE":
+        """The re-ranker that `save` or `push_to_hub` wrote: its weights, settings and history.
+
+        `MonoCE(path)` takes the weights alone, as a backbone for something new. Of a cross-encoder that others
+        published both take the weights.
+
+        Args:
+            path: A folder, or a name on the Hugging Face hub.
+            **settings: In place of the saved ones, such as `device="cpu"`.
+
+        Raises:
+            ValueError: If there is no such model.
+        """
+        name = str(path)
+        if Path(name).is_dir():
+            folder = Path(name)
+        else:
+            _check_folder(name)
+            folder = hub.fetch(name, revision=settings.get("revision"), files=[RECORD, "adapter*"])
         record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
-        loaded = cls(str(folder), **{**record.get("settings", {}), **settings})
+        settings = {**record.get("settings", {}), **settings}
+        if (folder / adapters.CONFIG).is_file():
+            settings.pop("revision", None)  # the adapter's
+            loaded = cls(adapters.base_of(folder), **settings)
+            loaded._adapter_folder = str(folder)
+        else:
+            loaded = cls(name, **settings)
+        loaded._base = record.get("base", loaded._base)
         loaded._stages = record.get("stages", [])
         loaded._reports = [DataReport(**report) for report in record.get("reports", [])]
         return loaded
 
-    def _record(self) -> dict[str, Any]:
+    def _write(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        merged: bool,
+        license: str | None,
+        metrics: pd.DataFrame | None,
+        **card: Any,
+    ) -> None:
+        network, encoder = self._load()
+        apart = self._peft is not None and not merged
+        if self._peft is not None and merged:
+            network = adapters.merged(self._peft)
+        # CrossEncoder puts a sigmoid on a single label unless it is told not to.
+        activation = {"activation_fn": "torch.nn.modules.linear.Identity"}
+        network.config.sentence_transformers = {**getattr(network.config, "sentence_transformers", {}), **activation}
+        # And it cuts a pair to what the tokenizer says.
+        tokenizer = copy.deepcopy(encoder.tokenizer)
+        tokenizer.model_max_length = self.max_length
+        with quiet_transformers():
+            if apart:
+                self._peft.save_pretrained(folder, save_embedding_layers=False)
+            else:
+                network.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        record = self._record(self.fingerprint if network is self._network else _fingerprint(network))
+        (folder / RECORD).write_text(json.dumps(record, indent=1))
+        (folder / "pt_meta.json").write_text(json.dumps(ARTIFACT))
+        text = hub.card(
+            record, name=name, base=self._base, adapter=apart, license=license, metrics=metrics, **card
+        )  # fmt: skip
+        (folder / "README.md").write_text(text)
+
+    def _record(self, fingerprint: str) -> dict[str, Any]:
         return {
             "settings": {
                 "text_field": self.text_field,
@@ -557,24 +657,12 @@ class MonoCE(pt.Estimator):
                 "passages": self.passages,
                 "seed": self.seed,
             },
-            "fingerprint": self.fingerprint,
+            "base": self._base,
+            "fingerprint": fingerprint,
             "stages": self._stages,
             "reports": [dataclasses.asdict(report) for report in self._reports],
             "versions": _versions(),
         }
-
-    def _card(self) -> str:
-        stages = "\n".join(
-            f"{n}. `{stage['fitter']}` on {stage['queries']:,} queries with {stage['documents']:,} documents"
-            for n, stage in enumerate(self._stages, 1)
-        )
-        return (
-            "---\nlibrary_name: transformers\npipeline_tag: text-ranking\ntags:\n- cross-encoder\n- pyterrier\n---\n\n"
-            f"# A cross-encoder re-ranker\n\nTrained with pyterrier_msft {__version__}, in {len(self._stages)} stages:"
-            f"\n\n{stages}\n\n```python\nfrom pyterrier_msft import MonoCE\n\npipeline = first_stage >> MonoCE.load("
-            "folder)\n```\n\nThe score is the raw output of `AutoModelForSequenceClassification` for the pair (query, "
-            f"document), of at most {self.max_length} tokens.\n"
-        )
 
     # ---- the network
 
@@ -583,10 +671,15 @@ class MonoCE(pt.Estimator):
         device = resolve_device(self._device)
         if self._network is None:
             self._network, self._tokenizer, self._head_is_new = load_model(
-                self._model, seed=self.seed, trust_remote_code=self.trust_remote_code
+                self._model, seed=self.seed, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
         if self._tokenizer is None:
             self._tokenizer = _tokenizer_of(self._network)
+        if self._peft is None and self._adapter_folder is not None:
+            self._peft, self._head_is_new = adapters.load(self._network, self._adapter_folder), False
+        elif self._peft is None and self.adapter is not None:
+            base = str(Path(self._model).absolute()) if Path(self._model).is_dir() else self._model
+            self._peft = adapters.add(self._network, self.adapter, base=base, seed=self.seed)
         if self._network.device != device:
             self._network.to(device)
         length = self._fitting(self.max_length, self._network)
@@ -596,7 +689,8 @@ class MonoCE(pt.Estimator):
         """The network in int8, made anew when the weights have changed."""
         fingerprint = self.fingerprint
         if self._quantised is None or self._quantised[0] != fingerprint:
-            self._quantised = fingerprint, quantised(self._load()[0])
+            network = self._load()[0] if self._peft is None else adapters.merged(self._peft)
+            self._quantised = fingerprint, quantised(network)
         return self._quantised[1]
 
     def _fitting(self, max_length: int, network: PreTrainedModel) -> int:
@@ -661,10 +755,22 @@ def _check_folder(model: str) -> None:
     """Say at once that a folder is not there or holds no model; a hub name can't be told before it is asked for."""
     path = Path(model).expanduser()
     if path.is_dir():
+        if (path / adapters.CONFIG).is_file():
+            raise ValueError(f"expected a model's folder, found an adapter's: give it to MonoCE.load({model!r})")
         if not (path / "config.json").is_file():
             raise ValueError(f"expected a model's folder with config.json, found {model!r} without it")
     elif path.is_file() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ValueError(f"expected a model's folder or a name on the Hugging Face hub, found {model!r}")
+
+
+def _fingerprint(network: PreTrainedModel, settings: dict[str, Any] | None = None) -> str:
+    state = network.state_dict()
+    digest = hashlib.sha256(b"" if settings is None else json.dumps(settings, sort_keys=True, default=str).encode())
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _one_score(model: PreTrainedModel) -> PreTrainedModel:

@@ -40,13 +40,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_model(
-    name: str, *, seed: int, trust_remote_code: bool = False
+    name: str, *, seed: int, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase, bool]:
     """Load a backbone or a published cross-encoder, with one output.
 
     Args:
         name: A folder or a name on the Hugging Face hub.
         seed: Decides the weights of a new head: without it two loads of a backbone differ.
+        revision: The hub's branch, tag or commit. None: the default branch.
         trust_remote_code: Whether code that comes with the model may run.
 
     Returns:
@@ -55,10 +56,15 @@ def load_model(
     Raises:
         ValueError: If the model can't be found, has several labels, or lacks weights below its head.
     """
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(name, **options)
+            if _generates(config):
+                raise ValueError(
+                    f"expected an encoder or a cross-encoder, found {name!r}, which generates text "
+                    f"({config.architectures[0]}): such re-rankers score by the probability of a word"
+                )
             if _is_classifier(config) and config.num_labels != 1:
                 raise ValueError(
                     f"expected a cross-encoder with one label (a score), found {config.num_labels} labels in {name!r}"
@@ -86,6 +92,10 @@ def load_model(
 
 def _is_classifier(config: transformers.PretrainedConfig) -> bool:
     return any("SequenceClassification" in name for name in config.architectures or ())
+
+
+def _generates(config: transformers.PretrainedConfig) -> bool:
+    return any(name.endswith(("ForCausalLM", "ForConditionalGeneration")) for name in config.architectures or ())
 
 
 def _first_line(error: Exception) -> str:
@@ -510,10 +520,11 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def token_limit(model: PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> int:
-    """The most tokens a pair may have: what the model has positions for, as its tokenizer and its weights say."""
+    """The most tokens a pair may have: what the model has positions for, as its weights or its configuration say."""
     positions = [
         module.num_embeddings - (module.padding_idx + 1 if module.padding_idx is not None else 0)
         for name, module in model.named_modules()
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
     ]
-    return int(min([tokenizer.model_max_length, *positions]))
+    # What the tokenizer says is often the length that a model was trained with, and no limit.
+    return int(min(positions or [getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length]))

@@ -143,7 +143,7 @@ def _fit(
     after.fitter = stage.fitter
     after.fit(stage.results, stage.qrels, *(validation or (None, None)), checkpoint_dir=checkpoints)
     if folder is not None:
-        after.save(folder)
+        after.save(folder, merged=False)  # the next stage goes on with an adapter
         shutil.rmtree(checkpoints, ignore_errors=True)  # type: ignore[arg-type]
     return after
 

@@ -463,7 +463,7 @@ def test_a_failed_save_leaves_the_old_model(trained, ce, tmp_path, monkeypatch):
     def full(self, *args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(MonoCE, "_card", full)
+    monkeypatch.setattr(MonoCE, "_record", full)
     with pytest.raises(OSError, match="No space"):
         ce.save(tmp_path / "model")
     assert MonoCE.load(tmp_path / "model").fingerprint == trained.fingerprint

@@ -1,0 +1,98 @@
+"""Documents longer than the model reads at once: cut, scored in windows, and trained in windows.
+
+PyDocs made long: half of the documents each stand at a random place among texts of the other half, which no query asks
+for any more. BM25 searches the long documents.
+
+    pip install -c constraints.txt -e ".[demo]" && python benchmarks/long_documents.py
+"""
+
+import argparse
+import tempfile
+import time
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+from common import minilm
+from ir_measures import RR, nDCG
+from pyterrier_pisa import PisaIndex
+
+from pyterrier_msft import Contrastive, MonoCE
+from pyterrier_msft.pydocs import silenced
+
+
+def main() -> None:
+    """Train, compare, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--queries", type=int, default=600, help="training queries")
+    parser.add_argument("--test-queries", type=int, default=150)
+    parser.add_argument("--others", type=int, default=3, help="texts of other documents in each document")
+    parser.add_argument("--words", type=int, default=32, help="of each text")
+    parser.add_argument("--depth", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=42)
+    args = parser.parse_args()
+    train, test = pt.get_dataset("pydocs:train"), pt.get_dataset("pydocs:test")
+    documents = long_documents(pd.DataFrame(train.get_corpus_iter()), args)
+    texts = documents.set_index("docno")["text"]
+    with_text = pt.apply.text(lambda row: texts[row["docno"]])
+    topics = chosen(train, documents).sample(args.queries, random_state=args.seed)
+    judged = chosen(test, documents).sample(args.test_queries, random_state=args.seed), test.get_qrels()
+    fitter = Contrastive(n_negatives=3, depth=None, learning_rate=2e-4, batch_size=8, dropout=0.0, seed=args.seed)
+    sliding = pt.text.sliding(text_attr="text", length=args.words, stride=args.words // 2, prepend_attr=None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        bm25 = index(documents, folder) % args.depth
+        candidates = bm25 >> with_text
+
+        def trained(data: pt.Transformer, **settings: int) -> MonoCE:
+            start = time.perf_counter()
+            ce = MonoCE(minilm(), max_length=64, max_query_length=16, seed=args.seed, fitter=fitter, **settings)
+            ce.fit(data(topics), train.get_qrels())
+            print(f"trained on {ce.data_report} in {time.perf_counter() - start:.0f} s", flush=True)
+            return ce
+
+        cut, maxp, passages = trained(candidates), trained(candidates, passages=4), trained(candidates >> sliding)
+        systems = {
+            "BM25": bm25,
+            "cut": candidates >> cut,
+            "cut, scored in windows": candidates >> cut.apply_attributes(passages=4),
+            "sliding, every passage labelled": candidates >> sliding >> passages >> pt.text.max_passage(),
+            "passages=4": candidates >> maxp,
+        }
+        table = pt.Experiment(systems, *judged, [nDCG @ 10, RR @ 10], baseline="cut, scored in windows")
+    print(table[["name", "nDCG@10", "RR@10", "nDCG@10 p-value"]].round(4).to_string(index=False))
+
+
+def long_documents(documents: pd.DataFrame, args: argparse.Namespace) -> pd.DataFrame:
+    """Each document's text at a random place among the texts of others."""
+    rng = np.random.default_rng(args.seed)
+    documents = documents.sample(frac=1, random_state=args.seed)
+    pieces = documents["text"].str.split().str[: args.words].str.join(" ").to_numpy()
+    half = len(pieces) // 2
+    texts = []
+    for own in pieces[:half]:
+        parts = [*rng.choice(pieces[half:], args.others)]
+        parts.insert(rng.integers(args.others + 1), own)
+        texts.append(" ".join(parts))
+    return documents[["docno"]].head(half).assign(text=texts)
+
+
+def chosen(dataset: pt.datasets.Dataset, documents: pd.DataFrame) -> pd.DataFrame:
+    """The queries whose relevant documents are all there."""
+    qrels, topics = dataset.get_qrels(), dataset.get_topics()
+    gone = qrels[~qrels["docno"].isin(documents["docno"])]["qid"]
+    return topics[~topics["qid"].isin(gone)]
+
+
+def index(documents: pd.DataFrame, folder: str) -> pt.Transformer:
+    """BM25 on the long documents."""
+    pisa = PisaIndex(folder, text_field="text")
+    with silenced():
+        pisa.index(documents.to_dict("records"))
+        bm25 = pisa.bm25(num_results=100)
+        bm25.search("a query")
+    return bm25
+
+
+if __name__ == "__main__":
+    main()

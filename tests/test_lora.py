@@ -1,0 +1,200 @@
+"""Adapters by peft: few weights are trained, the rest stays as it is."""
+
+import json
+import pickle
+import sys
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import pytest
+import torch
+from ir_measures import RR
+from transformers import AutoModelForSequenceClassification
+
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, adapters, fit_sequences
+from pyterrier_msft.scoring import CPU_ATTENTION, first_token_only, forward, pad
+
+peft = pytest.importorskip("peft")
+
+LORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"])
+CL = Contrastive(n_negatives=3, learning_rate=2e-2, epochs=4, batch_size=8, dropout=0.0)
+BRIEF = {"learning_rate": 1e-2, "batch_size": 8, "max_steps": 2}
+
+
+def new(backbone: str, **settings) -> MonoCE:
+    return MonoCE(backbone, max_length=24, dtype="float32", device="cpu", **{"adapter": LORA, **settings})
+
+
+@pytest.fixture(scope="module")
+def fitted(backbone, train_part) -> MonoCE:
+    return new(backbone).fit(train_part.results, train_part.qrels, fitter=CL)
+
+
+@pytest.fixture
+def trained(fitted) -> MonoCE:
+    return fitted.clone()
+
+
+def test_the_adapter_and_the_head_learn_and_nothing_else(backbone, trained, test_part):
+    before, after = (ce._load()[0].state_dict() for ce in (new(backbone), trained))
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {name for name, p in trained._network.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in changed if "lora" not in name} == {"bert", "classifier"}
+    assert all("lora" in name or "modules_to_save" in name for name in changed)
+    assert any("pooler" in name for name in changed)  # it may be new, as the classifier is
+    ranked = pt.Evaluate(trained(test_part.results), test_part.qrels, [RR @ 10])["RR@10"]
+    assert ranked > pt.Evaluate(test_part.results, test_part.qrels, [RR @ 10])["RR@10"] + 0.2
+
+
+def test_equal_seeds_give_equal_adapters(backbone):
+    assert new(backbone).fingerprint == new(backbone).fingerprint
+    assert new(backbone).fingerprint != new(backbone, seed=1).fingerprint
+
+
+def test_the_fingerprint_knows_how_strong_an_adapter_is(backbone):
+    strong = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["query", "value"])
+    assert new(backbone).fingerprint != new(backbone, adapter=strong).fingerprint
+
+
+def test_saved_merged_it_is_an_ordinary_model(trained, test_part, tmp_path):
+    trained.save(tmp_path / "model")
+    assert not (tmp_path / "model" / adapters.CONFIG).exists()
+    expected = trained(test_part.results)
+    loaded = MonoCE.load(tmp_path / "model", dtype="float32", device="cpu")
+    pd.testing.assert_frame_equal(loaded(test_part.results), expected, atol=1e-5)
+    record = json.loads((tmp_path / "model" / "msft.json").read_text())
+    assert record["fingerprint"] == loaded.fingerprint
+    assert not [name for name in loaded._network.state_dict() if "lora" in name]
+    assert all(p.requires_grad for p in loaded._network.parameters())
+    # What was saved goes on as it was.
+    pd.testing.assert_frame_equal(trained(test_part.results), expected)
+    assert any("lora" in name for name in trained._network.state_dict())
+
+
+def test_saved_apart_it_goes_on_learning(trained, train_part, test_part, tmp_path):
+    trained.save(tmp_path / "adapter", merged=False)
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    loaded = MonoCE.load(tmp_path / "adapter", dtype="float32", device="cpu")
+    assert loaded.fingerprint == trained.fingerprint
+    pd.testing.assert_frame_equal(loaded(test_part.results), trained(test_part.results))
+    pd.testing.assert_frame_equal(loaded.history, trained.history)
+    for ce in (loaded, trained):
+        ce.fit(train_part.results, train_part.qrels, fitter=Contrastive(**BRIEF))
+    assert loaded.fingerprint == trained.fingerprint
+    loaded.save(tmp_path / "adapter", merged=False)  # over itself
+    assert MonoCE.load(tmp_path / "adapter").fingerprint == trained.fingerprint
+    with pytest.raises(ValueError, match=r"found an adapter's: give it to MonoCE\.load"):
+        MonoCE(tmp_path / "adapter")
+
+
+def test_peft_alone_reads_it(backbone, trained, test_part, tmp_path):
+    trained.save(tmp_path / "adapter", merged=False)
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(str(tmp_path / "adapter"), num_labels=1).eval()
+    frame = test_part.results.head(16)
+    encoder = trained._load()[1]
+    with torch.inference_mode():
+        scores = [
+            model(**pad(encoder.tokenizer, encoder([q], [t]), [0])).logits.item()
+            for q, t in zip(frame["query"], frame["text"], strict=True)
+        ]
+    np.testing.assert_allclose(trained(frame)["score"], scores, atol=1e-5)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "AutoPeftModelForSequenceClassification" in card
+    assert "CrossEncoder" not in card
+
+
+def test_clones_pickles_and_int8(trained, train_part, test_part):
+    expected = trained(test_part.results)
+    other = trained.clone()
+    other.fit(train_part.results, train_part.qrels, fitter=Contrastive(**BRIEF))
+    assert other.fingerprint != trained.fingerprint
+    pd.testing.assert_frame_equal(trained(test_part.results), expected)
+    again = pickle.loads(pickle.dumps(trained))
+    pd.testing.assert_frame_equal(again(test_part.results), expected)
+    assert again.fingerprint == trained.fingerprint
+    assert again._peft.get_base_model() is again._network
+    rounded = trained.apply_attributes(dtype="int8")(test_part.results)["score"]
+    assert 0 < np.abs(rounded - expected["score"]).max() < 0.1 * np.ptp(expected["score"])
+
+
+def test_the_last_layers_short_cut_is_exact(trained, test_part):
+    model, encoder = trained._load()
+    frame = test_part.results.head(16)
+    batch = pad(encoder.tokenizer, encoder([*frame["query"]], [*frame["text"]]), range(16))
+    for attention in ("sdpa", "eager", CPU_ATTENTION):
+        model.set_attn_implementation(attention)
+        with torch.inference_mode():
+            whole = forward(model, batch)
+            with first_token_only(model):
+                assert "forward" in vars(model.base_model.encoder.layer[-1])
+                torch.testing.assert_close(forward(model, batch), whole, atol=1e-5, rtol=0)
+
+
+def test_the_best_weights_remain_and_a_training_is_resumed(backbone, train_part, dev_part, tmp_path, monkeypatch):
+    data = train_part.results, train_part.qrels, dev_part.results, dev_part.qrels
+    fitter = Contrastive(n_negatives=3, learning_rate=2e-2, max_steps=8, batch_size=8, eval_every=2)
+    whole = new(backbone).fit(*data, fitter=fitter)
+    best = pt.Evaluate(whole(dev_part.results), dev_part.qrels, ["ndcg_cut_10"])["ndcg_cut_10"]
+    assert best == pytest.approx(whole.history["nDCG@10"].max())
+
+    from pyterrier_msft.training import _ListTrainer
+
+    original = _ListTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_ListTrainer, "training_step", training_step)
+        new(backbone).fit(*data, fitter=fitter, checkpoint_dir=tmp_path / "ck")
+    resumed = new(backbone).fit(*data, fitter=fitter, checkpoint_dir=tmp_path / "ck")
+    assert resumed.fingerprint == whole.fingerprint
+
+
+def test_sequences_go_on_with_the_adapter(backbone, train_part, tmp_path):
+    teacher = train_part.results[["qid", "docno"]].assign(score=train_part.results["quality"].astype(float))
+    stages = {
+        "CL": Stage(Contrastive(**BRIEF), train_part.results, train_part.qrels),
+        "KD": Stage(Distillation(teacher=teacher, **BRIEF), train_part.results),
+    }
+    first, again = (
+        fit_sequences(new(backbone), stages, ["CL", "CL-KD"], save_dir=tmp_path, seeds=[1]) for _ in range(2)
+    )
+    assert first[1]["CL-KD"].fingerprint == again[1]["CL-KD"].fingerprint
+    assert len(list(tmp_path.iterdir())) == 2
+    assert any("lora" in name for name in again[1]["CL-KD"]._network.state_dict())
+    assert again[1]["CL-KD"].history["stage"].max() == 2
+
+
+def test_a_trained_cross_encoder_as_the_backbone(backbone, ce, train_part, tmp_path):
+    ce.fit(train_part.results, train_part.qrels, fitter=Contrastive(**BRIEF))
+    ce.save(tmp_path / "ce")
+    with_adapter = new(str(tmp_path / "ce"))
+    frame = train_part.results.head(16)
+    pd.testing.assert_frame_equal(with_adapter(frame), ce(frame), atol=1e-6)  # an adapter starts as nothing
+    with_adapter.fit(train_part.results, train_part.qrels, fitter=Contrastive(**BRIEF))
+    with_adapter.save(tmp_path / "adapter", merged=False)
+    assert MonoCE.load(tmp_path / "adapter").fingerprint == with_adapter.fingerprint
+
+
+def test_a_loaded_model_takes_an_adapter(backbone, test_part):
+    network = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1)
+    ce = MonoCE(network, adapter=LORA, max_length=24, device="cpu", dtype="float32")
+    assert any("lora" in name for name in ce._load()[0].state_dict())
+
+
+@pytest.mark.parametrize(
+    "wrong", ["lora", {"r": 8}, peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)]
+)
+def test_what_is_no_adapter(backbone, wrong):
+    with pytest.raises(ValueError, match=r"expected an adapter such as peft\.LoraConfig"):
+        MonoCE(backbone, adapter=wrong)
+
+
+def test_the_error_without_peft_names_the_extra(backbone, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"pyterrier-msft\[lora\]"):
+        MonoCE(backbone, adapter=LORA)
