@@ -46,7 +46,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=["pyterrier_msft"],
-    package_data={"pyterrier_msft": ["py.typed"]},
+    package_data={"pyterrier_msft": ["py.typed", "pt_docs/*.rst"]},
     python_requires=">=3.11",
     install_requires=[
         "pyterrier>=1.1.2",
@@ -64,6 +64,7 @@ setup(
         "bench": [*DEMO, "psutil>=5.9", "sentence-transformers>=5.0", "datasets>=3"],
         "demo": DEMO,
         "lora": LORA,
+        "docs": ["sphinx>=8", "furo>=2024.8", "myst-parser>=4", "sphinx-copybutton>=0.5"],
         "paper": PAPER,
         "plot": PLOT,
         "runs": RUNS,

@@ -119,11 +119,11 @@ def weighted_ranknet(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 class LambdaLoss:
     """LambdaRank: RankNet with each pair weighted by what swapping the two would change in nDCG@k.
 
-    sum over y_i > y_j of |g_i - g_j| |1/D(r_i) - 1/D(r_j)| / maxDCG@k · log(1 + exp(s_j - s_i)), Burges, Ragno and Le,
-    NIPS 2006, as a loss after Wang et al., CIKM 2018: gain g = 2^y - 1, discount D(r) = log2(1 + r), and 1/D = 0
-    beyond k (None: no cut); r are the ranks, from 1, by the present scores, constants to the gradient. Labels are
-    grades, those below 0 count as 0; large ones don't overflow, but with ranks for labels all gains but the first few
-    would vanish. A list of equal labels isn't usable.
+    sum over y_i > y_j of abs(g_i - g_j) · abs(1/D(r_i) - 1/D(r_j)) / maxDCG@k · log(1 + exp(s_j - s_i)), Burges,
+    Ragno and Le, NIPS 2006, as a loss after Wang et al., CIKM 2018: gain g = 2^y - 1, discount D(r) = log2(1 + r), and
+    1/D = 0 beyond k (None: no cut); r are the ranks, from 1, by the present scores, constants to the gradient. Labels
+    are grades, those below 0 count as 0; large ones don't overflow, but with ranks for labels all gains but the first
+    few would vanish. A list of equal labels isn't usable.
     """
 
     k: int | None = None

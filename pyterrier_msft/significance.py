@@ -10,13 +10,13 @@ The input of the latter two is the frame of `pt.Experiment(perquery=True)` with 
 one of several training runs has a further column `seed`.
 
 References:
-    Schuirmann: A Comparison of the Two One-Sided Tests Procedure and the Power Approach for Assessing the Equivalence
-        of Average Bioavailability. J. Pharmacokinetics and Biopharmaceutics 15(6), 1987.
-    Lakens: Equivalence Tests: A Practical Primer for t Tests, Correlations, and Meta-Analyses. Social Psychological
-        and Personality Science 8(4), 2017.
-    Holm: A Simple Sequentially Rejective Multiple Test Procedure. Scandinavian Journal of Statistics 6(2), 1979.
-    Sakai: Laboratory Experiments in Information Retrieval. Springer, 2018.
-    Bouthillier et al.: Accounting for Variance in Machine Learning Benchmarks. MLSys 2021.
+    - Schuirmann: A Comparison of the Two One-Sided Tests Procedure and the Power Approach for Assessing the Equivalence
+      of Average Bioavailability. J. Pharmacokinetics and Biopharmaceutics 15(6), 1987.
+    - Lakens: Equivalence Tests: A Practical Primer for t Tests, Correlations, and Meta-Analyses. Social Psychological
+      and Personality Science 8(4), 2017.
+    - Holm: A Simple Sequentially Rejective Multiple Test Procedure. Scandinavian Journal of Statistics 6(2), 1979.
+    - Sakai: Laboratory Experiments in Information Retrieval. Springer, 2018.
+    - Bouthillier et al.: Accounting for Variance in Machine Learning Benchmarks. MLSys 2021.
 """
 
 import math
