@@ -218,6 +218,21 @@ class Fitter(Hyperparameters):
         """A digest without where the labels come from: with that of the groups, it tells all that `digest` does."""
         return self._digest(self.sources)
 
+    def readable_settings(self) -> dict[str, str]:
+        """What `settings_digest` is of, by name and as far as it can be read: for saying what differs.
+
+        Without `pairs_per_pass`, which may be changed when a training is gone on with.
+        """
+        settings = {"objective": type(self).__name__}
+        for f in fields(self):
+            if f.name not in {*self.sources, "pairs_per_pass"}:
+                value = getattr(self, f.name)
+                plain = value is None or isinstance(value, int | float | str)
+                # Two functions of one name may differ.
+                content = "" if plain else f" ({_sha256(_content(value, f.name))[:8]})"
+                settings[f.name] = f"{_written(value)}{content}"
+        return settings
+
     def _digest(self, without: frozenset[str]) -> str:
         values = {f.name: _content(getattr(self, f.name), f.name) for f in fields(self) if f.name not in without}
         return _sha256([type(self).__name__, sorted(values.items())])

@@ -3,12 +3,14 @@
 import contextlib
 import copy
 import dataclasses
+import glob
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +21,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pyterrier_msft import __version__, adapters, hub
+from pyterrier_msft import __version__, adapters, hub, processes
 from pyterrier_msft.fitters import Contrastive, Fitter, FitterSequence, check_fitter
 from pyterrier_msft.groups import (
     PASSAGE,
@@ -27,6 +29,7 @@ from pyterrier_msft.groups import (
     Groups,
     as_ids,
     as_texts,
+    frame_digest,
     grades_of,
     mismatch,
     require_columns,
@@ -46,11 +49,12 @@ from pyterrier_msft.scoring import (
     score_pairs,
     token_limit,
 )
-from pyterrier_msft.training import Validation, check_number, train
+from pyterrier_msft.training import Validation, check_number, durable, interrupted_training, train
 
 RECORD = "msft.json"
 RESULT_COLUMNS = {"qid", "query", "docno", "score", "rank"}
 ARTIFACT = {"type": "cross_encoder", "format": "hf", "package_hint": "pyterrier-msft"}
+LEFTOVER_SECONDS = 86400  # after which a half-written model is nobody's
 TRUNCATION_SAMPLE = 1000  # pairs tokenised to tell what share is cut
 
 
@@ -252,7 +256,8 @@ class MonoCE(pt.Estimator):
                 are kept.
             qrels_va: Their qrels.
             fitter: In place of the re-ranker's own.
-            checkpoint_dir: Where checkpoints go. The same call again goes on from the last one.
+            checkpoint_dir: Where checkpoints go. The same call again goes on from the last one: in a new process, or
+                on this re-ranker after an interruption.
 
         Returns:
             The re-ranker itself.
@@ -261,19 +266,20 @@ class MonoCE(pt.Estimator):
             ValueError: If something is missing or nothing is left to learn from, before any training.
         """
         chosen = check_fitter(self.fitter or Contrastive() if fitter is None else fitter)
-        # Everything that can be known to be wrong is said before the first stage trains for hours.
-        resolve_device(self._device)
-        results_va = self._validation_frame(topics_or_res_va, qrels_va)
-        prepared = [self._prepare(stage, topics_or_res_tr, qrels_tr) for stage in chosen.stages]
-        if results_va is not None:
-            learnt = {qid for groups, _, _ in prepared for qid in groups.qids}
-            if common := int(results_va[0]["qid"].drop_duplicates().isin(learnt).sum()):
-                warn(f"{common} validation queries are training queries too: the metric will flatter")
-        for number, (stage, (groups, report, data)) in enumerate(zip(chosen.stages, prepared, strict=True)):
-            folder = checkpoint_dir
-            if folder is not None and len(chosen.stages) > 1:
-                folder = Path(folder) / f"stage-{number + 1}"
-            self._train(stage, groups, report, data, results_va, folder)
+        with processes.one_voice():
+            # Everything that can be known to be wrong is said before the first stage trains for hours.
+            resolve_device(self._device)
+            results_va = self._validation_frame(topics_or_res_va, qrels_va)
+            prepared = [self._prepare(stage, topics_or_res_tr, qrels_tr) for stage in chosen.stages]
+            if results_va is not None:
+                learnt = {qid for groups, _, _ in prepared for qid in groups.qids}
+                if common := int(results_va[0]["qid"].drop_duplicates().isin(learnt).sum()):
+                    warn(f"{common} validation queries are training queries too: the metric will flatter")
+            for place, (stage, (groups, report, data)) in enumerate(zip(chosen.stages, prepared, strict=True), 1):
+                folder = checkpoint_dir
+                if folder is not None and len(chosen.stages) > 1:
+                    folder = Path(folder) / f"stage-{place}"
+                self._train(stage, groups, report, data, results_va, folder, place)
         return self
 
     def _prepare(self, stage: Fitter, results: Any, qrels: pd.DataFrame | None) -> tuple[Groups, DataReport, str]:
@@ -356,6 +362,7 @@ class MonoCE(pt.Estimator):
         data: str,
         validation: tuple[pd.DataFrame, pd.DataFrame] | None,
         checkpoint_dir: str | Path | None,
+        place: int,
     ) -> None:
         network, encoder = self._load()
         dtype = resolve_dtype(self._dtype, network.device)
@@ -363,7 +370,8 @@ class MonoCE(pt.Estimator):
             encoder = dataclasses.replace(encoder, max_length=self._fitting(stage.max_length, network))
         cut_queries, cut_texts = encoder.truncated(*_sample(groups))
         report = dataclasses.replace(report, truncated_queries=cut_queries, truncated_documents=cut_texts)
-        start = self.fingerprint
+        before = self.fingerprint
+        start, given_up = self._take_up(checkpoint_dir) if place == 1 else (before, ([], []))
         history: list[dict[str, Any]] = []
         self._stages.append(
             {
@@ -373,6 +381,7 @@ class MonoCE(pt.Estimator):
                 "data": data,
                 "queries": len(groups),
                 "documents": report.documents,
+                "place": place,  # in its call of fit
                 "start": start,
                 "seed": stage.seed,
                 "versions": _versions(),
@@ -384,6 +393,14 @@ class MonoCE(pt.Estimator):
         check = None
         if validation is not None and stage.metric is not None:
             check = Validation(validation[0], validation[1], stage.metric)
+        identity = {
+            **stage.readable_settings(),
+            **{f.name: str(getattr(encoder, f.name)) for f in dataclasses.fields(encoder) if f.name != "tokenizer"},
+            "dtype": str(dtype),
+            "data": data[:16],
+            "validation": "none" if validation is None else _digest([*map(frame_digest, validation)]),
+            "start weights": start,
+        }
         try:
             train(
                 network,
@@ -394,14 +411,34 @@ class MonoCE(pt.Estimator):
                 dtype=torch.float32 if dtype == torch.int8 else dtype,
                 validation=check,
                 checkpoint_dir=checkpoint_dir,
-                identity={"fitter": stage.settings_digest(), "data": data, "start weights": start},
+                identity=identity,
                 history=history,
-                verbose=self.verbose,
+                verbose=self.verbose and processes.rank() == 0,
             )
-        except Exception:
-            self._head_is_new = was_new
+        except BaseException:
+            # What was learnt so far stays, and is told; without anything learnt it is as if there had been no fit.
+            if self.fingerprint == before:
+                self._head_is_new = was_new
+                self._stages[-1:], self._reports[-1:] = given_up
+            else:
+                self._stages[-1]["interrupted"] = history[-1]["step"] if history else 0
             raise
-        self._stages[-1]["fingerprint"] = self.fingerprint
+        finally:
+            if self._stages and self._stages[-1]["history"] is history:
+                self._stages[-1]["fingerprint"] = self.fingerprint
+
+    def _take_up(self, checkpoint_dir: str | Path | None) -> tuple[str, tuple[list[Any], list[Any]]]:
+        """Where training starts from, and the stages and reports of an interrupted fit that the folder's checkpoints
+        go on with: they are forgotten here, for the checkpoints have them.
+        """  # noqa: D205
+        if self._stages and "interrupted" in self._stages[-1]:
+            first = len(self._stages) - self._stages[-1]["place"]
+            start: str = self._stages[first]["start"]
+            if interrupted_training(checkpoint_dir).get("start weights") == start:
+                given_up = self._stages[first:], self._reports[first:]
+                del self._stages[first:], self._reports[first:]
+                return start, given_up
+        return self.fingerprint, ([], [])
 
     @property
     def history(self) -> pd.DataFrame:
@@ -525,21 +562,35 @@ class MonoCE(pt.Estimator):
             ValueError: If `path` is a file, or a folder of something else.
         """
         path = Path(path).absolute()
+        recover(path)
         known = ("config.json", adapters.CONFIG)
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not any((path / f).is_file() for f in known)):
             raise ValueError(f"expected a new folder or a model's to save in, found {path}")
         self._load()
+        processes.from_first(lambda: self._replace(path, merged=merged, license=license, metrics=metrics, **card))
+
+    def _replace(self, path: Path, **options: Any) -> None:
+        """Write beside the model that is there, and change the two for each other."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        old = _beside(path, "old")
+        for leftover in path.parent.glob(f"{glob.escape(_beside(path, 'new').name)}*"):
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:  # of a save that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=_beside(path, "new").name))
         try:
-            self._write(partial, name=path.name, merged=merged, license=license, metrics=metrics, **card)
+            self._write(partial, name=path.name, **options)
             mask = os.umask(0)
             os.umask(mask)
             partial.chmod(0o777 & ~mask)  # a temporary folder is its owner's alone
-            old = path.with_name(f".{path.name}.old")
+            durable(partial)
+            shutil.rmtree(old, ignore_errors=True)
             if path.exists():
                 os.replace(path, old)
-            os.replace(partial, path)
+            try:
+                os.replace(partial, path)
+            except BaseException:
+                recover(path)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -596,6 +647,7 @@ class MonoCE(pt.Estimator):
             ValueError: If there is no such model.
         """
         name = str(path)
+        recover(Path(name))
         if Path(name).is_dir():
             folder = Path(name)
         else:
@@ -751,6 +803,18 @@ def _ranked(results: pd.DataFrame, scores: np.ndarray) -> pd.DataFrame:
     return ranked.set_axis(results.index[ranked.index])
 
 
+def _beside(path: Path, what: str) -> Path:
+    """Where `save` puts the model before, or the one after, for the moment of the change."""
+    return path.with_name(f".{path.name}.{what}")
+
+
+def recover(path: Path) -> None:
+    """Put back the model that a save had moved aside when it was killed."""
+    old = _beside(path, "old")
+    if old.is_dir() and not path.exists():
+        os.replace(old, path)
+
+
 def _check_folder(model: str) -> None:
     """Say at once that a folder is not there or holds no model; a hub name can't be told before it is asked for."""
     path = Path(model).expanduser()
@@ -798,6 +862,10 @@ def _sample(groups: Groups) -> tuple[list[str], list[str]]:
         (groups.queries[i], text) for i in range(0, len(groups), step) for text in groups.text(groups.documents[i][:4])
     ]
     return [query for query, _ in chosen], [text for _, text in chosen]
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _versions() -> dict[str, str]:

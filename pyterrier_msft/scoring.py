@@ -6,6 +6,7 @@ Training and `transform` share what is here, so that a pair is read in the same 
 import contextlib
 import logging
 import math
+import os
 import threading
 import warnings
 from collections import deque
@@ -297,6 +298,9 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     found = named_device(device)
+    if found.type == "cuda" and found.index is None and "LOCAL_RANK" in os.environ:
+        # torchrun's processes have a GPU each: the one that accelerate takes too.
+        found = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % max(1, torch.cuda.device_count()))
     try:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

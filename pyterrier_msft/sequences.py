@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any, overload
 
 import pandas as pd
+from safetensors import SafetensorError
 
 from pyterrier_msft.fitters import Fitter, check_fitter
 from pyterrier_msft.groups import frame_digest
-from pyterrier_msft.reranker import MonoCE
+from pyterrier_msft.reranker import MonoCE, recover
+from pyterrier_msft.training import writable
 
 logger = logging.getLogger(__name__)
 
 # The rooms whose code decides what weights come out.
-CODE = ("losses", "groups", "runs", "scoring", "teachers", "training", "fitters")
+CODE = ("processes", "losses", "groups", "runs", "scoring", "teachers", "training", "fitters")
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def fit_sequences(
             )
             for seed in seeds
         }
+    if save_dir is not None:
+        writable(save_dir, "save_dir")
     # Only a key needs them: without one, a teacher may be a transformer, whose content can't be told.
     digests = {} if save_dir is None else {name: stages[name].digest() for path in paths.values() for name in path}
     context = None if save_dir is None else _context(reranker, validation)
@@ -150,12 +154,13 @@ def _fit(
 
 def _find(before: MonoCE, folder: Path) -> MonoCE | None:
     """What an earlier call saved, with the present settings; None if there is nothing whole."""
+    recover(folder)
     if not folder.is_dir():
         return None
-    saved = MonoCE.load(folder)
     try:
+        saved = MonoCE.load(folder)
         whole = bool(saved._stages) and saved.fingerprint == saved._stages[-1].get("fingerprint")
-    except (ValueError, OSError):
+    except (ValueError, OSError, SafetensorError):
         whole = False
     if not whole:
         logger.warning("%s is damaged: training again", folder)

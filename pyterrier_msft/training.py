@@ -5,6 +5,7 @@ The loss is a function; which objective it serves is not known here.
 """
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -27,8 +28,11 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 import torch
+import torch.distributed as dist
 from ir_measures import nDCG
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
     AttentionInterface,
@@ -43,6 +47,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 from transformers.trainer_callback import TrainerState
 
+from pyterrier_msft import processes
 from pyterrier_msft.groups import Group, Groups
 from pyterrier_msft.notices import warn
 from pyterrier_msft.scoring import (
@@ -70,6 +75,9 @@ SORTED_BATCHES = 16
 # A resumed run may lose this much work; a step count alone would say nothing about time.
 SECONDS_BETWEEN_CHECKPOINTS = 900
 STATE_FILE, BEST_FILE = "msft_training.json", "msft_best.safetensors"
+PARTIAL = "partial"  # the folder in which a checkpoint is written before it takes its place
+# What a failed write raises: torch and safetensors have errors of their own.
+UNWRITTEN = (OSError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +88,8 @@ class Hyperparameters:
         learning_rate: AdamW's, at its highest; it falls linearly to 0.
         epochs: Times that each query is learnt from.
         max_steps: Updates of the weights; in place of `epochs` if given.
-        batch_size: Queries a step (over all processes, so that their number changes no result).
+        batch_size: Queries a step (over all processes, so that their number changes no result, but for dropout's
+            random numbers).
         gradient_accumulation: Steps that are summed for one update.
         pairs_per_pass: Bounds memory: query-document pairs whose activations are held at once. The gradient is the
             same, at the price of a second forward pass (Gao et al., RepL4NLP 2021). None: all of a step's pairs.
@@ -155,8 +164,14 @@ class Validation:
     metric: Any
 
     def measure(self, model: PreTrainedModel, encoder: PairEncoder, dtype: torch.dtype) -> float:
-        """The metric's mean over the judged queries."""
-        scores = score_pairs(model, encoder, self.results["query"].tolist(), self.results["text"].tolist(), dtype=dtype)
+        """The metric's mean over the judged queries. Several processes score a part each."""
+        own = self.results.iloc[processes.rank() :: processes.count()]
+        parts = processes.each(
+            lambda: score_pairs(model, encoder, own["query"].tolist(), own["text"].tolist(), dtype=dtype)
+        )
+        scores = np.empty(len(self.results), dtype=np.float32)
+        for number, part in enumerate(parts):
+            scores[number :: len(parts)] = part
         run = self.results[["qid", "docno"]].assign(score=scores.astype(np.float64))
         run.columns = pd.Index(["query_id", "doc_id", "score"])
         qrels = self.qrels.rename(columns={"qid": "query_id", "docno": "doc_id", "label": "relevance"})
@@ -199,53 +214,80 @@ def train(
         ValueError: If the loss is not finite, or a checkpoint in `checkpoint_dir` is of something else.
     """
     history = [] if history is None else history
+    identity = dict(identity or {})
     device = next(model.parameters()).device
     batches = _Batches(groups, settings)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_isolated())
         stack.enter_context(quiet_transformers())
-        stack.enter_context(_prepared(model, settings, device, dtype))
-        stack.enter_context(first_token_only(model))
         if checkpoint_dir is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyterrier_msft_")))
         else:
-            folder = _writable(checkpoint_dir)
+            folder = writable(checkpoint_dir, "checkpoint_dir")
+        arguments = _arguments(
+            model, settings, batches, device, dtype, folder
+        )  # from here on the processes know each other
+        _same_everywhere(identity)
+        if checkpoint_dir is not None:
+            _enough_room(folder, model, settings)
         progress = _Progress(
-            history, batches, settings, validation, folder if checkpoint_dir else None, dict(identity or {}), verbose
+            history, batches, settings, validation, folder if checkpoint_dir else None, identity, verbose
         )
         checkpoint = progress.resume()
         if progress.stopped and progress.best_weights:  # patience had run out: there is nothing to go on with
             progress.close()
             model.load_state_dict(progress.best_weights)
             return history
+        # FSDP cuts a model in pieces for good, so it gets a copy; the model itself stays whole for validation.
+        network = copy.deepcopy(model.cpu()) if arguments.fsdp else model
+        stack.enter_context(_prepared(network, settings, device, dtype))
+        stack.enter_context(first_token_only(network))
         trainer = _ListTrainer(
-            model=model,
-            args=_arguments(settings, batches, device, dtype, folder),
+            model=network,
+            args=arguments,
             train_dataset=groups,  # for its length; the batches are our own
             callbacks=[progress],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.configure(encoder, batches, loss, settings, validation, dtype, progress)
+        trainer.configure(model, encoder, batches, loss, settings, validation, dtype, progress)
+        finished = False
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
+            finished = True
         except KeyboardInterrupt:
             logger.warning(
-                "training was interrupted at step %d of %d; the re-ranker holds %s weights so far%s",
+                "training was interrupted at step %d of %d; the re-ranker holds %s weights so far; %s",
                 progress.step, batches.updates, "the best" if progress.best_weights else "the last",
-                "; the same call goes on from the last checkpoint" if checkpoint_dir else "",
+                f"the same call goes on from the last checkpoint in {folder}" if checkpoint_dir
+                else "with checkpoint_dir=... a training can be gone on with",
             )  # fmt: skip
             raise
         finally:
+            trainer.stop_reading()
             # Mixed precision leaves a patched `forward` behind, which would round the scores of a later float32 use.
             trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
             if progress.best_weights:
                 model.load_state_dict(progress.best_weights)
+            elif finished:
+                trainer.whole_model()
             model.to(device).eval()
             progress.close()
+            if processes.count() > 1:
+                trainer.accelerator.free_memory()  # and the hooks on its parameters
     return history
 
 
+def interrupted_training(checkpoint_dir: str | Path | None) -> dict[str, str]:
+    """The identity of the training whose checkpoints are in a folder; empty if there are none."""
+    newest = None if checkpoint_dir is None else _newest_checkpoint(Path(checkpoint_dir))
+    return {} if newest is None else json.loads((newest / STATE_FILE).read_text())["identity"]
+
+
 # ---- batches
+
+# In place of an epoch: for a process that a short batch has no query for. It scores one text that has no label and no
+# place in the loss, since all processes must take part in a step.
+FILLER = -1
 
 
 class _Batches:
@@ -268,15 +310,20 @@ class _Batches:
         return self.total
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Batches of (query's index, epoch)."""
+        """This process's share of each batch, as (query's index, epoch)."""
+        rank, count = processes.rank(), processes.count()
         for number in range(self.total):
             epoch, place = divmod(number, self.per_epoch)
             if place == 0:
                 batches = self._epoch(epoch)
-            yield [(index, epoch) for index in batches[place]]
+            share = [(index, epoch) for index in batches[place][rank::count]]
+            yield share or [(batches[place][0], FILLER)]
 
     def __getitem__(self, index_and_epoch: tuple[int, int]) -> Group:
         index, epoch = index_and_epoch
+        if epoch == FILLER:
+            group = self.groups.draw(index, seed=self.seed, epoch=0)
+            return replace(group, texts=group.texts[:1], labels=group.labels[:0])
         return self.groups.draw(index, seed=self.seed, epoch=epoch)
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
@@ -306,19 +353,21 @@ class _Collator:
     max_pairs: int | None
 
     def __call__(self, groups: list[Group]) -> dict[str, Any]:
-        width = max(len(group.labels) for group in groups)
+        width = max(len(group.texts) for group in groups)
         labels = torch.zeros(len(groups), width)  # (G, L)
         mask = torch.zeros(len(groups), width, dtype=torch.bool)  # (G, L)
+        scored = mask.clone()
         for row, group in enumerate(groups):
             labels[row, : len(group.labels)] = torch.from_numpy(group.labels)
             mask[row, : len(group.labels)] = True
+            scored[row, : len(group.texts)] = True  # as the mask, but for a filler
         encoded, pair = self.encoder.windows(
             [group.query for group in groups for _ in group.texts], [text for group in groups for text in group.texts]
         )
         parts = length_batches(
             [len(ids) for ids in encoded["input_ids"]], max_tokens=self.max_tokens, max_pairs=self.max_pairs
         )
-        places = mask.flatten().nonzero().squeeze(-1)  # (pairs,) where the n-th pair stands in the flattened [G, L]
+        places = scored.flatten().nonzero().squeeze(-1)  # (pairs,) where the n-th pair stands in the flattened [G, L]
         places = places[torch.from_numpy(pair)]  # (windows,)
         return {
             "chunks": [pad(self.encoder.tokenizer, encoded, part) for part in parts],
@@ -329,43 +378,46 @@ class _Collator:
         }
 
 
-class _ReadAhead(DataLoader[Any]):
-    """A DataLoader that makes the next batches in a thread, while the model is at work."""
+class _ReadAhead:
+    """An iterator that makes the next items in a thread, while the model is at work."""
 
-    def __iter__(self) -> Any:
-        batches = super().__iter__()  # here, since it draws from torch's random state
+    def __init__(self, items: Iterator[Any]) -> None:
+        self._items = items
+        self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=AHEAD)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
 
-        def read() -> None:
-            try:
-                for batch in batches:
-                    if not put((batch, None)):
-                        return
-                put((None, None))
-            except BaseException as error:  # whatever it is, it is raised where the batch is taken
-                put((None, error))
+    def __iter__(self) -> Iterator[Any]:
+        return self
 
-        def put(item: tuple[Any, BaseException | None]) -> bool:
-            while not stopped.is_set():
-                with contextlib.suppress(queue.Full):
-                    ready.put(item, timeout=0.1)
-                    return True
-            return False
+    def __next__(self) -> Any:
+        item, error = self._ready.get()
+        if error is not None:
+            self._put((None, error))  # once more, should one ask again
+            raise error
+        return item
 
-        ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=AHEAD)
-        stopped = threading.Event()
-        thread = threading.Thread(target=read, daemon=True)
-        thread.start()
+    def _read(self) -> None:
         try:
-            while True:
-                batch, error = ready.get()
-                if error is not None:
-                    raise error
-                if batch is None:
+            for item in self._items:
+                if not self._put((item, None)):
                     return
-                yield batch
-        finally:  # also when training stops before the end
-            stopped.set()
-            thread.join()
+            raise StopIteration
+        except BaseException as error:  # whatever it is, it is raised where the item is taken
+            self._put((None, error))
+
+    def _put(self, item: tuple[Any, BaseException | None]) -> bool:
+        while not self._stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                self._ready.put(item, timeout=0.1)
+                return True
+        return False
+
+    def close(self) -> None:
+        """End the thread, also before the end of the items."""
+        self._stopped.set()
+        self._thread.join()
 
 
 # ---- the loop
@@ -381,6 +433,7 @@ class _ListTrainer(Trainer):
 
     def configure(
         self,
+        network: PreTrainedModel,
         encoder: PairEncoder,
         batches: _Batches,
         loss: Loss,
@@ -389,8 +442,15 @@ class _ListTrainer(Trainer):
         dtype: torch.dtype,
         progress: "_Progress",
     ) -> None:
-        self.encoder, self.batches, self.list_loss, self.settings = encoder, batches, loss, settings
-        self.validation, self.dtype, self.progress = validation, dtype, progress
+        self.network, self.encoder, self.batches, self.list_loss = network, encoder, batches, loss
+        self.settings, self.validation, self.dtype, self.progress = settings, validation, dtype, progress
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError("expected torchrun and GPUs with trainer_args={'fsdp': ...}, found neither or one of them")
+        progress.save = lambda: self._save_checkpoint(self.model_wrapped, None)
+        progress.weights = lambda: self.whole_model().state_dict()
+        # Its processes draw dropout's random numbers apart.
+        torch.manual_seed(self.args.seed + processes.rank())
+        self.ahead: _ReadAhead | None = None
         self.max_pairs: int | None = None  # a pass, once the memory has been too small
         # The update at hand, and the batches that it sums up so far.
         self.update = -1
@@ -400,10 +460,21 @@ class _ListTrainer(Trainer):
         # Not prepared by accelerate, which would hide the sampler and its order.
         budget = TOKENS_PER_PASS.get(self.args.device.type, TOKENS_PER_PASS["cpu"])
         collate = _Collator(self.encoder, budget, self.settings.pairs_per_pass)
-        # On a CPU whose batches need nothing looked up, a thread would only take the model's time.
-        ahead = self.args.device.type != "cpu" or self.batches.groups.load is not None
-        kind = _ReadAhead if ahead else DataLoader
-        return kind(self.batches, batch_sampler=self.batches, collate_fn=collate)  # type: ignore[arg-type]
+        return DataLoader(self.batches, batch_sampler=self.batches, collate_fn=collate)  # type: ignore[arg-type]
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        # On a CPU whose batches need nothing looked up, a thread would only take the model's time. Here and not in the
+        # loader, which Trainer makes anew where it resumes.
+        if self.args.device.type == "cpu" and self.batches.groups.load is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.ahead is None:
+            self.ahead = _ReadAhead(epoch_iterator)
+        return super().get_batch_samples(self.ahead, num_batches, device)
+
+    def stop_reading(self) -> None:
+        """End the thread that makes batches, if there is one."""
+        if self.ahead is not None:
+            self.ahead.close()
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         return 0  # an estimate from `input_ids`, which a batch of chunks doesn't have; nobody reads it
@@ -415,12 +486,13 @@ class _ListTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> torch.Tensor:
-        return self._loss(torch.cat([forward(model, chunk) for chunk in inputs["chunks"]]), inputs)
+        loss = self._loss(torch.cat([forward(model, chunk) for chunk in inputs["chunks"]]), inputs)
+        return loss * processes.count()  # of whose gradients the mean is taken
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        self.progress.pairs += len(inputs["places"])
+        self.progress.pairs += int(inputs["mask"].sum())
         if self.update != self.state.global_step:
             self.update, self.summed = self.state.global_step, []
         self.summed.append(self._prepare_inputs(inputs))
@@ -432,6 +504,11 @@ class _ListTrainer(Trainer):
                 pairs = max(len(chunk["input_ids"]) for each in todo for chunk in self._chunks(each))
                 if not out_of_memory(error) or pairs == 1:
                     raise
+                if processes.count() > 1:  # the others have gone on: there is no trying again
+                    raise RuntimeError(
+                        f"out of memory with {pairs} pairs a pass in process {processes.rank()}: start again with "
+                        f"pairs_per_pass={pairs // 2}, which gives the same gradient"
+                    ) from error
             # The backward pass may have stopped half-way: what this update has summed up so far is computed again.
             self.max_pairs = pairs // 2
             logger.warning("out of memory with %d pairs a pass: going on with %d", pairs, self.max_pairs)
@@ -450,10 +527,13 @@ class _ListTrainer(Trainer):
 
     def _gradient(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         inputs = {**inputs, "chunks": self._chunks(inputs)}
+        if self.is_fsdp_enabled:  # whose processes must call the model equally often
+            most = max(processes.each(lambda: len(inputs["chunks"])))
+            inputs["chunks"] += [inputs["chunks"][-1]] * (most - len(inputs["chunks"]))
         if self._bounded(inputs):
             return self._bounded_step(model, inputs)
         loss: torch.Tensor = super().training_step(model, inputs)
-        return loss
+        return loss / processes.count()
 
     def _bounded(self, inputs: dict[str, Any]) -> bool:
         bounded = self.max_pairs is not None or self.settings.pairs_per_pass is not None
@@ -474,9 +554,10 @@ class _ListTrainer(Trainer):
         after = _random_state(self.args.device)
         scores = torch.cat(parts).requires_grad_()
         loss = self._loss(scores, inputs) / self.current_gradient_accumulation_steps
-        gradients = torch.autograd.grad(loss, scores)[0].split([len(part) for part in parts])
-        for chunk, state, gradient in zip(inputs["chunks"], states, gradients, strict=True):
-            last = chunk is inputs["chunks"][-1]
+        gradient = torch.autograd.grad(loss * processes.count(), scores)[0]
+        gradients = gradient.split([len(part) for part in parts])
+        for number, (chunk, state, gradient) in enumerate(zip(inputs["chunks"], states, gradients, strict=True), 1):
+            last = number == len(parts)
             _set_random_state(state, self.args.device)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 self.accelerator.backward((forward(model, chunk) * gradient).sum())
@@ -484,13 +565,15 @@ class _ListTrainer(Trainer):
         return loss.detach()
 
     def _loss(self, flat: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        mask = inputs["mask"]  # (G, L)
+        labels, mask, places = inputs["labels"], inputs["mask"], inputs["places"]  # (G, L), (G, L), (windows,)
+        own, again = flat.tensor_split([len(places)])  # chunks that are computed again have no place
         # A document's score is its best window's, so that the gradient goes to that one.
-        places = inputs["places"]
-        scores = flat.new_zeros(mask.numel()).scatter_reduce(0, places, flat, "amax", include_self=False)
-        scores = scores.view(mask.shape)  # (G, L)
+        scores = own.new_zeros(mask.numel()).scatter_reduce(0, places, own, "amax", include_self=False)
+        scores = scores.view(mask.shape)
+        if processes.count() > 1:
+            scores, labels, mask = self._of_all(scores, labels, mask)
         with torch.autocast(flat.device.type, enabled=False):
-            loss = self.list_loss(scores, inputs["labels"], mask)
+            loss = self.list_loss(scores, labels, mask) + 0 * again.sum()
         if not torch.isfinite(loss):
             raise ValueError(
                 f"expected a finite loss, found {loss.item()} at step {self.state.global_step + 1} "
@@ -500,13 +583,98 @@ class _ListTrainer(Trainer):
         self.progress.watch(scores.detach(), mask)
         return loss
 
+    def _of_all(
+        self, scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The lists of all processes, in the batch's order; the others' scores are constants.
+
+        So the loss is that of the whole batch in each process, also where it isn't a mean over lists.
+        """
+        rank, count = processes.rank(), processes.count()
+        own = torch.tensor([*mask.shape, int(mask.sum()), self.progress.overdue()], device=mask.device)
+        every = [torch.empty_like(own) for _ in range(count)]
+        dist.all_gather(every, own)
+        sizes = torch.stack(every).tolist()
+        height, width = (max(size[i] for size in sizes) for i in (0, 1))
+        self.progress.pairs += sum(size[2] for size in sizes) - sizes[rank][2]
+        self.progress.must_save |= any(size[3] for size in sizes)
+
+        def padded(values: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(values, (0, width - values.shape[1], 0, height - values.shape[0]))
+
+        lists = torch.stack([padded(values.detach().float()) for values in (scores, labels, mask)])  # (3, G, L)
+        gathered = [torch.empty_like(lists) for _ in range(count)]
+        dist.all_gather(gathered, lists)
+        # The n-th list of the r-th process is the batch's (n * count + r)-th.
+        merged = [torch.stack(parts, 1).flatten(0, 1) for parts in zip(*gathered, strict=True)]
+        with_own = [padded(scores) if number == rank else part[0] for number, part in enumerate(gathered)]
+        real = merged[2].bool().any(-1)  # and not a filler
+        return torch.stack(with_own, 1).flatten(0, 1)[real], merged[1][real], merged[2][real].bool()
+
+    def whole_model(self) -> PreTrainedModel:
+        """The model with the weights of now, and not in pieces."""
+        if self.is_fsdp_enabled:
+            pieces = self.model.state_dict()
+            whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in pieces.items()}
+            self.network.load_state_dict(whole)
+        return self.network
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         assert self.validation is not None
-        value = self.validation.measure(self.accelerator.unwrap_model(self.model), self.encoder, self.dtype)
+        network = self.whole_model().to(self.args.device)
+        value = self.validation.measure(network, self.encoder, self.dtype)
+        if self.is_fsdp_enabled:
+            network.cpu()
         metrics = {f"eval_{self.validation.metric}": value}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    # -- checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(self.args.output_dir) / PARTIAL)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the weights under the names that they have here; FSDP's come with its optimizer."""
+        assert output_dir is not None
+        if processes.rank() == 0:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            if not self.is_fsdp_enabled:
+                save_file(_untied(self.model.state_dict()), Path(output_dir) / "model.safetensors", {"format": "pt"})
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside the one before and then put it in place: what has its name is whole.
+
+        A write that fails is said once, and training goes on with the checkpoint before: hours are worth more.
+        """
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        self.progress.saved, self.progress.must_save = time.monotonic(), False
+        failed = None
+        try:
+            super()._save_checkpoint(model, trial)
+            if processes.rank() == 0:
+                self.progress.write(folder / PARTIAL / name)
+        except UNWRITTEN as error:
+            if self.is_fsdp_enabled:  # whose processes would wait for this one
+                raise
+            failed = str(error)
+        # Each process writes its random state: all must be there.
+        failures = [failure for failure in processes.each(lambda: failed) if failure is not None]
+        if processes.rank() == 0:
+            try:
+                if not failures:
+                    durable(folder / PARTIAL / name)
+                    os.replace(folder / PARTIAL / name, folder / name)
+                    durable(folder)
+            except OSError as error:
+                failures = [str(error)]
+            keep = self.args.save_total_limit
+            whole = [] if failures or keep is None else _checkpoints(folder)[:-keep]
+            for path in [folder / PARTIAL, *whole]:
+                shutil.rmtree(path, ignore_errors=True)
+        if failures:
+            self.progress.not_saved(failures[0])
 
 
 class _Progress(TrainerCallback):
@@ -534,9 +702,22 @@ class _Progress(TrainerCallback):
         self.started = self.logged = self.saved = time.monotonic()
         self.first_row = len(history)
         self.spread, self.alarmed = math.inf, False
+        self.must_save, self.complained, self.resumed = False, False, False
+        self.save: Callable[[], None]
+        self.weights: Callable[[], dict[str, torch.Tensor]]
         self.bar = pt.tqdm(total=batches.updates, desc="training", unit="step") if verbose else None
 
     # -- when
+
+    def overdue(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return self.folder is not None and time.monotonic() - self.saved > SECONDS_BETWEEN_CHECKPOINTS
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # At once, since a folder that can't hold a checkpoint should be known of at once. And an interrupted training
+        # can be gone on with from its very start.
+        if self.folder is not None and not self.resumed and not args.fsdp:
+            self.save()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.step = state.global_step
@@ -544,8 +725,10 @@ class _Progress(TrainerCallback):
         control.should_evaluate |= self.validates and (last or self.step % self.eval_every == 0)
         control.should_log |= last or control.should_evaluate or self.step % self.log_every == 0
         if self.folder is not None:
-            overdue = time.monotonic() - self.saved > SECONDS_BETWEEN_CHECKPOINTS
-            control.should_save |= last or overdue or self.step % self.eval_every == 0
+            if processes.count() == 1:  # else it was agreed on
+                self.must_save |= self.overdue()
+            control.should_log |= self.must_save  # or the loss since the last row would be lost
+            control.should_save |= last or self.must_save or self.step % self.eval_every == 0
         if self.bar is not None:
             self.bar.update(self.step - self.bar.n)
 
@@ -582,13 +765,7 @@ class _Progress(TrainerCallback):
             )
 
     def on_evaluate(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Any = None,
-        model: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         value = float(metrics[f"eval_{self.metric}"])
         self.history[-1][self.metric] = value
@@ -596,9 +773,7 @@ class _Progress(TrainerCallback):
         self.logged = time.monotonic()  # validation is not training time
         if value > self.best:
             self.best, self.not_better = value, 0
-            self.best_weights = {
-                name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()
-            }
+            self.best_weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights().items()}
         else:
             self.not_better += 1
             self.stopped = self.settings.patience is not None and self.not_better >= self.settings.patience
@@ -614,11 +789,8 @@ class _Progress(TrainerCallback):
 
     # -- what an interrupted training needs besides Trainer's own checkpoint
 
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.folder is None:
-            return
-        self.saved = time.monotonic()
-        checkpoint = self.folder / f"checkpoint-{state.global_step}"
+    def write(self, checkpoint: Path) -> None:
+        """Write it into a checkpoint."""
         if self.best_weights is not None:
             save_file(_untied(self.best_weights), checkpoint / BEST_FILE)
         content = {
@@ -629,39 +801,66 @@ class _Progress(TrainerCallback):
             "stopped": self.stopped,
             "pairs": self.pairs,
             "seconds": self.seconds_before + self.saved - self.started,
+            "processes": processes.count(),
         }
-        # Written last and put in place at once: a checkpoint that has it is whole.
-        partial = checkpoint / f"{STATE_FILE}.partial"
-        partial.write_text(json.dumps(content))
-        os.replace(partial, checkpoint / STATE_FILE)
+        (checkpoint / STATE_FILE).write_text(json.dumps(content))
+
+    def not_saved(self, error: str) -> None:
+        """Say once that a checkpoint could not be written; a ValueError if there is none to go on from."""
+        if self.step == 0:
+            raise ValueError(f"expected a checkpoint_dir that a checkpoint can be written to, found {error}")
+        if not self.complained and processes.rank() == 0:
+            warn(
+                f"the checkpoint of step {self.step} could not be written to {self.folder}: {error}; training goes on, "
+                "and an interruption would go back to the one before"
+            )
+        self.complained = True
 
     def resume(self) -> str | None:
-        """The newest whole checkpoint in the folder, with our own state taken from it; None to start anew."""
-        if self.folder is None:
+        """The newest checkpoint in the folder, with our own state taken from it; None to start anew.
+
+        Raises:
+            ValueError: If it is one of another training.
+        """
+        newest, content = processes.from_first(self._newest)
+        if newest is None:
             return None
-        whole = {
-            int(file.parent.name.rpartition("-")[2]): file for file in self.folder.glob(f"checkpoint-*/{STATE_FILE}")
-        }
-        if not whole:
-            return None
-        newest = whole[max(whole)]
-        content = json.loads(newest.read_text())
-        for name, value in self.identity.items():
-            if content["identity"].get(name) != value:
-                raise ValueError(
-                    f"expected a checkpoint of this training in {self.folder}, found one with another {name}; "
-                    "give another checkpoint_dir, or delete it"
-                )
-        for broken in set(self.folder.glob("checkpoint-*")) - {file.parent for file in whole.values()}:
-            shutil.rmtree(broken)  # killed while it was written
         self.history.extend(content["history"])
         self.not_better, self.stopped, self.pairs = content["not_better"], content["stopped"], content["pairs"]
         self.pairs_logged, self.seconds_before = self.pairs, content["seconds"]
         if content["best"] is not None:
-            self.best, self.best_weights = content["best"], load_file(newest.parent / BEST_FILE)
-        self.step = max(whole)
-        logger.info("resuming from %s", newest.parent)
-        return str(newest.parent)
+            self.best, self.best_weights = content["best"], load_file(newest / BEST_FILE)
+        self.step, self.resumed = _step_of(newest), True
+        logger.info("resuming from %s", newest)
+        if content["processes"] != processes.count():
+            logger.warning(
+                "the checkpoint was written by %d processes and is gone on with by %d: dropout takes other numbers",
+                content["processes"], processes.count(),
+            )  # fmt: skip
+        return str(newest)
+
+    def _newest(self) -> tuple[Path | None, Any]:
+        if self.folder is None:
+            return None, None
+        newest = _newest_checkpoint(self.folder)
+        if newest is None:
+            return None, None
+        content = json.loads((newest / STATE_FILE).read_text())
+        found = content["identity"]
+        other = [
+            f"{name} {found.get(name, 'unknown')} instead of {value}"
+            for name, value in self.identity.items()
+            if found.get(name) != value
+        ]
+        if other:
+            raise ValueError(
+                f"expected a checkpoint of this training in {self.folder}, found one of {', '.join(other)}; give "
+                "another checkpoint_dir, or delete it"
+            )
+        # What was being written, or being deleted, when the training was interrupted.
+        for path in {self.folder / PARTIAL, *self.folder.glob("checkpoint-*")} - {*_checkpoints(self.folder)}:
+            shutil.rmtree(path, ignore_errors=True)
+        return newest, content
 
     def close(self) -> None:
         """End the bar."""
@@ -670,7 +869,12 @@ class _Progress(TrainerCallback):
 
 
 def _arguments(
-    settings: Hyperparameters, batches: _Batches, device: torch.device, dtype: torch.dtype, folder: Path
+    model: PreTrainedModel,
+    settings: Hyperparameters,
+    batches: _Batches,
+    device: torch.device,
+    dtype: torch.dtype,
+    folder: Path,
 ) -> TrainingArguments:
     ours: dict[str, Any] = {
         "output_dir": str(folder),
@@ -690,16 +894,25 @@ def _arguments(
         "logging_strategy": "no",  # _Progress decides when
         "logging_nan_inf_filter": False,
         "save_strategy": "no",
-        "save_total_limit": 2,  # the one before is needed while the newest is being written
+        "save_total_limit": 1,  # besides the one that is being written
         "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
         "report_to": "none",
     }
-    arguments = TrainingArguments(**{**ours, **settings.trainer_args})
+    theirs = dict(settings.trainer_args)
+    if theirs.get("fsdp"):
+        config = dict(theirs.get("fsdp_config") or {})
+        if config.get("version", 2) != 2:
+            raise ValueError("expected FSDP of version 2 in trainer_args, found version 1")
+        # Some families name no parts to cut into, others ones that accelerate can't cut: the layers always will do.
+        lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+        layers = sorted({type(layer).__name__ for layers in lists for layer in layers})
+        theirs["fsdp_config"] = {"transformer_layer_cls_to_wrap": layers, **config}
+    arguments = TrainingArguments(**{**ours, **theirs})
     if device.type == "cuda" and device.index not in {None, arguments.device.index}:
         raise ValueError(
             f"expected {str(arguments.device)!r}, which Trainer takes, as the device to train on, found "
-            f"{str(device)!r}: choose a GPU by the environment variable CUDA_VISIBLE_DEVICES"
+            f"{str(device)!r}: choose a GPU by the environment variable CUDA_VISIBLE_DEVICES, and none with torchrun"
         )
     # Several GPUs in one process would mean DataParallel, which splits lists; torchrun is the way to use them.
     arguments._n_gpu = min(1, arguments.n_gpu)
@@ -805,14 +1018,21 @@ AttentionMaskInterface.register(CPU_ATTENTION, eager_mask)
 
 @contextlib.contextmanager
 def _isolated() -> Iterator[None]:
-    """Leave the global random states as they were: Trainer seeds all three when it is made."""
+    """Leave the global random states as they were, since Trainer seeds all three when it is made; and the environment.
+
+    accelerate notes there that FSDP is in use, which a later training would believe.
+    """
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    environment = dict(os.environ)
     with torch.random.fork_rng():
         try:
             yield
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
+            for name in os.environ.keys() - environment.keys():
+                if name.startswith(("ACCELERATE_", "FSDP_")):
+                    del os.environ[name]
 
 
 def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -834,15 +1054,66 @@ def _untied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous().clone() for name, tensor in weights.items()}
 
 
-def _writable(folder: str | Path) -> Path:
-    """The folder, made if need be; tried now, not hours later."""
+def writable(folder: str | Path, name: str) -> Path:
+    """The folder that an argument names, made if need be; tried now, not hours later.
+
+    Raises:
+        ValueError: If it can't be written to.
+    """
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise ValueError(
-            f"expected a folder that can be written to as checkpoint_dir, found {path}: {error}"
-        ) from error
+        raise ValueError(f"expected a folder that can be written to as {name}, found {path}: {error}") from error
     return path
+
+
+def durable(folder: Path) -> None:
+    """Have a folder's files on the disk itself, so that a power cut doesn't leave names without content."""
+    if os.name != "posix":
+        return  # where folders can't be opened
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest last."""
+    return sorted((file.parent for file in folder.glob(f"checkpoint-*/{STATE_FILE}")), key=_step_of)
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    return next(reversed(_checkpoints(folder)), None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _enough_room(folder: Path, model: PreTrainedModel, settings: Hyperparameters) -> None:
+    """Raise a ValueError if two checkpoints, the newest and the one that is being written, don't fit the disk."""
+    if "optim" in settings.trainer_args:  # whose state may be of any size
+        return
+    weights = sum(parameter.numel() * 4 for parameter in model.parameters())
+    needed = 2 * 4 * weights  # the weights, the best so far, and two means of the gradient
+    there = sum(file.stat().st_size for file in folder.glob("checkpoint-*/*") if file.is_file())
+    free = shutil.disk_usage(folder).free + there
+    if free < needed:
+        raise ValueError(
+            f"expected room for two checkpoints, {needed / 1e9:.1f} GB, in {folder}, found {free / 1e9:.1f} GB"
+        )
+
+
+def _same_everywhere(identity: dict[str, str]) -> None:
+    for number, other in enumerate(processes.each(lambda: identity)):
+        names = [name for name, value in identity.items() if other.get(name) != value]
+        if names:
+            raise ValueError(
+                f"expected the same training in every process, found another {', '.join(names)} in process {number} "
+                f"than in process {processes.rank()}"
+            )
