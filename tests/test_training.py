@@ -409,7 +409,7 @@ def test_a_half_written_checkpoint_is_not_taken(encoder, groups, backbone, tmp_p
 
 def test_a_checkpoint_of_something_else_is_refused(model, encoder, groups, tmp_path):
     run(model, encoder, groups, checkpoint_dir=tmp_path, identity={"fitter": "a", "data": "b"})
-    with pytest.raises(ValueError, match="found one with another data"):
+    with pytest.raises(ValueError, match="found one of data b instead of c; give"):
         run(model, encoder, groups, checkpoint_dir=tmp_path, identity={"fitter": "a", "data": "c"})
     state = json.loads(next(tmp_path.glob(f"*/{STATE_FILE}")).read_text())
     assert state["identity"] == {"fitter": "a", "data": "b"}
