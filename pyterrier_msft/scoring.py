@@ -355,7 +355,13 @@ def quantised(model: PreTrainedModel) -> PreTrainedModel:
         warnings.simplefilter("ignore", DeprecationWarning)  # torch would have a package of its own for this
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)
-        settings = {torch.nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
+        layer = last_layer(model)  # `first_token_only` reads weights there
+        kept = {layer.attention.self.key, layer.attention.self.value} if layer is not None else set()
+        settings = {
+            name: torch.ao.quantization.per_channel_dynamic_qconfig
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and module not in kept
+        }
         copy: PreTrainedModel = torch.ao.quantization.quantize_dynamic(model, settings)
     return copy.eval()
 
@@ -372,16 +378,24 @@ CPU_ATTENTION = "pyterrier_msft_cpu"  # what training computes attention with wh
 FIRST_TOKEN_HEADS = {"bert", "electra", "roberta", "xlm-roberta", "camembert"}
 
 
+def last_layer(model: PreTrainedModel) -> Any:
+    """The last layer of a model whose head reads its first token alone; None if there is none, or it isn't plain."""
+    if model.config.model_type not in FIRST_TOKEN_HEADS:
+        return None
+    layer: Any = model.base_model.encoder.layer[-1]
+    attention = layer.attention.self
+    return layer if type(attention.key) is type(attention.value) is torch.nn.Linear else None
+
+
 @contextlib.contextmanager
 def first_token_only(model: PreTrainedModel) -> Iterator[None]:
     """In the last layer compute the first token's row alone, in the forward and the backward pass.
 
-    Exact, since the head reads no other: of the layer's work the keys and values remain, about a sixth. Models of
-    other families stay as they are.
+    Exact, since the head reads no other. A single query needs no keys and values of all tokens either: q · (K x) is
+    (q K) · x, and the weighted mean of V x is V times the mean of x. So next to nothing of the layer's work remains.
+    Models of other families, or whose layers are not plain (LoRA), stay as they are.
     """
-    layer: Any = None
-    if model.config.model_type in FIRST_TOKEN_HEADS:
-        layer = model.base_model.encoder.layer[-1]
+    layer = last_layer(model)
     # Other attention implementations have masks of another shape; a patched layer is one that is used already.
     if (
         layer is None
@@ -393,18 +407,19 @@ def first_token_only(model: PreTrainedModel) -> Iterator[None]:
 
     def forward(states: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **__: Any) -> torch.Tensor:
         attention, first = layer.attention.self, states[:, :1]  # (B, 1, H) of (B, T, H)
-        query, key, value = (
-            project(part).unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)
-            for project, part in ((attention.query, first), (attention.key, states), (attention.value, states))
-        )
-        context = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value,
-            attn_mask=None if attention_mask is None else attention_mask[:, :, :1],  # (B, 1, 1, T)
-            dropout_p=attention.dropout.p if layer.training else 0.0,
-            scale=attention.scaling,
-        )  # fmt: skip
-        attended = layer.attention.output(context.transpose(1, 2).flatten(2), first)
-        rows: torch.Tensor = layer.feed_forward_chunk(attended)
+        by_head = (attention.num_attention_heads, attention.attention_head_size)
+        key, value = (part.weight.unflatten(0, by_head) for part in (attention.key, attention.value))  # (h, d, H)
+        query = attention.query(first).squeeze(1).unflatten(-1, by_head) * attention.scaling  # (B, h, d)
+        weights = torch.einsum("bhd,hde->bhe", query, key) @ states.mT  # (B, h, T)
+        # The same for all tokens, so without effect; but a parameter without a gradient stops DDP.
+        weights = weights + (query * attention.key.bias.unflatten(0, by_head)).sum(-1, keepdim=True)
+        if attention_mask is not None:
+            mask = attention_mask[:, 0, :1]  # (B, 1, T)
+            weights = weights.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else weights + mask
+        weights = attention.dropout(weights.softmax(-1))
+        context = torch.einsum("bhe,hde->bhd", weights @ states, value)
+        context = context + weights.sum(-1, keepdim=True) * attention.value.bias.unflatten(0, by_head)
+        rows: torch.Tensor = layer.feed_forward_chunk(layer.attention.output(context.flatten(1).unsqueeze(1), first))
         return rows
 
     layer.forward = forward

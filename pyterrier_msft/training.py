@@ -976,23 +976,26 @@ def _dropout_of(module: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
 
 
 class _Dropout(torch.autograd.Function):
-    """Dropout by numpy's random numbers, which come five times as fast as torch's on a CPU.
+    """Dropout by numpy's random numbers, which come many times as fast as torch's on a CPU.
 
     Torch's random state decides them, so that seeding, resuming and computing a chunk again work as ever.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
-        rng = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
-        kept = torch.from_numpy(rng.integers(2**16, size=x.shape, dtype=np.uint16) >= round(p * 2**16))
-        ctx.save_for_backward(kept)
-        ctx.scale = 1 / (1 - p)
-        return (x * kept).mul_(ctx.scale)
+        bits = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw(-(-x.numel() // 4)).view(np.uint16)
+        ctx.kept, ctx.scale = (bits[: x.numel()] >= round(p * 2**16)).reshape(x.shape), 1 / (1 - p)
+        return _thinned(x, ctx.kept, ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (kept,) = ctx.saved_tensors
-        return (gradients[0] * kept).mul_(ctx.scale), None
+        return _thinned(gradients[0], ctx.kept, ctx.scale), None
+
+
+def _thinned(x: torch.Tensor, kept: np.ndarray, scale: float) -> torch.Tensor:
+    if x.dtype == torch.float32:  # numpy multiplies numbers by truth values faster, but knows no bfloat16
+        return torch.from_numpy(np.multiply(x.detach().numpy(), kept)).mul_(scale)
+    return (x * torch.from_numpy(kept)).mul_(scale)
 
 
 def _attention(
@@ -1006,8 +1009,8 @@ def _attention(
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in the form of transformers' eager one, (B, heads, T, d), with the dropout above."""
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    weights = (weights if attention_mask is None else weights + attention_mask).softmax(-1)
+    weights = torch.matmul(query * scaling, key.mT)
+    weights = (weights if attention_mask is None else weights.add_(attention_mask)).softmax(-1)
     weights = _Dropout.apply(weights, dropout) if dropout > 0 else weights
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 

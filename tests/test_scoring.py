@@ -55,13 +55,20 @@ def test_equals_plain_hugging_face(model, encoder, batch_size):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_last_layers_first_row_alone_gives_the_same_scores_and_gradients(backbone, encoder, attention):
-    models = [load_model(backbone, seed=1)[0] for _ in range(2)]
+@pytest.mark.parametrize(("attention", "training"), [("sdpa", False), ("eager", False), ("eager", True)])
+def test_the_last_layers_first_row_alone_gives_the_same_scores_and_gradients(
+    backbone, encoder, attention, training, monkeypatch
+):
+    # A dropout without chance, so that its places are compared too.
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, training, *_: x * 0.5 if training else x)
+    models = [load_model(backbone, seed=1)[0].train(training) for _ in range(2)]
     batch = pad(encoder.tokenizer, encoder(*pairs(9)), range(9))
     scores = []
     for model, context in zip(models, (contextlib.nullcontext, first_token_only), strict=True):
         model.set_attn_implementation(attention)
+        for number, (name, bias) in enumerate(model.named_parameters()):
+            if name.endswith("bias"):  # a new model's are 0
+                bias.data.normal_(generator=torch.Generator().manual_seed(number))
         with context(model) if context is first_token_only else context():
             values = forward(model, batch)
             (values * torch.arange(9)).sum().backward()
@@ -70,6 +77,13 @@ def test_the_last_layers_first_row_alone_gives_the_same_scores_and_gradients(bac
     torch.testing.assert_close(*scores, atol=1e-6, rtol=1e-5)
     for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_layer_with_adapters_is_left_whole(backbone):
+    model = load_model(backbone, seed=1)[0]
+    model.base_model.encoder.layer[-1].attention.self.key = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    with first_token_only(model):
+        assert "forward" not in vars(model.base_model.encoder.layer[-1])
 
 
 def test_order_of_pairs_does_not_matter(model, encoder):
