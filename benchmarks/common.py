@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from ecir2025 import Shape, matmul_speed
 from quickstart import minilm
 
-__all__ = ["Shape", "arguments", "candidates", "interleaved", "minilm", "report"]
+__all__ = ["Shape", "System", "arguments", "candidates", "interleaved", "minilm", "report"]
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -46,32 +47,31 @@ def candidates(queries: int, depth: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     return first_stage(test.get_topics().head(queries)), test.get_qrels()
 
 
-def interleaved(
-    systems: Mapping[str, Callable[[], Callable[[], Any]]], *, repeats: int
-) -> tuple[dict[str, list[float]], dict[str, float], dict[str, Any]]:
-    """Run each system `repeats` times, in turns, after a warming-up.
+System = Callable[[pd.DataFrame], Callable[[], Any]]
+"""Makes ready to work on results, and returns the call to measure."""
 
-    Args:
-        systems: By name, what makes a system ready and returns the call to measure.
-        repeats: Runs that count.
+
+def interleaved(
+    systems: Mapping[str, System], results: pd.DataFrame, warm_up: pd.DataFrame, *, repeats: int
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Run each system `repeats` times, in turns, after a warming-up on other results.
 
     Returns:
-        By system: seconds of each repeat, the most memory taken above what was held before (bytes), and the last value.
+        A row a run: system, seconds, CPU seconds, and the most memory taken above what was held before (bytes); and
+        the last value of each system.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
-    peaks: dict[str, float] = dict.fromkeys(systems, 0.0)
-    values: dict[str, Any] = {}
-    for turn in range(repeats + 1):
+    for system in systems.values():
+        system(warm_up)()
+    rows, values = [], {}
+    for _ in range(repeats):
         for name, system in systems.items():
-            call = system()
+            call = system(results)
             with _peak_memory() as peak:
-                start = time.perf_counter()
+                start, start_cpu = time.perf_counter(), time.process_time()
                 values[name] = call()
-                elapsed = time.perf_counter() - start
-            peaks[name] = max(peaks[name], peak[0])
-            if turn:  # the first is the warming-up
-                seconds[name].append(elapsed)
-    return seconds, peaks, values
+                seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+            rows.append({"system": name, "seconds": seconds, "CPU s": cpu, "peak": peak[0]})
+    return pd.DataFrame(rows), values
 
 
 @contextlib.contextmanager
@@ -101,8 +101,7 @@ def _peak_memory() -> Iterator[list[float]]:
 
 
 def report(
-    seconds: Mapping[str, list[float]],
-    peaks: Mapping[str, float],
+    runs: pd.DataFrame,
     *,
     ours: str,
     pairs: int,
@@ -114,20 +113,21 @@ def report(
     """Print the table and write it to --out."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     speeds = {dtype: matmul_speed(device, dtype) for dtype in set(dtypes.values())}
-    medians = {name: float(np.median(times)) for name, times in seconds.items()}
+    by_system = runs.groupby("system", sort=False)
+    median, cpu = by_system["seconds"].median(), by_system["CPU s"].median()
     table = pd.DataFrame(
         {
-            "pairs/s": {name: pairs / median for name, median in medians.items()},
-            f"{ours} is faster by": {name: median / medians[ours] for name, median in medians.items()},
-            "spread": {name: (max(times) - min(times)) / medians[name] for name, times in seconds.items()},
-            "% of GEMM": {
-                name: 100 * operations / median / speeds[dtypes[name]] for name, median in medians.items()
-            },
-            "peak MiB": {name: peak / 2**20 for name, peak in peaks.items()},
+            "pairs/s": pairs / median,
+            f"{ours} is faster by": median / median[ours],
+            "by CPU time": cpu / cpu[ours],  # what other work on the machine disturbs less
+            "spread": by_system["seconds"].agg(np.ptp) / median,
+            "% of GEMM": 100 * operations / median / median.index.map({name: speeds[dtypes[name]] for name in dtypes}),
+            "peak MiB": by_system["peak"].max() / 2**20,
         }
-    ).join(agreement)  # fmt: skip
+    ).join(agreement)
     print(table.round(3).to_string())
     machine = {
+        "date": f"{date.today()}",
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "GEMM TFLOP/s": {str(dtype): speed / 1e12 for dtype, speed in speeds.items()},
@@ -137,7 +137,9 @@ def report(
     }
     print(json.dumps(machine, indent=1))
     if args.out:
-        args.out.write_text(json.dumps({"table": table.reset_index().to_dict("records"), **machine}, indent=1))
+        args.out.write_text(
+            json.dumps({"table": table.reset_index(names="system").to_dict("records"), **machine}, indent=1)
+        )
 
 
 def _processor() -> str:

@@ -1,7 +1,9 @@
-"""Scoring, side by side: MonoCE against sentence-transformers' CrossEncoder and a plain Hugging Face loop.
+"""Scoring, side by side: MonoCE, sentence-transformers' CrossEncoder, a plain Hugging Face loop, ElectraScorer.
 
 Same weights, same pairs, same max_length; in turns, medians. CrossEncoder runs as its users call it and in the best of
-its settings, which is searched for among batch sizes and precisions.
+its settings, which is searched for among batch sizes and the precisions that the hardware has. pyterrier-dr's
+ElectraScorer takes part where it is installed and the backbone is an ELECTRA (`--backbone electra-base-random`).
+lightning-ir 0.0.6 doesn't load a tokenizer of transformers 5: "type 'BertTokenizer' is not subscriptable".
 
     pip install -c constraints.txt -e ".[bench]" && python benchmarks/inference.py
 """
@@ -9,20 +11,20 @@ its settings, which is searched for among batch sizes and precisions.
 import itertools
 import tempfile
 import time
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyterrier as pt
 import torch
-from common import Shape, arguments, candidates, interleaved, minilm, report
+from common import Shape, System, arguments, candidates, interleaved, minilm, report
 from ir_measures import nDCG
 from scipy.stats import kendalltau
 from sentence_transformers import CrossEncoder
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, ElectraConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, ElectraConfig
 
 from pyterrier_msft import MonoCE
-from pyterrier_msft.scoring import resolve_dtype
+from pyterrier_msft.scoring import resolve_device, resolve_dtype
 
 OURS = "MonoCE"
 
@@ -30,8 +32,8 @@ OURS = "MonoCE"
 def main() -> None:
     """Measure, and print the table."""
     parser = arguments(__doc__.partition("\n")[0])
-    parser.add_argument("--queries", type=int, default=75)
-    parser.add_argument("--depth", type=int, default=20)
+    parser.add_argument("--queries", type=int, default=25)
+    parser.add_argument("--depth", type=int, default=16)
     parser.add_argument("--long", type=int, default=1, help="repeat each text so many times: long documents")
     args = parser.parse_args()
     results, qrels = candidates(args.queries, args.depth)
@@ -58,96 +60,138 @@ def save_model(backbone: str, folder: str) -> None:
     AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
 
 
-def measure(folder: str, results: pd.DataFrame, qrels: pd.DataFrame, args) -> None:  # noqa: ANN001
+def measure(folder: str, results: pd.DataFrame, qrels: pd.DataFrame, args: Any) -> None:
     """Time all systems on the same pairs."""
-    pairs = list(zip(results["query"], results["text"], strict=True))
-    monoce = MonoCE(folder, max_length=args.max_length)
-    exact = MonoCE(folder, max_length=args.max_length, dtype="float32")
-    cross = {
-        dtype: CrossEncoder(folder, max_length=args.max_length, model_kwargs={"dtype": dtype})
-        for dtype in dict.fromkeys([torch.float32, torch.bfloat16])
-    }
+    device = resolve_device(None)
+    auto = resolve_dtype("auto", device)
+    sample = results.head(max(32, min(128, len(results) // 3)))
+    systems, dtypes = {}, {}
 
-    def predict(dtype: torch.dtype, batch_size: int, texts: list[tuple[str, str]] = pairs) -> np.ndarray:
-        return cross[dtype].predict(
-            texts, batch_size=batch_size, show_progress_bar=False, activation_fn=torch.nn.Identity()
-        )
+    def add(name: str, system: System, dtype: torch.dtype = torch.float32) -> None:
+        systems[name], dtypes[name] = system, dtype
 
-    def search() -> tuple[torch.dtype, int]:
-        """The fastest setting of the peer, on a third of the pairs."""
-        times = {}
-        for dtype, batch_size in itertools.product(cross, (8, 16, 32, 64, 128)):
-            start = time.perf_counter()
-            predict(dtype, batch_size, pairs[: max(64, len(pairs) // 3)])
-            times[dtype, batch_size] = time.perf_counter() - start
-        return min(times, key=times.__getitem__)
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    plain.to(cross[torch.float32].device)
-
-    @torch.inference_mode()
-    def hugging_face() -> np.ndarray:
-        scores = []
-        for start in range(0, len(pairs), 32):
-            queries, texts = zip(*pairs[start : start + 32], strict=True)
-            batch = tokenizer(
-                queries, texts, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt"
-            )
-            scores.append(plain(**batch.to(plain.device)).logits[:, 0].float().cpu().numpy())
-        return np.concatenate(scores)
-
-    def transform(ce: MonoCE) -> np.ndarray:
-        scored = ce.transform(results).set_index(["qid", "docno"])["score"]
-        return scored.reindex(pd.MultiIndex.from_frame(results[["qid", "docno"]])).to_numpy()
-
-    best = search()
-    best_name = f"CrossEncoder, {str(best[0]).removeprefix('torch.')}, batches of {best[1]}"
-    auto = resolve_dtype("auto", plain.device)
-    systems: dict[str, Callable[[], np.ndarray]] = {OURS: lambda: transform(monoce)}
-    dtypes = {OURS: auto}
+    add(OURS, monoce(folder, args, "auto"), auto)
     if auto != torch.float32:
-        systems["MonoCE, float32"], dtypes["MonoCE, float32"] = lambda: transform(exact), torch.float32
-    if plain.device.type == "cpu":
-        int8 = MonoCE(folder, max_length=args.max_length, dtype="int8")
-        systems["MonoCE, int8"], dtypes["MonoCE, int8"] = lambda: transform(int8), torch.float32
-    systems |= {
-        "CrossEncoder, as called": lambda: predict(torch.float32, 32),
-        best_name: lambda: predict(*best),
-        "plain Hugging Face": hugging_face,
-    }
-    dtypes |= {"CrossEncoder, as called": torch.float32, best_name: best[0], "plain Hugging Face": torch.float32}
-    ready = {name: lambda system=system: system for name, system in systems.items()}
-    seconds, peaks, scores = interleaved(ready, repeats=args.repeats)
+        add("MonoCE, float32", monoce(folder, args, "float32"))
+    if device.type == "cpu":
+        add("MonoCE, int8", monoce(folder, args, "int8"))
+    cross = {dtype: cross_encoder(folder, args, dtype) for dtype in dict.fromkeys([torch.float32, auto])}
+    add("CrossEncoder, as called", cross[torch.float32](None))
+    dtype, batch_size = search(cross, sample)
+    name = f"CrossEncoder, {str(dtype).removeprefix('torch.')}, batches of {batch_size}"
+    add(name, cross[dtype](batch_size), dtype)
+    add("plain Hugging Face", hugging_face(folder, args, device))
+    if AutoConfig.from_pretrained(folder).model_type == "electra":
+        try:
+            add("ElectraScorer", electra_scorer(folder, args, device))
+        except ImportError as error:
+            print(f"without ElectraScorer: {error}")
+
+    runs, scores = interleaved(systems, results, sample.head(32), repeats=args.repeats)
     reference = scores["plain Hugging Face"]
+    topics = results[["qid", "query"]].drop_duplicates()
     quality = {
-        name: pt.Experiment(
-            [pt.model.add_ranks(results.assign(score=values))], results[["qid", "query"]].drop_duplicates(), qrels,
-            [nDCG @ 10], names=[name],
-        )["nDCG@10"].iloc[0]
+        name: pt.Experiment([pt.model.add_ranks(results.assign(score=values))], topics, qrels, [nDCG @ 10]).iloc[0, -1]
         for name, values in scores.items()
-    }  # fmt: skip
+    }
     agreement = pd.DataFrame(
         {
             "largest difference": {name: np.abs(values - reference).max() for name, values in scores.items()},
             "Kendall's tau": {name: kendalltau(values, reference).statistic for name, values in scores.items()},
-            "nDCG@10": quality,
+            "nDCG@10 difference": {name: value - quality["plain Hugging Face"] for name, value in quality.items()},
         }
     )
-    lengths = [len(ids) for ids in tokenizer(*map(list, zip(*pairs, strict=True)), truncation=True,
-                                              max_length=args.max_length)["input_ids"]]  # fmt: skip
-    operations = sum(map(Shape.of(folder).operations, lengths))
-    print(f"{len(pairs)} pairs of {np.mean(lengths):.0f} tokens on average, at most {max(lengths)}")
+    lengths = [len(ids) for ids in AutoTokenizer.from_pretrained(folder)(
+        results["query"].tolist(), results["text"].tolist(), truncation=True, max_length=args.max_length
+    )["input_ids"]]  # fmt: skip
+    print(f"{len(results)} pairs of {np.mean(lengths):.0f} tokens on average, at most {max(lengths)}")
     report(
-        seconds,
-        peaks,
-        ours=OURS,
-        pairs=len(pairs),
-        operations=operations,
-        dtypes=dtypes,
-        agreement=agreement,
-        args=args,
-    )
+        runs, ours=OURS, pairs=len(results), operations=sum(map(Shape.of(folder).operations, lengths)), dtypes=dtypes,
+        agreement=agreement, args=args,
+    )  # fmt: skip
+
+
+def monoce(folder: str, args: Any, dtype: str) -> System:
+    """Ours."""
+    ce = MonoCE(folder, max_length=args.max_length, dtype=dtype)
+
+    def ready(results: pd.DataFrame) -> Any:
+        order = pd.MultiIndex.from_frame(results[["qid", "docno"]])
+        return lambda: ce.transform(results).set_index(["qid", "docno"])["score"].reindex(order).to_numpy()
+
+    return ready
+
+
+def cross_encoder(folder: str, args: Any, dtype: torch.dtype) -> Any:
+    """sentence-transformers', for a batch size; None: its default."""
+    model = CrossEncoder(folder, max_length=args.max_length, model_kwargs={"dtype": dtype})
+
+    def of(batch_size: int | None) -> System:
+        options = {} if batch_size is None else {"batch_size": batch_size}
+
+        def ready(results: pd.DataFrame) -> Any:
+            pairs = list(zip(results["query"], results["text"], strict=True))
+            return lambda: model.predict(
+                pairs, show_progress_bar=False, activation_fn=torch.nn.Identity(), **options
+            )  # fmt: skip
+
+        return ready
+
+    return of
+
+
+def search(cross: dict[torch.dtype, Any], sample: pd.DataFrame) -> tuple[torch.dtype, int]:
+    """The fastest setting of the peer."""
+    times = {}
+    for dtype, batch_size in itertools.product(cross, (8, 16, 32, 64, 128)):
+        if batch_size <= len(sample):
+            call = cross[dtype](batch_size)(sample)
+            start = time.perf_counter()
+            call()
+            times[dtype, batch_size] = time.perf_counter() - start
+    return min(times, key=times.__getitem__)
+
+
+def hugging_face(folder: str, args: Any, device: torch.device) -> System:
+    """A loop as one writes it oneself."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval().to(device)
+
+    @torch.inference_mode()
+    def score(results: pd.DataFrame) -> np.ndarray:
+        scores = []
+        for start in range(0, len(results), 32):
+            batch = tokenizer(
+                results["query"].tolist()[start : start + 32], results["text"].tolist()[start : start + 32],
+                truncation=True, max_length=args.max_length, padding=True, return_tensors="pt",
+            )  # fmt: skip
+            scores.append(model(**batch.to(device)).logits[:, 0].float().cpu().numpy())
+        return np.concatenate(scores)
+
+    return lambda results: lambda: score(results)
+
+
+def electra_scorer(folder: str, args: Any, device: torch.device) -> System:
+    """pyterrier-dr's, which takes the second of two labels as the score."""
+    from pyterrier_dr import ElectraScorer
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    head = model.classifier.out_proj
+    model.classifier.out_proj = torch.nn.Linear(head.in_features, 2)
+    with torch.no_grad():
+        for ours, theirs in zip(head.parameters(), model.classifier.out_proj.parameters(), strict=True):
+            theirs.copy_(torch.cat([torch.zeros_like(ours), ours]))
+    # Its constructor loads weights and a tokenizer from the hub.
+    scorer = ElectraScorer.__new__(ElectraScorer)
+    scorer.batch_size, scorer.text_field, scorer.verbose, scorer.device = 16, "text", False, device
+    scorer.tokeniser = AutoTokenizer.from_pretrained(folder, model_max_length=args.max_length)
+    scorer.model = model.eval().to(device)
+
+    def ready(results: pd.DataFrame) -> Any:
+        order = pd.MultiIndex.from_frame(results[["qid", "docno"]])
+        return lambda: scorer(results).set_index(["qid", "docno"])["score"].reindex(order).to_numpy()
+
+    return ready
 
 
 if __name__ == "__main__":

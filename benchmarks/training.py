@@ -1,9 +1,10 @@
-"""Training, side by side: Distillation by RankNet against sentence-transformers' CrossEncoderTrainer with RankNetLoss.
+"""Training, side by side: MonoCE.fit, sentence-transformers' CrossEncoderTrainer, a loop as one writes it oneself.
 
-Same weights at the start, same lists in the same order, same loss, optimiser and schedule; in turns, medians. The
-losses of the last steps tell whether the same was computed.
+Same weights at the start, same lists, loss, optimiser and schedule; in turns, medians. The trainer runs as its users
+call it, in its own order and with a loss of its default arguments, and with the whole batch at once in our order:
+then, without dropout, the losses of all steps are the same. Dropout is the backbone's own unless it is given.
 
-    pip install -c constraints.txt -e ".[bench]" && python benchmarks/training.py
+    pip install -c constraints.txt -e ".[bench]" && python benchmarks/training.py --dropout 0
 """
 
 import tempfile
@@ -13,12 +14,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from common import Shape, arguments, candidates, interleaved, minilm, report
+from common import Shape, System, arguments, candidates, interleaved, minilm, report
 from datasets import Dataset
 from inference import save_model
 from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
-from sentence_transformers.cross_encoder.losses import RankNetLoss
+from sentence_transformers.cross_encoder.losses import ListMLELoss, RankNetLoss
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -34,13 +35,21 @@ from pyterrier_msft.training import _Batches  # the order in which lists come, f
 OURS = "MonoCE.fit"
 
 
+# Ours, and how the peer's is called for as much as it takes at once (None: its default).
+LOSSES = {
+    "ranknet": (losses.ranknet, lambda model, size: RankNetLoss(model, reduction_log="natural", mini_batch_size=size)),
+    "list_mle": (losses.list_mle, lambda model, size: ListMLELoss(model, mini_batch_size=size)),
+}
+
+
 def main() -> None:
     """Measure, and print the table."""
     parser = arguments(__doc__.partition("\n")[0])
-    parser.add_argument("--queries", type=int, default=128)
+    parser.add_argument("--queries", type=int, default=32)
     parser.add_argument("--depth", type=int, default=8, help="documents a list")
     parser.add_argument("--batch-size", type=int, default=8, help="lists a step")
-    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dropout", type=float, help="default: the backbone's own")
+    parser.add_argument("--loss", choices=LOSSES, default="ranknet")
     args = parser.parse_args()
     results, _ = candidates(args.queries, args.depth)
     with tempfile.TemporaryDirectory() as folder:
@@ -52,27 +61,31 @@ def measure(folder: str, results: pd.DataFrame, args: Any) -> None:
     """Time one epoch of each trainer."""
     fitter = Distillation(
         depth=args.depth, batch_size=args.batch_size, dropout=args.dropout, learning_rate=5e-5, warmup=0.1,
-        clip_norm=1.0, metric=None,
+        clip_norm=1.0, metric=None, loss=LOSSES[args.loss][0],
     )  # fmt: skip
-    groups, _ = fitter.groups(results, None)
-    batches = _Batches(groups, fitter)
-    order = [[batches[chosen] for chosen in batch] for batch in batches]  # steps of lists
-    rows = [{"query": g.query, "docs": g.texts, "labels": g.labels.tolist()} for batch in order for g in batch]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype("auto", device)
 
-    def ours() -> Callable[[], float]:
+    def steps(results: pd.DataFrame) -> list[list[Group]]:
+        batches = _Batches(fitter.groups(results, None)[0], fitter)
+        return [[batches[chosen] for chosen in batch] for batch in batches]
+
+    def ours(results: pd.DataFrame) -> Callable[[], list[float]]:
         ce = MonoCE(folder, max_length=args.max_length, fitter=fitter)
         ce.fingerprint  # noqa: B018  loads the weights
 
-        def call() -> float:
-            ce.fit(results)
-            return last(ce.history["loss"])
+        def call() -> list[float]:
+            return ce.fit(results).history["loss"].tolist()
 
         return call
 
-    def peer(mini_batch_size: int | None) -> Callable[[], Callable[[], float]]:
-        def ready() -> Callable[[], float]:
+    def peer(mini_batch_size: int | None, order: Any) -> System:
+        def ready(results: pd.DataFrame) -> Callable[[], list[float]]:
+            rows = [
+                {"query": g.query, "docs": g.texts, "labels": g.labels.tolist()}
+                for step in steps(results)
+                for g in step
+            ]
             with quiet_transformers():
                 model = CrossEncoder(
                     folder, max_length=args.max_length, config_kwargs=dropouts(args.dropout), num_labels=1
@@ -83,51 +96,61 @@ def measure(folder: str, results: pd.DataFrame, args: Any) -> None:
                     output_dir=tempfile.mkdtemp(), num_train_epochs=1, per_device_train_batch_size=args.batch_size,
                     learning_rate=5e-5, warmup_steps=0.1, weight_decay=0.01, max_grad_norm=1.0, seed=fitter.seed,
                     bf16=dtype == torch.bfloat16, report_to="none", save_strategy="no", logging_steps=1,
-                    disable_tqdm=True, batch_sampler=InOrder,
+                    disable_tqdm=True, **order,
                 ),
                 train_dataset=Dataset.from_list(rows),
-                loss=RankNetLoss(model, reduction_log="natural", mini_batch_size=mini_batch_size),
+                loss=LOSSES[args.loss][1](model, mini_batch_size),
             )  # fmt: skip
             trainer.remove_callback(PrinterCallback)
 
-            def call() -> float:
+            def call() -> list[float]:
                 trainer.train()
-                return last(pd.Series([row["loss"] for row in trainer.state.log_history if "loss" in row]))
+                return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
             return call
 
         return ready
 
-    systems = {
+    systems: dict[str, System] = {
         OURS: ours,
-        "CrossEncoderTrainer, as called": peer(None),
-        "CrossEncoderTrainer, whole batches": peer(-1),
-        "plain Hugging Face": lambda: plain(folder, order, device, dtype, args),
+        "CrossEncoderTrainer, as called": peer(None, {}),
+        "CrossEncoderTrainer, whole batches, our order": peer(-1, {"batch_sampler": InOrder}),
+        "plain Hugging Face": lambda results: plain(folder, steps(results), device, dtype, args),
     }
-    seconds, peaks, final = interleaved(systems, repeats=args.repeats)
-    pairs = sum(len(row["docs"]) for row in rows)
+    some = results[results["qid"].isin(results["qid"].unique()[: args.batch_size])]
+    runs, curves = interleaved(systems, results, some, repeats=args.repeats)
+    reference = np.array(curves["plain Hugging Face"])
+    agreement = pd.DataFrame(
+        {
+            "last loss": {name: curve[-1] for name, curve in curves.items()},
+            "largest difference of a loss": {
+                name: np.abs(np.array(curve) - reference).max() for name, curve in curves.items()
+            },
+        }
+    )
+    groups = [group for step in steps(results) for group in step]
     encoded = AutoTokenizer.from_pretrained(folder)(
-        [row["query"] for row in rows for _ in row["docs"]], [text for row in rows for text in row["docs"]],
+        [g.query for g in groups for _ in g.texts], [text for g in groups for text in g.texts],
         truncation=True, max_length=args.max_length,
     )["input_ids"]  # fmt: skip
     lengths = [len(ids) for ids in encoded]
-    print(f"{pairs} pairs of {np.mean(lengths):.0f} tokens on average in {len(order)} steps, dropout {args.dropout}")
+    print(f"{len(lengths)} pairs of {np.mean(lengths):.0f} tokens on average in {len(reference)} steps")
     report(
-        seconds, peaks, ours=OURS, pairs=pairs, operations=3 * sum(map(Shape.of(folder).operations, lengths)),
-        dtypes=dict.fromkeys(systems, dtype), agreement=pd.DataFrame({"loss at the end": final}), args=args,
+        runs, ours=OURS, pairs=len(lengths), operations=3 * sum(map(Shape.of(folder).operations, lengths)),
+        dtypes=dict.fromkeys(systems, dtype), agreement=agreement, args=args,
     )  # fmt: skip
 
 
 def plain(
     folder: str, order: list[list[Group]], device: torch.device, dtype: torch.dtype, args: Any
-) -> Callable[[], float]:
+) -> Callable[[], list[float]]:
     """A loop as one writes it oneself."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, **dropouts(args.dropout)).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.01)
     schedule = get_linear_schedule_with_warmup(optimizer, int(np.ceil(0.1 * len(order))), len(order))
 
-    def call() -> float:
+    def call() -> list[float]:
         values = []
         for batch in order:
             queries = [g.query for g in batch for _ in g.texts]
@@ -144,26 +167,22 @@ def plain(
                 mask[row, : len(group.texts)] = True
             mask = mask.to(device)
             scores = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
-            loss = losses.ranknet(scores, labels.to(device), mask)
+            loss = LOSSES[args.loss][0](scores, labels.to(device), mask)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             values.append(float(loss))
-        return last(pd.Series(values))
+        return values
 
     return call
 
 
-def last(values: pd.Series) -> float:
-    """The mean loss of the last quarter."""
-    return float(values.iloc[-max(1, len(values) // 4) :].mean())
-
-
-def dropouts(p: float) -> dict[str, float]:
-    """A configuration's dropout probabilities."""
-    return {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p, "classifier_dropout": p}
+def dropouts(p: float | None) -> dict[str, float]:
+    """A configuration's dropout probabilities; None: as they are."""
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+    return {} if p is None else dict.fromkeys(names, p)
 
 
 class InOrder(torch.utils.data.BatchSampler):
