@@ -1108,7 +1108,7 @@ def _enough_room(folder: Path, model: PreTrainedModel, settings: Hyperparameters
     free = shutil.disk_usage(folder).free + there
     if free < needed:
         raise ValueError(
-            f"expected room for two checkpoints, {needed / 1e9:.1f} GB, in {folder}, found {free / 1e9:.1f} GB"
+            f"expected room for two checkpoints, {needed / 1e9:.2g} GB, in {folder}, found {free / 1e9:.2g} GB"
         )
 
 

@@ -77,7 +77,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint_and_not_from_its_start(ki
         reached: dict[str, int] = {}
         for steps in by_process(run):
             stage, first = steps[0]
-            assert stage == next(reversed(reached), stage)  # a stage that is through isn't trained again
+            assert stage not in [*reached][:-1]  # a stage that is through isn't trained again
             assert first >= reached.get(stage, 0) // 2 * 2  # a checkpoint every second step
             later += run["case"] == "one stage" and first >= 5
             reached |= dict(steps)
@@ -200,7 +200,7 @@ def test_a_full_disk_is_said_before_training(ce, data, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     usage = shutil.disk_usage(tmp_path)._replace(free=50_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match=r"expected room for two checkpoints, 0.0002 GB.* found 0.0001 GB"):
+    with pytest.raises(ValueError, match=r"expected room for two checkpoints, 0.00024 GB.* found 5e-05 GB"):
         ce.fit(*data, fitter=CL, checkpoint_dir=tmp_path)
     assert (ce.fingerprint, ce._stages) == (before, [])
 
