@@ -100,23 +100,26 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+SHARES = {"train": 6, "dev": 1, "test": 3}  # of the queries, where parts have one variant in common
 Collection = tuple[pt.datasets.Dataset, pd.DataFrame, pd.DataFrame]  # with topics and qrels
 
 
 def collections(args: argparse.Namespace) -> tuple[Collection, Collection, Collection]:
-    """The training, validation and test part of the dataset named."""
-    separator = ":" if args.dataset == "pydocs" else "/"
+    """The training, validation and test part of the dataset named; parts of one variant share its queries out."""
+    builtin = args.dataset == "pydocs"
+    variants = {part: getattr(args, part) or (part if builtin else None) for part in SHARES}
+    variants["dev"] = variants["dev"] or variants["train"]
     parts = []
-    for number, part in enumerate(("train", "dev", "test")):
-        variant = getattr(args, part) or (part if args.dataset == "pydocs" else None)
-        dataset = pt.get_dataset(args.dataset + (separator + variant if variant else ""))
+    for part, variant in variants.items():
+        dataset = pt.get_dataset(args.dataset + (f"{':' if builtin else '/'}{variant}" if variant else ""))
         topics, qrels = dataset.get_topics(), dataset.get_qrels()
         if "query" not in topics.columns:
             topics = dataset.get_topics("text" if "text" in topics.columns else "title")
         topics = topics[topics["qid"].isin(qrels[qrels["label"] > 0]["qid"])]
-        if variant is None:  # 60, 10 and 30 per cent
-            place = pd.util.hash_array(topics["qid"].astype(str).to_numpy(dtype=object)) % 10
-            topics = topics[np.digitize(place, [6, 7]) == number]
+        sharing = [name for name in variants if variants[name] == variant]
+        bounds = np.cumsum([SHARES[name] for name in sharing])
+        place = pd.util.hash_array(topics["qid"].astype(str).to_numpy(dtype=object)) % bounds[-1]
+        topics = topics[np.digitize(place, bounds) == sharing.index(part)]
         parts.append((dataset, topics.reset_index(drop=True), qrels))
     return parts[0], parts[1], (parts[2][0], parts[2][1].head(args.test_queries), parts[2][2])
 
