@@ -24,10 +24,11 @@ from pyterrier_msft.pydocs import silenced
 def main() -> None:
     """Train, compare, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--queries", type=int, default=600, help="training queries")
-    parser.add_argument("--test-queries", type=int, default=150)
-    parser.add_argument("--others", type=int, default=3, help="texts of other documents in each document")
-    parser.add_argument("--words", type=int, default=32, help="of each text")
+    parser.add_argument("--queries", type=int, default=256, help="training queries")
+    parser.add_argument("--test-queries", type=int, default=100)
+    parser.add_argument("--max-length", type=int, default=40)
+    parser.add_argument("--others", type=int, default=2, help="texts of other documents in each document")
+    parser.add_argument("--words", type=int, default=16, help="of each text")
     parser.add_argument("--depth", type=int, default=10)
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
@@ -35,7 +36,6 @@ def main() -> None:
     documents = long_documents(pd.DataFrame(train.get_corpus_iter()), args)
     texts = documents.set_index("docno")["text"]
     with_text = pt.apply.text(lambda row: texts[row["docno"]])
-    topics = chosen(train, documents).sample(args.queries, random_state=args.seed)
     judged = chosen(test, documents).sample(args.test_queries, random_state=args.seed), test.get_qrels()
     fitter = Contrastive(n_negatives=3, depth=None, learning_rate=2e-4, batch_size=8, dropout=0.0, seed=args.seed)
     sliding = pt.text.sliding(text_attr="text", length=args.words, stride=args.words // 2, prepend_attr=None)
@@ -43,10 +43,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bm25 = index(documents, folder) % args.depth
         candidates = bm25 >> with_text
+        found = candidates(chosen(train, documents).sample(3 * args.queries, random_state=args.seed))
+        found = found.merge(train.get_qrels(), on=["qid", "docno"])["qid"].unique()[: args.queries]
+        topics = train.get_topics()[train.get_topics()["qid"].isin(found)]
 
         def trained(data: pt.Transformer, **settings: int) -> MonoCE:
             start = time.perf_counter()
-            ce = MonoCE(minilm(), max_length=64, max_query_length=16, seed=args.seed, fitter=fitter, **settings)
+            ce = MonoCE(
+                minilm(), max_length=args.max_length, max_query_length=args.max_length // 4, seed=args.seed,
+                fitter=fitter, **settings,
+            )  # fmt: skip
             ce.fit(data(topics), train.get_qrels())
             print(f"trained on {ce.data_report} in {time.perf_counter() - start:.0f} s", flush=True)
             return ce

@@ -44,6 +44,7 @@ from transformers import (
     TrainerControl,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir
 from transformers.masking_utils import eager_mask
 from transformers.trainer_callback import TrainerState
 
@@ -248,6 +249,8 @@ def train(
             train_dataset=groups,  # for its length; the batches are our own
             callbacks=[progress],
         )
+        if checkpoint_dir is None:
+            _keep_events(trainer)
         trainer.remove_callback(PrinterCallback)
         trainer.configure(model, encoder, batches, loss, settings, validation, dtype, progress)
         finished = False
@@ -917,6 +920,13 @@ def _arguments(
     # Several GPUs in one process would mean DataParallel, which splits lists; torchrun is the way to use them.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
+
+
+def _keep_events(trainer: Trainer) -> None:
+    """Where there is no folder but a temporary one, TensorBoard's files go to ./runs, as they do by its own default."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = default_logdir()
 
 
 @contextlib.contextmanager

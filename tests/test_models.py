@@ -1,5 +1,7 @@
 """Families of backbones, made tiny from their configurations, and the real weights that need no hub."""
 
+import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    DebertaV2Config,
     ElectraConfig,
     ModernBertConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
+    XLMRobertaConfig,
 )
 
 from pyterrier_msft import Contrastive, MonoCE
@@ -84,6 +88,119 @@ def test_the_longest_pair_that_a_family_has_positions_for(family):
     assert np.isfinite(MonoCE(family, max_length=64, device="cpu")(long)["score"]).all()
     with pytest.raises(ValueError, match="expected max_length of at most 64"):
         MonoCE(family, max_length=65, device="cpu")(long)
+
+
+# ---- published models: their layouts, with tiny random weights
+
+
+def write_published(folder: Path, name: str) -> None:
+    """A folder laid out as that of a published re-ranker, as its config.json has it."""
+    activation = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity", "version": "4.1.0"}}
+    common = {"vocab_size": len(VOCABULARY), "pad_token_id": 1, "num_labels": 1, "id2label": {0: "LABEL_0"}}
+    config = {
+        "cross-encoder/ms-marco-MiniLM-L6-v2": lambda: BertConfig(
+            **SMALL, **common, max_position_embeddings=64, **activation
+        ),
+        "BAAI/bge-reranker-base": lambda: XLMRobertaConfig(
+            **SMALL, **common, max_position_embeddings=66, type_vocab_size=1
+        ),
+        "mixedbread-ai/mxbai-rerank-base-v1": lambda: DebertaV2Config(
+            **SMALL, **common, max_position_embeddings=64, type_vocab_size=0, relative_attention=True,
+            position_biased_input=False, pos_att_type="p2c|c2p", norm_rel_ebd="layer_norm", position_buckets=8,
+            max_relative_positions=-1, share_att_key=True, pooler_hidden_size=16, pooler_dropout=0,
+            pooler_hidden_act="gelu",
+        ),
+        "Alibaba-NLP/gte-reranker-modernbert-base": lambda: ModernBertConfig(
+            **SMALL, **common, max_position_embeddings=64, bos_token_id=0, eos_token_id=2, cls_token_id=0,
+            sep_token_id=2, classifier_pooling="mean", **activation,
+        ),
+    }[name]()  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    write_tokenizer(folder, token_types=isinstance(config, BertConfig))
+
+
+PUBLISHED = [
+    "cross-encoder/ms-marco-MiniLM-L6-v2",
+    "BAAI/bge-reranker-base",
+    "mixedbread-ai/mxbai-rerank-base-v1",
+    "Alibaba-NLP/gte-reranker-modernbert-base",
+]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_layouts_keep_their_scores(tmp_path, name, train_part):
+    write_published(tmp_path, name)
+    results = train_part.results.head(24)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    with torch.inference_mode():
+        expected = [
+            model(**tokenizer(q, t, truncation=True, max_length=24, return_tensors="pt")).logits.item()
+            for q, t in zip(results["query"], results["text"], strict=True)
+        ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # no head is new
+        for make in (MonoCE, MonoCE.load):
+            ce = make(tmp_path, max_length=24, dtype="float32", device="cpu")
+            np.testing.assert_allclose(ce(results)["score"], expected, atol=1e-5)
+    cross_encoder = pytest.importorskip("sentence_transformers").CrossEncoder(str(tmp_path), device="cpu")
+    pairs = [*zip(results["query"], results["text"], strict=True)]
+    raw = cross_encoder.predict(pairs, activation_fn=torch.nn.Identity())
+    np.testing.assert_allclose(ce(results)["score"], raw, atol=1e-5)
+
+
+REMOTE_CODE = """
+from transformers import BertConfig, BertForSequenceClassification
+
+class OwnConfig(BertConfig):
+    model_type = "own"
+
+class OwnForSequenceClassification(BertForSequenceClassification):
+    config_class = OwnConfig
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + 100
+        return output
+"""
+
+
+def test_code_that_comes_with_a_model_runs_only_when_asked(tmp_path, train_part, monkeypatch):
+    write_published(tmp_path, PUBLISHED[0])
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForSequenceClassification"]}
+    config["auto_map"] = {
+        "AutoConfig": "own.OwnConfig",
+        "AutoModelForSequenceClassification": "own.OwnForSequenceClassification",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(REMOTE_CODE)
+    for where in ("transformers.dynamic_module_utils.HF_MODULES_CACHE", "transformers.utils.hub.HF_MODULES_CACHE"):
+        monkeypatch.setattr(where, str(tmp_path / "modules"))
+    frame = train_part.results.head(8)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        MonoCE(tmp_path, max_length=24, device="cpu")(frame)
+    trusted = MonoCE(tmp_path, max_length=24, device="cpu", dtype="float32", trust_remote_code=True)
+    assert trusted(frame)["score"].between(80, 120).all()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "labels", "message"),
+    [
+        ("Qwen3ForCausalLM", 2, r"which generates text \(Qwen3ForCausalLM\)"),
+        ("T5ForConditionalGeneration", 2, "which generates text"),
+        ("BertForSequenceClassification", 2, "expected a cross-encoder with one label .* found 2 labels"),
+    ],
+)
+def test_rerankers_that_score_in_another_way_are_refused(tmp_path, architecture, labels, message):
+    write_published(tmp_path, PUBLISHED[0])
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"architectures": [architecture], "id2label": {str(i): f"LABEL_{i}" for i in range(labels)}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        MonoCE(tmp_path).fingerprint  # noqa: B018 loads the model
 
 
 # ---- real weights

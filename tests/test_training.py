@@ -119,6 +119,26 @@ def test_silence(model, encoder, groups, validation, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_tensorboard_gets_loss_rate_and_metric(
+    model, encoder, groups, validation, tmp_path, monkeypatch, capfd, checkpoints
+):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.chdir(tmp_path)
+    settings = dataclasses.replace(FAST, max_steps=4, eval_every=2, trainer_args={"report_to": "tensorboard"})
+    folder = {"checkpoint_dir": tmp_path / "ck"} if checkpoints else {}
+    rows = run(model, encoder, groups, settings, validation=validation, **folder)
+    assert capfd.readouterr() == ("", "")
+    (file,) = tmp_path.rglob("*tfevents*")
+    assert file.relative_to(tmp_path).parts[: 1 + checkpoints] == (("ck", "runs") if checkpoints else ("runs",))
+    events = accumulator.EventAccumulator(str(file))
+    events.Reload()
+    for tag, column in (("train/loss", "loss"), ("train/learning_rate", "learning_rate"), ("eval/RR@10", "RR@10")):
+        expected = [(row["step"], row[column]) for row in rows if column in row]
+        assert [event.step for event in events.Scalars(tag)] == [step for step, _ in expected]
+        np.testing.assert_allclose([e.value for e in events.Scalars(tag)], [v for _, v in expected], rtol=1e-5)
+
+
 def test_accumulated_steps_are_averaged(model, encoder, groups, backbone):
     plain = dataclasses.replace(
         FAST, max_steps=1, dropout=0.0, clip_norm=None, warmup=0, weight_decay=0, learning_rate=1.0,
