@@ -5,9 +5,12 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from accelerate import PartialState
 
 T = TypeVar("T")
 
@@ -21,9 +24,14 @@ def rank() -> int:
     """Which of them this one is; the first, 0, is the one that writes and speaks."""
     if _grouped():
         return dist.get_rank()
-    # torchrun sets all three; a RANK alone may be anybody's.
-    launched = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    return int(os.environ["RANK"]) if launched else 0
+    return int(os.environ["RANK"]) if _launched() else 0
+
+
+def join() -> None:
+    """Have torchrun's processes know each other already before a fit, which does it else; in one process nothing."""
+    if _launched() and not _grouped():
+        # What others wait for, such as an index, may take its time; that one has died, torchrun sees.
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 def each(function: Callable[[], T]) -> list[T]:
@@ -71,6 +79,11 @@ def one_voice() -> Iterator[bool]:
             yield False
     finally:
         logger.setLevel(before)
+
+
+def _launched() -> bool:
+    # torchrun sets all three; a RANK alone may be anybody's.
+    return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
 def _grouped() -> bool:

@@ -548,7 +548,8 @@ class MonoCE(pt.Estimator):
         """Write the model as an ordinary Hugging Face folder, with a model card and a record of how it was trained.
 
         `AutoModelForSequenceClassification`, sentence-transformers' `CrossEncoder` and `MonoCE.load` read it, with
-        equal scores. What is in the folder is replaced once the new files are all there.
+        equal scores. What is in the folder is replaced once the new files are all there. Of several processes the
+        first writes, and the others don't wait for it.
 
         Args:
             path: The folder.
@@ -567,7 +568,8 @@ class MonoCE(pt.Estimator):
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not any((path / f).is_file() for f in known)):
             raise ValueError(f"expected a new folder or a model's to save in, found {path}")
         self._load()
-        processes.from_first(lambda: self._replace(path, merged=merged, license=license, metrics=metrics, **card))
+        if processes.rank() == 0:
+            self._replace(path, merged=merged, license=license, metrics=metrics, **card)
 
     def _replace(self, path: Path, **options: Any) -> None:
         """Write beside the model that is there, and change the two for each other."""

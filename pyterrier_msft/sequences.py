@@ -13,6 +13,7 @@ from typing import Any, overload
 import pandas as pd
 from safetensors import SafetensorError
 
+from pyterrier_msft import processes
 from pyterrier_msft.fitters import Fitter, check_fitter
 from pyterrier_msft.groups import frame_digest
 from pyterrier_msft.reranker import MonoCE, recover
@@ -147,7 +148,8 @@ def _fit(
     after.fitter = stage.fitter
     after.fit(stage.results, stage.qrels, *(validation or (None, None)), checkpoint_dir=checkpoints)
     if folder is not None:
-        after.save(folder, merged=False)  # the next stage goes on with an adapter
+        # The next stage goes on with an adapter.
+        processes.from_first(lambda: after.save(folder, merged=False))
         shutil.rmtree(checkpoints, ignore_errors=True)  # type: ignore[arg-type]
     return after
 

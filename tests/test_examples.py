@@ -58,6 +58,26 @@ def test_quickstart(tmp_path, home):
     pd.testing.assert_frame_equal(pd.read_csv(out / "results.csv"), results)
 
 
+# ---- one stage, alone or by torchrun
+
+
+def test_train_alone_and_by_torchrun(tmp_path, home):
+    pytest.importorskip("pyterrier_pisa")
+    arguments = [str(EXAMPLES / "train.py"), "--model", write_tiny_bert(tmp_path / "tiny"), "--dev", "pydocs:dev"]
+    arguments += ["--queries", "24", "--test-queries", "10", "--depth", "8", "--max-length", "24"]
+    arguments += ["--set", "learning_rate=1e-3", "n_negatives=3", "batch_size=5", "dropout=0.0"]
+    launchers = {"alone": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]}
+    histories = []
+    for out, launcher in launchers.items():
+        done = run(*launcher, *arguments, "--out", out, cwd=tmp_path, home=home)
+        assert pd.read_csv(tmp_path / out / "results.csv")["name"].tolist() == ["first stage", "re-ranked"]
+        assert done.stdout.count("re-ranked") == 1
+        histories.append(MonoCE.load(tmp_path / out / "model").history)
+    assert 1 < len(histories[0]) <= 5
+    columns = ["step", "loss", "nDCG@10"]
+    pd.testing.assert_frame_equal(histories[0][columns], histories[1][columns], atol=1e-4)
+
+
 # ---- the paper's recipe
 
 RECIPE = str(EXAMPLES / "ecir2025.py")

@@ -1,0 +1,88 @@
+"""Train a re-ranker on a collection of your choice, on one GPU or many, and compare it with its first stage.
+
+    python examples/train.py --out model
+    torchrun --nproc_per_node=4 examples/train.py --dataset irds:msmarco-passage/train/judged --run top100.parquet ...
+
+The same command goes on with a training that was interrupted.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyterrier as pt
+from ir_measures import RR, nDCG
+
+from pyterrier_msft import Contrastive, Distillation, MonoCE, processes
+
+
+def main() -> None:
+    """Train, save to --out, and print the experiment's table."""
+    args = arguments()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pyterrier_msft").setLevel(logging.INFO)
+    train, test = pt.get_dataset(args.dataset), pt.get_dataset(args.test)
+    fitter = (Distillation if args.teacher else Contrastive)(**settings(args))
+    ce = MonoCE(args.model, text=train, fitter=fitter, max_length=args.max_length, verbose=True)
+
+    # One process downloads, indexes and searches, while the others wait for what it finds.
+    processes.join()
+    data = processes.from_first(lambda: (args.run or candidates(train, args.depth, args.queries), train.get_qrels()))
+    if args.dev:
+        dev = pt.get_dataset(args.dev)
+        data += processes.from_first(lambda: (candidates(dev, args.depth, args.test_queries), dev.get_qrels()))
+    ce.fit(*data, checkpoint_dir=Path(args.out) / "checkpoints")
+    ce.save(Path(args.out) / "model")
+
+    if processes.rank() == 0:
+        first_stage = candidates(test, args.depth, args.test_queries)
+        topics = first_stage[["qid", "query"]].drop_duplicates()
+        systems = {"first stage": first_stage, "re-ranked": ce(first_stage)}
+        table = pt.Experiment(systems, topics, test.get_qrels(), [nDCG @ 10, RR @ 10], baseline="first stage")
+        table.to_csv(Path(args.out) / "results.csv", index=False)
+        print(table[["name", "nDCG@10", "RR@10", "nDCG@10 p-value"]].round(4).to_string(index=False))
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--dataset", default="pydocs:train", help="with the training queries and the documents")
+    parser.add_argument("--dev", help="with validation queries; without it the last weights are kept")
+    parser.add_argument("--test", default="pydocs:test", help="with the test queries")
+    parser.add_argument("--run", help="the training queries' results: a TREC run or Parquet; default: BM25's by PISA")
+    parser.add_argument("--model", default="google/electra-base-discriminator", help="a name on the hub, or a folder")
+    parser.add_argument("--teacher", help="a run to distil from, in place of learning from the qrels")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="the fitter's, as learning_rate=2e-5"
+    )
+    parser.add_argument("--depth", type=int, default=100, help="documents of the first stage a query")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens a pair")
+    parser.add_argument("--queries", type=int, help="training queries; default: all")
+    parser.add_argument("--test-queries", type=int, help="validation and test queries; default: all")
+    parser.add_argument("--out", default="train-out", help="folder for checkpoints, the model and results")
+    return parser.parse_args()
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The fitter's settings, numbers as numbers."""
+    found: dict[str, Any] = {"teacher": args.teacher} if args.teacher else {}
+    for word in args.set:
+        name, _, value = word.partition("=")
+        found[name] = int(value) if value.isdigit() else float(value)
+    return found
+
+
+def candidates(dataset: pt.datasets.Dataset, depth: int, queries: int | None) -> pd.DataFrame:
+    """BM25's results for the dataset's judged queries, with their texts."""
+    from pyterrier_pisa import PisaIndex
+
+    topics, qrels = dataset.get_topics(), dataset.get_qrels()
+    topics = topics[topics["qid"].isin(qrels[qrels["label"] > 0]["qid"])]
+    pipeline = PisaIndex.from_dataset(dataset).bm25(num_results=depth) >> dataset.text_loader()
+    return pipeline(topics.head(queries) if queries else topics)
+
+
+if __name__ == "__main__":
+    main()
