@@ -24,6 +24,7 @@ DEMO = [
     "statsmodels>=0.14.2",
     "sympy>=1.12",
 ]
+NOTEBOOKS = [*DEMO, "ipykernel>=6.29", "ipywidgets>=8", "nbclient>=0.10", "sentence-transformers>=5.0"]
 # What examples/ecir2025.py downloads and indexes by; the first stage Contriever brings sentence-transformers.
 PAPER = [*DEMO, *RUNS, "gdown>=5.2", "pyterrier-dr>=0.8"]
 
@@ -65,12 +66,13 @@ setup(
         "demo": DEMO,
         "lora": LORA,
         "docs": ["sphinx>=8", "furo>=2024.8", "myst-parser>=4", "sphinx-copybutton>=0.5"],
+        "notebooks": NOTEBOOKS,
         "paper": PAPER,
         "plot": PLOT,
         "runs": RUNS,
         "test": [
-            *DEMO,
             *LORA,
+            *NOTEBOOKS,
             *RUNS,
             "hypothesis>=6.100",
             "mypy>=1.13",

@@ -1,4 +1,4 @@
-"""Pictures of a training run and of what came of it: learning curves, per-query differences, equivalence, sweeps.
+"""Pictures of a training run and of what came of it: learning curves, differences, equivalence, sweeps, words.
 
 Each function draws into `ax`, or into a new figure where none is given, and returns the Axes, so that titles, limits
 and saving stay with the caller: `learning_curve(ce.history).figure.savefig("curve.pdf")`. Colours are those of Okabe
@@ -202,6 +202,7 @@ def equivalence(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
             ticks.append((y, f"{row['system']} − {row['baseline']}", str(row["verdict"])))
             y += 1
     ax.axvline(0, color="black", linewidth=0.8, zorder=1)
+    ax.locator_params(axis="x", nbins=5)  # names and verdicts leave little width for numbers of four digits
     ax.set_ylim(y - 0.5, -0.5)
     at, left, right = zip(*ticks, strict=True)
     ax.set_yticks(at, left, parse_math=False)
@@ -289,6 +290,63 @@ def second_stage_learning_rate(
     ax.set_ylabel(measure + spread, parse_math=False)
     _name_curves(ends, right * 10 ** (0.01 * decades), order)
     return ax
+
+
+def word_importance(words: Sequence[str], importance: npt.ArrayLike, *, ax: "Axes | None" = None) -> "Axes":
+    """Writes a text, each word on a ground that is the stronger the more the word matters.
+
+    Such as by erasure (Li, Monroe and Jurafsky, 2016, arXiv 1612.08220): a word's importance is by how much the score
+    falls when the word is left out. Where the score rises instead, the word is in italics, on orange.
+
+    Args:
+        words: the text's words in order.
+        importance: a value for each; below 0 the word counts against the document.
+        ax: where to write; None makes a figure that is as high as the text is long.
+
+    Raises:
+        ValueError: there are no words, or not one finite value for each.
+    """
+    values = np.asarray(importance, dtype=float)
+    if not len(words) or values.shape != (len(words),) or not np.isfinite(values).all():
+        raise ValueError(
+            f"expected one finite value for each of at least one word, found {len(words)} words and values of shape "
+            f"{values.shape}" + ", not all finite" * (not np.isfinite(values).all())
+        )
+    size, gap, line = 11.0, 6.0, 20.0  # points: the letters, between words, between lines
+    width = 7.5 * 72 if ax is None else ax.get_window_extent().width / ax.figure.dpi * 72
+    places, x, y = [], gap, 0.0
+    for word in words:
+        room = _width(word, size)
+        if places and x + room > width - gap:
+            x, y = gap, y + line
+        places.append((x, y))
+        x += room + gap
+    ax = _axes(ax, (7.5, (y + 2.5 * line) / 72))
+    ax.set_axis_off()
+    ax.set_xlim(0, width)
+    ax.set_ylim(y + line, -line)
+    strongest = np.abs(values).max() or 1.0
+    for word, value, (left, below) in zip(words, values, places, strict=True):
+        ground = {
+            "facecolor": BLUE if value >= 0 else ORANGE,
+            "alpha": 0.75 * abs(value) / strongest,  # black letters stay readable on the strongest
+            "edgecolor": "none",
+            "pad": 1.5,
+        }
+        style = "normal" if value >= 0 else "italic"
+        ax.text(left, below, word, fontsize=size, style=style, va="center", parse_math=False, bbox=ground)
+    rises = f"; rises by up to {-values.min():.2g} without those in italics (orange)" if values.min() < 0 else ""
+    falls = f"the score falls by up to {max(values.max(), 0):.2g} without a word (blue){rises}"
+    ax.set_title(falls, loc="left", fontsize="medium", parse_math=False)
+    return ax
+
+
+def _width(word: str, size: float) -> float:
+    """A word's width in points."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    return float(text_to_path.get_text_width_height_descent(word, FontProperties(size=size), ismath=False)[0])
 
 
 def _axes(ax: "Axes | None", size: tuple[float, float]) -> "Axes":

@@ -1,3 +1,4 @@
+import itertools
 import math
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from ir_measures import nDCG
 from matplotlib.figure import Figure
 
-from pyterrier_msft import plots
+from pyterrier_msft import plots, significance
 from pyterrier_msft.significance import equivalence_table
 
 mpl.use("Agg")
@@ -55,6 +56,7 @@ CALLS = {
     "differences": lambda ax: plots.query_differences(PERQUERY, "CL-KD", "CL", measure="nDCG@10", ax=ax),
     "equivalence": lambda ax: plots.equivalence(TABLE, ax=ax),
     "sweep": lambda ax: plots.second_stage_learning_rate(SWEEP, margin=0.01, ax=ax),
+    "words": lambda ax: plots.word_importance(["sort", "an", "array"], [0.2, -0.1, 0.1], ax=ax),
 }
 
 
@@ -84,7 +86,7 @@ def test_no_state_is_left(draw):
 @pytest.mark.filterwarnings("error")
 def test_axes_are_labelled_and_no_text_is_cut_off(draw):
     ax = draw(None)
-    assert ax.get_xlabel()
+    assert ax.get_xlabel() or not ax.axison
     assert ax.get_ylabel() or ax.get_yticklabels()[0].get_text()
     figure = ax.figure
     figure.canvas.draw()
@@ -284,6 +286,16 @@ def test_forest_of_a_single_query():
     plots.equivalence(equivalence_table(two, margin=0.05)).figure.canvas.draw()
 
 
+def test_numbers_of_narrow_intervals_dont_overlap():
+    row = {"measure": "nDCG@10", "system": "CL-KD", "baseline": "CL", "n_queries": 400, "difference": 0.001}
+    row |= {"ci_low": -0.001, "ci_high": 0.003, "ci_level": 0.9, "margin": 0.01, "verdict": significance.BOTH}
+    ax = plots.equivalence(pd.DataFrame([row]))
+    ax.figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+    assert len(boxes) > 2
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
 def test_mistakes_in_a_table():
     with pytest.raises(ValueError, match=r"expected the frame of equivalence_table .* without verdict"):
         plots.equivalence(TABLE.drop(columns="verdict"))
@@ -327,3 +339,43 @@ def test_sweep_without_seeds_and_systems():
 def test_mistakes_in_a_sweep(sweep, measure, message):
     with pytest.raises(ValueError, match=message):
         plots.second_stage_learning_rate(sweep, measure=measure)
+
+
+# ---- word_importance
+
+
+def test_words_are_coloured_by_importance():
+    ax = plots.word_importance(["an", "$array$", "of", "numbers"], [0.0, 2.0, -1.0, 1.0])
+    assert texts(ax) == ["an", "$array$", "of", "numbers"]
+    assert [text.get_style() for text in ax.texts] == ["normal", "normal", "italic", "normal"]
+    grounds = [mpl.colors.to_hex(text.get_bbox_patch().get_facecolor()).upper() for text in ax.texts]
+    assert grounds == [plots.BLUE, plots.BLUE, plots.ORANGE, plots.BLUE]
+    assert [text.get_bbox_patch().get_alpha() for text in ax.texts] == pytest.approx([0, 0.75, 0.375, 0.375])
+    assert ax.get_title(loc="left") == (
+        "the score falls by up to 2 without a word (blue); rises by up to 1 without those in italics (orange)"
+    )
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_words_stand_in_lines_without_overlaps(own):
+    words = ("many words and an_exceedingly_long_one of several lengths " * 12).split()
+    ax = plots.word_importance(words, np.arange(len(words)), ax=None if own else Figure((4, 4)).add_subplot())
+    ax.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert max(box.x1 for box in boxes) <= ax.figure.bbox.x1
+    lines = sorted({round(box.y0 + box.y1) for box in boxes}, reverse=True)
+    assert len(lines) > 3
+    for left, right in itertools.pairwise(boxes):
+        assert right.x0 > left.x1 or right.y1 <= left.y0 + 5  # beside it, or on the next line
+
+
+def test_no_word_matters():
+    ax = plots.word_importance(["a", "b"], [0.0, 0.0])
+    assert [text.get_bbox_patch().get_alpha() for text in ax.texts] == [0, 0]
+    assert ax.get_title(loc="left") == "the score falls by up to 0 without a word (blue)"
+
+
+@pytest.mark.parametrize(("words", "importance"), [([], []), (["a"], [1.0, 2.0]), (["a"], [math.nan])])
+def test_mistakes_in_words(words, importance):
+    with pytest.raises(ValueError, match="expected one finite value for each of at least one word, found"):
+        plots.word_importance(words, importance)
