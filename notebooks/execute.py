@@ -18,7 +18,7 @@ def execute(path: Path, *, folder: Path = FOLDER, **environment: str) -> nbforma
     """The notebook as it is after an execution in `folder`; raises nbclient's CellExecutionError for a cell's error."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, timeout=1800, record_timing=False, store_widget_state=False, resources={"metadata": {"path": folder}}
+        notebook, timeout=None, record_timing=False, store_widget_state=False, resources={"metadata": {"path": folder}}
     )
     client.execute(env={**os.environ, **environment})
     for cell in notebook.cells:
