@@ -314,7 +314,8 @@ def word_importance(words: Sequence[str], importance: npt.ArrayLike, *, ax: "Axe
         )
     size, gap, line = 11.0, 6.0, 20.0  # points: the letters, between words, between lines
     width = 7.5 * 72 if ax is None else ax.get_window_extent().width / ax.figure.dpi * 72
-    places, x, y = [], gap, 0.0
+    places: list[tuple[float, float]] = []
+    x, y = gap, 0.0
     for word in words:
         room = _width(word, size)
         if places and x + room > width - gap:
