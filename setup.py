@@ -10,8 +10,8 @@ VERSION = next(
 )
 CACHE = ["pyterrier-caching>=0.5"]
 PLOT = ["matplotlib>=3.8"]
-LORA = ["peft>=0.17"]
-RUNS = ["polars>=1.30"]
+LORA = ["peft>=0.18"]
+RUNS = ["polars>=1.34"]
 PISA = ['pyterrier-pisa>=0.4.9; platform_system == "Linux" and platform_machine == "x86_64"']
 # What PyDocs is made from (besides the standard library and torch), and the weights that need no hub.
 DEMO = [
@@ -53,8 +53,8 @@ setup(
         "pyterrier>=1.1.2",
         "torch>=2.4",
         "transformers>=5.0",
-        "accelerate>=1.1",
-        "ir_measures>=0.3.3",
+        "accelerate>=1.2",
+        "ir_measures>=0.4.1",
         "numpy>=1.26",
         "pandas>=2.2",
         "scipy>=1.12",
@@ -62,7 +62,7 @@ setup(
     ],
     extras_require={
         "cache": CACHE,
-        "bench": [*DEMO, "psutil>=5.9", "sentence-transformers>=5.0", "datasets>=3"],
+        "bench": [*DEMO, "psutil>=5.9", "sentence-transformers>=5.2", "datasets>=3"],
         "demo": DEMO,
         "lora": LORA,
         "docs": ["sphinx>=8", "furo>=2024.8", "myst-parser>=4", "sphinx-copybutton>=0.5"],
@@ -76,13 +76,13 @@ setup(
             *RUNS,
             "hypothesis>=6.100",
             "mypy>=1.13",
-            "pandas-stubs",
+            "pandas-stubs>=2.2",
             "pytest>=8",
             "ruff>=0.8",
-            "sentence-transformers>=5.0",
-            "tensorboard>=2.16",
+            "sentence-transformers>=5.2",
+            "tensorboard>=2.17",
             "sybil>=9",
-            "types-tqdm",
+            "types-tqdm>=4.66",
         ],
     },
     entry_points={

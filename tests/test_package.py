@@ -1,0 +1,81 @@
+"""What is built is what is used: the wheel and the source distribution, their files, metadata and entry points."""
+
+import email
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+import pyterrier_msft
+
+pytest.importorskip("setuptools", "77")
+
+ROOT = Path(__file__).parents[1]
+MODULES = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("pyterrier_msft/**/*.py")}
+PAGES = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("pyterrier_msft/pt_docs/*.rst")}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The wheel and the source distribution, of a copy of the tracked files."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "constraints.txt",
+        "MANIFEST.in",
+        "README.md",
+        "CITATION.cff",
+        "LICENSE",
+    ):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    for name in ("docs", "examples", "tests"):
+        (source / name).symlink_to(ROOT / name)
+    (source / "pyterrier_msft").mkdir()
+    for name in MODULES | PAGES | {"pyterrier_msft/py.typed"}:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    build = "import setuptools.build_meta as b, sys; out = sys.argv[1]; b.build_sdist(out); b.build_wheel(out)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(
+        [sys.executable, "-c", build, str(out)], cwd=source, env=environment, check=True, capture_output=True
+    )
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+def test_the_wheel_has_all_modules_and_data(built: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(built[0]) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert names == MODULES | PAGES | {"pyterrier_msft/py.typed"}
+    assert "pyterrier_msft/pt_docs/index.rst" in names  # where PyTerrier's documentation looks for a plugin's
+
+
+def test_the_wheels_metadata(built: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(built[0]) as wheel:
+        folder = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")).rpartition("/")[0]
+        metadata = email.message_from_bytes(wheel.read(f"{folder}/METADATA"))
+        groups = wheel.read(f"{folder}/entry_points.txt").decode()
+        assert any(name.endswith("LICENSE") for name in wheel.namelist())
+    assert metadata["Name"] == "pyterrier-msft"
+    assert metadata["Version"] == pyterrier_msft.__version__
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    required = metadata.get_all("Requires-Dist") or []
+    assert all(">=" in requirement for requirement in required), "expected a lower bound of every dependency"
+    lines = [line for line in groups.splitlines() if " = " in line]
+    assert len(lines) >= 2
+    for line in lines:
+        name, value = line.split(" = ")
+        assert callable(EntryPoint(name, value, group="").load()), line
+
+
+def test_the_source_distribution_can_be_tested(built: tuple[Path, Path]) -> None:
+    with tarfile.open(built[1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names >= MODULES | PAGES
+    assert names >= {"README.md", "LICENSE", "constraints.txt", "tests/conftest.py", "examples/quickstart.py"}
