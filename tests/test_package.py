@@ -24,15 +24,8 @@ PAGES = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("pyterrier_msft
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The wheel and the source distribution, of a copy of the tracked files."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in (
-        "setup.py",
-        "pyproject.toml",
-        "constraints.txt",
-        "MANIFEST.in",
-        "README.md",
-        "CITATION.cff",
-        "LICENSE",
-    ):
+    files = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CITATION.cff", "constraints.txt"]
+    for name in files:
         (source / name).write_bytes((ROOT / name).read_bytes())
     for name in ("docs", "examples", "tests"):
         (source / name).symlink_to(ROOT / name)
