@@ -62,6 +62,7 @@ from pyterrier_msft.scoring import (
     pad,
     quiet_transformers,
     score_pairs,
+    tokens_that_fit,
 )
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,8 @@ class Hyperparameters:
             random numbers).
         gradient_accumulation: Steps that are summed for one update.
         pairs_per_pass: Bounds memory: query-document pairs whose activations are held at once. The gradient is the
-            same, at the price of a second forward pass (Gao et al., RepL4NLP 2021). None: all of a step's pairs.
+            same, at the price of a second forward pass (Gao et al., RepL4NLP 2021). None: all of a step's pairs, or
+            as many as fit the memory by an estimate.
         warmup: Updates in which the learning rate rises from 0; below 1, a share of all updates.
         weight_decay: AdamW's.
         clip_norm: The gradient's largest norm. None: any.
@@ -454,6 +456,8 @@ class _ListTrainer(Trainer):
         # Its processes draw dropout's random numbers apart.
         torch.manual_seed(self.args.seed + processes.rank())
         self.ahead: _ReadAhead | None = None
+        # Tokens whose activations can be held at once, as far as that can be told beforehand.
+        self.fitting = tokens_that_fit(network, dtype, length=encoder.max_length, training=True)
         self.max_pairs: int | None = None  # a pass, once the memory has been too small
         # The update at hand, and the batches that it sums up so far.
         self.update = -1
@@ -462,7 +466,7 @@ class _ListTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         # Not prepared by accelerate, which would hide the sampler and its order.
         budget = TOKENS_PER_PASS.get(self.args.device.type, TOKENS_PER_PASS["cpu"])
-        collate = _Collator(self.encoder, budget, self.settings.pairs_per_pass)
+        collate = _Collator(self.encoder, min(budget, self.fitting), self.settings.pairs_per_pass)
         return DataLoader(self.batches, batch_sampler=self.batches, collate_fn=collate)  # type: ignore[arg-type]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -540,6 +544,9 @@ class _ListTrainer(Trainer):
 
     def _bounded(self, inputs: dict[str, Any]) -> bool:
         bounded = self.max_pairs is not None or self.settings.pairs_per_pass is not None
+        if not bounded:  # and where one process has too much for its memory, all go the same way
+            tokens = sum(chunk["input_ids"].numel() for chunk in inputs["chunks"])
+            bounded = max(processes.each(lambda: tokens > self.fitting))
         return bounded and len(inputs["chunks"]) > 1
 
     def _bounded_step(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

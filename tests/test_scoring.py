@@ -1,10 +1,13 @@
 import contextlib
+import copy
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import WORDS
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -20,6 +23,7 @@ from pyterrier_msft.scoring import (
     resolve_dtype,
     score_pairs,
     token_limit,
+    tokens_that_fit,
 )
 
 
@@ -124,6 +128,25 @@ def test_out_of_memory_halves_the_pass(model, encoder, monkeypatch, caplog):
     assert "out of memory with 100 pairs a pass: going on with half as many" in caplog.text
 
 
+def test_tokens_that_fit_a_gpu(model, monkeypatch):
+    # 16 hidden units, 2 layers: a token has 17 * 16 numbers a layer; without attention's matrices, which sdpa has not.
+    gpu = copy.deepcopy(model).to("meta")
+    device = torch.device("cuda:0")
+    monkeypatch.setattr(type(gpu), "parameters", lambda self: iter([SimpleNamespace(device=device)]))
+    monkeypatch.setattr(type(gpu), "num_parameters", lambda self: 1000)
+    free = 12 * 1000 + 2 * (2 * 272 * 2) * 500
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda where: (free, 2**40) if where == device else None)
+    assert tokens_that_fit(gpu, torch.bfloat16, length=24, training=True) == 500
+    assert tokens_that_fit(gpu, torch.float32, length=24, training=True) == 250
+    assert tokens_that_fit(gpu, torch.float32, length=24) == int(free / 2 / 4 / 272)
+    assert tokens_that_fit(gpu, torch.float32, length=400, training=True) == 400  # a pair at least
+
+
+def test_tokens_that_fit_a_machine(model, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.__getitem__)
+    assert tokens_that_fit(model, torch.float32, length=24) == int(1000 * 4096 / 2 / (4 * (17 * 16 + 2.5 * 2 * 24)))
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_change_no_score(model, encoder, threads):
     queries, texts = pairs(60)
@@ -199,6 +222,7 @@ def test_the_text_is_cut_to_fit(encoder):
     assert decode(encoder, "w1", " ".join(["w2"] * 1000)) == "[CLS] w1 [SEP] " + "w2 " * 20 + "[SEP]"
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.tuples(st.sampled_from(["w1", "w2 ", "x" * 90, " ", "é!"]), st.integers(1, 300)), max_size=6))
 def test_a_very_long_text_is_read_as_if_all_of_it_were_tokenised(encoder, parts):
     text = " ".join(" ".join([word] * n) for word, n in parts)
@@ -239,12 +263,14 @@ def test_truncated_shares(encoder):
     assert encoder.truncated([], []) == (0.0, 0.0)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.text(max_size=80), min_size=1, max_size=5), st.text(max_size=200))
 def test_any_text_is_encoded_within_the_limit(encoder, queries, text):
     for ids in encoder(queries, [text] * len(queries))["input_ids"]:
         assert 3 <= len(ids) <= encoder.max_length
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 500), st.one_of(st.none(), st.integers(1, 9)))
 def test_batches_take_each_pair_once_within_the_budget(lengths, max_tokens, max_pairs):
     batches = length_batches(lengths, max_tokens=max_tokens, max_pairs=max_pairs)

@@ -263,15 +263,16 @@ def test_bounded_memory_gives_the_same_weights(encoder, groups, backbone, loss, 
     torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
 
 
-def test_bounded_memory_replays_dropout(encoder, groups, backbone, monkeypatch):
+@pytest.mark.parametrize("loss", ALL_LOSSES, ids=repr)
+def test_bounded_memory_replays_dropout(encoder, groups, backbone, monkeypatch, loss):
     settings = dataclasses.replace(
-        FAST, dropout=0.3, pairs_per_pass=5, max_steps=4, learning_rate=0.3, trainer_args=SGD
+        FAST, dropout=0.3, pairs_per_pass=5, max_steps=1, learning_rate=0.3, warmup=0, trainer_args=SGD
     )
     models = [load_model(backbone, seed=1)[0] for _ in range(2)]
-    run(models[0], encoder, groups, settings)
+    run(models[0], encoder, groups, settings, loss=loss)
     # The same chunks with their graphs kept.
     monkeypatch.setattr("pyterrier_msft.training._ListTrainer._bounded", lambda self, inputs: False)
-    run(models[1], encoder, groups, settings)
+    run(models[1], encoder, groups, settings, loss=loss)
     torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
 
 
@@ -286,6 +287,25 @@ def test_long_lists_in_bounded_memory_whatever_the_loss(encoder, train_part, bac
     for model, pairs in zip(models, (None, 8), strict=True):
         run(model, encoder, groups, dataclasses.replace(settings, pairs_per_pass=pairs), loss=loss)
     assert (weights(models[0]) - before).abs().max() > 1e-4
+    torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
+
+
+def test_a_step_too_large_for_the_memory_is_bounded_by_itself(encoder, groups, backbone, monkeypatch):
+    settings = dataclasses.replace(FAST, dropout=0.0, max_steps=2, learning_rate=0.3, trainer_args=SGD)
+    models = [load_model(backbone, seed=1)[0] for _ in range(2)]
+    run(models[0], encoder, groups, settings)
+    tokens, grad = [], []
+
+    def watched(model, chunk):
+        tokens.append(chunk["input_ids"].numel())
+        grad.append(torch.is_grad_enabled())
+        return forward(model, chunk)
+
+    monkeypatch.setattr("pyterrier_msft.training.forward", watched)
+    monkeypatch.setattr("pyterrier_msft.training.tokens_that_fit", lambda *args, **options: 100)
+    run(models[1], encoder, groups, settings)
+    assert max(tokens) < 200  # parts are cut before they are padded to a multiple of 8; a step has 32 pairs
+    assert grad.count(False) == grad.count(True) > 2  # each part twice
     torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
 
 
