@@ -364,6 +364,10 @@ def from_teacher(
         rows = rows.assign(key=rows["key"].mask(missing & known_query, -np.inf))
     ranked = rows[rows["key"].notna()]
     by_query = ranked.groupby("qid", sort=False)["key"]
+    if keep_scores and not np.isfinite(ranked["key"]).all():
+        raise ValueError(
+            f"expected finite scores of a teacher, found {_some(ranked['key'].to_numpy()[~np.isfinite(ranked['key'])])}"
+        )
     labels = ranked["key"] if keep_scores else by_query.rank(method="min") - 1
     ranked = ranked.assign(label=labels)
     # A list of one document, or whose documents are all tied, has nothing to say.

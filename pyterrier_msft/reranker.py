@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import sqlite3
 import tempfile
 import time
 from pathlib import Path
@@ -47,6 +48,7 @@ from pyterrier_msft.scoring import (
     resolve_device,
     resolve_dtype,
     score_pairs,
+    suit,
     token_limit,
 )
 from pyterrier_msft.training import Validation, check_number, durable, interrupted_training, train
@@ -55,6 +57,8 @@ RECORD = "msft.json"
 RESULT_COLUMNS = {"qid", "query", "docno", "score", "rank"}
 ARTIFACT = {"type": "cross_encoder", "format": "hf", "package_hint": "pyterrier-msft"}
 LEFTOVER_SECONDS = 86400  # after which a half-written model is nobody's
+PROBED = 4  # queries, and documents of each, whose scores tell whether training changed any
+HARDLY = 0.01  # of the scores' spread: what training changes at the least, if it does anything
 TRUNCATION_SAMPLE = 1000  # pairs tokenised to tell what share is cut
 
 
@@ -121,6 +125,8 @@ class MonoCE(pt.Estimator):
         super().__init__()
         if isinstance(model, Path):
             model = str(model)
+        if isinstance(model, str) and model.startswith("~"):
+            model = str(Path(model).expanduser())
         if isinstance(model, str):
             _check_folder(model)
         elif not isinstance(model, PreTrainedModel):
@@ -177,12 +183,20 @@ class MonoCE(pt.Estimator):
         inp = self._checked(inp)
         if not len(inp):
             return pt.model.add_ranks(inp.assign(score=pd.Series(dtype="float64")))
-        network, encoder = self._load()
+        self._warn_if_new()
+        return self._scored(inp)
+
+    def _warn_if_new(self) -> None:
+        self._load()
         if self._head_is_new:
             warn(
                 f"{self!r} scores at random: its head is new until fit() reaches it. An estimator is fitted inside "
                 "`>>`, but not inside a cache, a `+` or a `|`"
             )
+
+    def _scored(self, inp: pd.DataFrame) -> pd.DataFrame:
+        """Checked results with their scores."""
+        network, encoder = self._load()
         dtype = resolve_dtype(self._dtype, network.device)
         if dtype == torch.int8:
             network = self._quantised_network()
@@ -390,6 +404,7 @@ class MonoCE(pt.Estimator):
         )
         self._reports.append(report)
         was_new, self._head_is_new = self._head_is_new, False
+        probed = _probe(network, encoder, groups)
         check = None
         if validation is not None and stage.metric is not None:
             check = Validation(validation[0], validation[1], stage.metric)
@@ -426,6 +441,13 @@ class MonoCE(pt.Estimator):
         finally:
             if self._stages and self._stages[-1]["history"] is history:
                 self._stages[-1]["fingerprint"] = self.fingerprint
+        spread = float(np.linalg.norm(probed))
+        moved = float(np.linalg.norm(_probe(network, encoder, groups) - probed)) / max(spread, 1e-9)
+        if history and history[-1]["step"] >= 10 and moved < HARDLY and not given_up[0]:
+            warn(
+                f"{type(stage).__name__} hardly changed the scores, by {moved:.1e} of their spread: is the learning "
+                f"rate of {stage.learning_rate} too low?"
+            )
 
     def _take_up(self, checkpoint_dir: str | Path | None) -> tuple[str, tuple[list[Any], list[Any]]]:
         """Where training starts from, and the stages and reports of an interrupted fit that the folder's checkpoints
@@ -779,23 +801,40 @@ class CachedMonoCE(pt.Estimator):
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """As `MonoCE.transform`, computing what isn't known yet."""
-        from pyterrier_caching import Sqlite3ScorerCache
-
         inp = self.reranker._checked(inp)
         if not len(inp):
             return self.reranker.transform(inp)
+        self.reranker._warn_if_new()
         # A cache's keys are texts, whatever they are called: a query's own text, and a digest of the document's.
         queries = [clean(query) for query in inp["query"]]
         texts = [clean(text) for text in inp[self.reranker.text_field]]
         keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
         pairs = pd.DataFrame({"qid": queries, "query": queries, "docno": keys, self.reranker.text_field: texts})
+        pairs = pairs.drop_duplicates(["query", "docno"])
         settings = json.dumps(self.reranker.scoring_settings(), sort_keys=True)
         name = f"{self.reranker.fingerprint}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # Opened for each call: a connection works in its own thread alone, and can't be pickled.
-        with contextlib.closing(Sqlite3ScorerCache(self.folder / name, self.reranker)) as cache:
-            scored = cache(pairs.drop_duplicates(["query", "docno"])).set_index(["query", "docno"])["score"]
+        while True:
+            # Opened for each call: a connection works in its own thread alone, and can't be pickled.
+            # An error: another process wrote some of these scores since we looked. They are found the next time.
+            with (
+                contextlib.suppress(sqlite3.IntegrityError),
+                contextlib.closing(self._open(self.folder / name)) as cache,
+            ):
+                scored = cache(pairs).set_index(["query", "docno"])["score"]
+                break
         return _ranked(inp, scored.loc[pd.MultiIndex.from_arrays([queries, keys])].to_numpy())
+
+    def _open(self, path: Path) -> Any:
+        """The cache in a folder; a new one is put in place whole, since others may be waiting for it."""
+        from pyterrier_caching import Sqlite3ScorerCache
+
+        if not path.is_dir():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder) as partial:
+                Sqlite3ScorerCache(Path(partial) / "new").close()
+                with contextlib.suppress(OSError):  # another process was faster
+                    (Path(partial) / "new").rename(path)
+        return Sqlite3ScorerCache(path, pt.apply.generic(self.reranker._scored))
 
 
 def _ranked(results: pd.DataFrame, scores: np.ndarray) -> pd.DataFrame:
@@ -840,6 +879,9 @@ def _fingerprint(network: PreTrainedModel, settings: dict[str, Any] | None = Non
 
 
 def _one_score(model: PreTrainedModel) -> PreTrainedModel:
+    kind = type(model)
+    if kind.__module__.startswith("transformers.") and "ForSequenceClassification" not in kind.__name__:
+        raise ValueError(f"expected a model loaded by AutoModelForSequenceClassification, found {kind.__name__}")
     if model.config.num_labels != 1:
         raise ValueError(f"expected a model with one label (a score), found {model.config.num_labels}")
     # In float32, whatever it was saved in: in half precision most of AdamW's steps would be rounded away.
@@ -849,12 +891,14 @@ def _one_score(model: PreTrainedModel) -> PreTrainedModel:
 def _tokenizer_of(network: PreTrainedModel) -> PreTrainedTokenizerBase:
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(network.name_or_path)
+            tokenizer = AutoTokenizer.from_pretrained(network.name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"expected a tokenizer beside the loaded model, found none at {network.name_or_path!r}: save both to a "
             "folder and give MonoCE the folder"
         ) from error
+    suit(tokenizer, network, network.name_or_path)
+    return tokenizer
 
 
 def _sample(groups: Groups) -> tuple[list[str], list[str]]:
@@ -868,6 +912,16 @@ def _sample(groups: Groups) -> tuple[list[str], list[str]]:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _probe(network: PreTrainedModel, encoder: PairEncoder, groups: Groups) -> np.ndarray:
+    """Scores of a few documents of a few queries, less their query's mean: what training shall change."""
+    scores = []
+    for i in np.unique(np.linspace(0, len(groups) - 1, PROBED).astype(int)):
+        texts = groups.text(groups.documents[i][:PROBED])
+        found = score_pairs(network, encoder, [groups.queries[i]] * len(texts), texts, dtype=torch.float32)
+        scores.append(found - found.mean())
+    return np.concatenate(scores)
 
 
 def _versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,17 @@ def load_model(
                 model, report = AutoModelForSequenceClassification.from_pretrained(
                     name, config=config, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **options
                 )
+    except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if str(error).startswith("expected"):
+            raise
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"expected trust_remote_code=True for {name!r}, which brings code of its own, found False; read the "
+                "code before you allow it"
+            ) from error
+        raise ValueError(
+            f"expected a model in {name!r} that AutoModelForSequenceClassification loads, found {_first_line(error)}"
+        ) from error
     except OSError as error:
         raise ValueError(
             f"expected the name of a model on the Hugging Face hub or a folder with its safetensors, found {name!r}: "
@@ -88,7 +100,25 @@ def load_model(
     lost = [key for key in report["missing_keys"] if key.startswith(body) and ".pooler." not in key]
     if lost:
         raise ValueError(f"expected all of the backbone's weights in {name!r}, found {len(lost)} missing: {lost[0]}, …")
+    suit(tokenizer, model, name)
     return model.eval(), tokenizer, any(not key.startswith(body) for key in report["missing_keys"])
+
+
+def suit(tokenizer: transformers.PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
+    """Make a tokenizer without padding, as GPT-2's, fit for batches; a ValueError for one that isn't the model's."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token_id is None:
+            raise ValueError(f"expected a tokenizer with a token for padding in {name!r}, found none, nor eos or unk")
+        # What comes after a pair changes nothing; what came before it would move the positions.
+        tokenizer.padding_side = "right"
+    if model.config.pad_token_id is None:  # by which a decoder finds the last token, whose state is the pair's
+        model.config.pad_token_id = tokenizer.pad_token_id
+    size = model.get_input_embeddings().weight.shape[0]
+    if (largest := max(tokenizer.get_vocab().values())) >= size:
+        raise ValueError(
+            f"expected a tokenizer of at most {size} tokens, as the model in {name!r}, found {largest + 1}"
+        )
 
 
 def _is_classifier(config: transformers.PretrainedConfig) -> bool:
@@ -569,9 +599,10 @@ def out_of_memory(error: RuntimeError) -> bool:
 def token_limit(model: PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> int:
     """The most tokens a pair may have: what the model has positions for, as its weights or its configuration say."""
     positions = [
-        module.num_embeddings - (module.padding_idx + 1 if module.padding_idx is not None else 0)
+        module.num_embeddings
+        - (module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0))
         for name, module in model.named_modules()
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
+        if name.endswith(("position_embeddings", "embed_positions", "wpe")) and isinstance(module, torch.nn.Embedding)
     ]
     # What the tokenizer says is often the length that a model was trained with, and no limit.
     return int(min(positions or [getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length]))

@@ -76,6 +76,7 @@ AHEAD = 2  # batches made before they are needed
 SORTED_BATCHES = 16
 # A resumed run may lose this much work; a step count alone would say nothing about time.
 SECONDS_BETWEEN_CHECKPOINTS = 900
+ENOUGH = 16  # batches, to tell a model that learns from one that guesses
 STATE_FILE, BEST_FILE = "msft_training.json", "msft_best.safetensors"
 PARTIAL = "partial"  # the folder in which a checkpoint is written before it takes its place
 # What a failed write raises: torch and safetensors have errors of their own.
@@ -584,13 +585,16 @@ class _ListTrainer(Trainer):
             scores, labels, mask = self._of_all(scores, labels, mask)
         with torch.autocast(flat.device.type, enabled=False):
             loss = self.list_loss(scores, labels, mask) + 0 * again.sum()
+            with torch.no_grad():  # what the loss would be if all documents of a query had one score
+                means = scores.masked_fill(~mask, 0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+                constant = self.list_loss(means.expand_as(scores).contiguous(), labels, mask)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"expected a finite loss, found {loss.item()} at step {self.state.global_step + 1} "
                 f"(queries {', '.join(inputs['qids'][:8])}{', …' if len(inputs['qids']) > 8 else ''}): "
                 f"is the learning rate of {self.settings.learning_rate} too high?"
             )
-        self.progress.watch(scores.detach(), mask)
+        self.progress.watch(scores.detach(), mask, float(constant - loss.detach()))
         return loss
 
     def _of_all(
@@ -715,6 +719,7 @@ class _Progress(TrainerCallback):
         self.must_save, self.complained, self.resumed = False, False, False
         self.save: Callable[[], None]
         self.weights: Callable[[], dict[str, torch.Tensor]]
+        self.gains: list[float] = []  # a batch each
         self.bar = pt.tqdm(total=batches.updates, desc="training", unit="step") if verbose else None
 
     # -- when
@@ -790,8 +795,23 @@ class _Progress(TrainerCallback):
             control.should_training_stop |= self.stopped
             control.should_save |= self.stopped and self.folder is not None
 
-    def watch(self, scores: torch.Tensor, mask: torch.Tensor) -> None:
-        """Follow how far scores differ within a list: a model that gives all documents one score has collapsed."""
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        gains = np.array(self.gains[len(self.gains) // 2 :])
+        if len(gains) < ENOUGH or self.alarmed or gains.mean() >= gains.std() / math.sqrt(len(gains)):
+            return
+        self.alarmed = True
+        warn(
+            f"the model ranks no better than by chance: over the last {len(gains)} batches its loss was no lower than "
+            "with one score for all documents of a query; check that the labels belong to these queries, and the "
+            f"learning rate of {self.settings.learning_rate}"
+        )
+
+    def watch(self, scores: torch.Tensor, mask: torch.Tensor, gain: float) -> None:
+        """Follow how far scores differ within a list, and how much lower the loss is than if they were all equal.
+
+        A model that gives all documents one score has collapsed.
+        """
+        self.gains.append(gain)
         low = scores.masked_fill(~mask, math.inf).amin(-1)
         high = scores.masked_fill(~mask, -math.inf).amax(-1)
         # The median list, so that a list of one document, or one that is learnt already, doesn't hide the rest.
