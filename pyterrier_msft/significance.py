@@ -20,7 +20,6 @@ References:
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -30,6 +29,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from scipy.special import stdtr, stdtrit
+
+from pyterrier_msft.notices import warn
 
 DIFFERENT = "different"
 EQUIVALENT = "equivalent within the margin"
@@ -89,7 +90,7 @@ class tost:  # a class, so that it pickles, compares and prints as it was writte
             raise ValueError(f"expected two sequences of one value a query, found shapes {x.shape} and {y.shape}")
         known = ~(np.isnan(x) | np.isnan(y))
         if not known.all():
-            warnings.warn(f"tost: {(~known).sum()} of {known.size} queries have no value (NaN), left out", stacklevel=2)
+            warn(f"tost: {(~known).sum()} of {known.size} queries have no value (NaN), left out")
         return _tost(_differences(x[known], y[known]), self.margin)
 
 

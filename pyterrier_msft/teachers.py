@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import pandas as pd
 import pyterrier as pt
 
 from pyterrier_msft.groups import as_ids, order_key, require_columns, top_documents
+from pyterrier_msft.notices import warn
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -110,7 +110,7 @@ def read_permutations(path: str | Path, *, responses: str | Path | None = None, 
         raise ValueError(f"expected rankings in {path}, found none on {len(lists):,} lines")
     found = [f"{count:,} {what}" for what, count in counts.items() if count]
     if found:
-        warnings.warn(f"{path}: of {len(lists):,} rankings, {', '.join(found)}", stacklevel=2)
+        warn(f"{path}: of {len(lists):,} rankings, {', '.join(found)}")
     return pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "rank", "score"])
 
 
@@ -146,7 +146,7 @@ def read_labelled_passages(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame
     if not passages:
         raise ValueError(f"expected queries with passages in {path}, found none")
     if both := len(relevant & negative):
-        warnings.warn(f"{path}: {both:,} passages are both positive and negative: taken as positive", stacklevel=2)
+        warn(f"{path}: {both:,} passages are both positive and negative: taken as positive")
     results = [(qid, queries[qid], docno, text) for (qid, docno), text in passages.items()]
     qrels = [(qid, docno, 1) for qid, docno in passages if (qid, docno) in relevant]
     return (
