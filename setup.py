@@ -54,6 +54,7 @@ setup(
         "torch>=2.4",
         "transformers>=5.0",
         "accelerate>=1.2",
+        "huggingface_hub>=1.3",
         "ir_measures>=0.4.1",
         "numpy>=1.26",
         "pandas>=2.2",
