@@ -909,7 +909,7 @@ QREL_FRAMES = frames(
     {"qid": ANY_QID, "docno": ANY_DOCNO, "label": st.sampled_from([0, 1, 2, -1, 1.5, "1"])}, needed=3
 )  # fmt: skip
 FUZZ = settings(
-    deadline=None, max_examples=80, derandomize=True,
+    deadline=None, max_examples=60, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 
