@@ -944,6 +944,11 @@ def _arguments(
             f"expected {str(arguments.device)!r}, which Trainer takes, as the device to train on, found "
             f"{str(device)!r}: choose a GPU by the environment variable CUDA_VISIBLE_DEVICES, and none with torchrun"
         )
+    if arguments.world_size != processes.count():
+        raise ValueError(
+            f"expected processes that torchrun has started, or one, found a group of {processes.count()} that Trainer "
+            "takes no part in"
+        )
     # Several GPUs in one process would mean DataParallel, which splits lists; torchrun is the way to use them.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_part
 
-from pyterrier_msft import MonoCE
+from pyterrier_msft import MonoCE, processes
 from pyterrier_msft.scoring import resolve_device
 
 HERE = Path(__file__).parent
@@ -143,3 +143,9 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
         assert str(resolve_device(None)) == str(resolve_device("cuda")) == expected
         assert str(resolve_device("cuda:3")) == "cuda:3"
     assert asked[:2] == ["cuda", "cuda"]
+
+
+def test_a_process_group_that_trainer_does_not_join(ce, train_part, monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(ValueError, match="expected processes that torchrun has started, or one, found a group of 2"):
+        ce.fit(train_part.results, train_part.qrels)
