@@ -102,7 +102,8 @@ def test_what_differs_between_processes_is_said_in_all(two):
 def test_one_process_writes_and_speaks(two):
     assert json.loads((two / "models.json").read_text()) == ["CL", "CL-KD"]
     assert found(two, "found")["fingerprint"] == found(two, "sequence")["fingerprint"]
-    assert found(two, "warnings", 0) == ["Contrastive leaves out: 7 queries without a relevant document"]
+    [warning] = found(two, "warnings", 0)
+    assert warning.startswith("Contrastive leaves out: 7 queries without a relevant document")
     assert found(two, "warnings", 1) == []
 
 
