@@ -6,9 +6,10 @@ import inspect
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,16 +20,15 @@ from pyterrier_msft import losses, teachers
 from pyterrier_msft.groups import (
     DataReport,
     Groups,
+    Rankings,
     as_ids,
     bare_ranks,
     frame_digest,
     from_qrels,
     from_teacher,
     grades_of,
-    joined,
     mismatch,
-    missing_positives,
-    order_key,
+    relevant_of,
 )
 from pyterrier_msft.notices import warn
 from pyterrier_msft.runs import pieces
@@ -112,13 +112,15 @@ class Fitter(Hyperparameters):
         """
         self._check_source(qrels, load_text)
         if isinstance(results, pd.DataFrame):
-            sample = results
+            sample: pd.DataFrame | Rankings | None = results
             groups, report = self._read(results, qrels, text_field=text_field, load_text=load_text, verbose=verbose)
         else:
             if load_text is None:
                 raise ValueError(f"expected MonoCE(..., text=dataset) with results in {results}, found no text")
             groups, report, sample = self._read_file(results, qrels, topics, text_field, load_text)
         if not len(groups):
+            if not isinstance(sample, pd.DataFrame):
+                sample = pd.DataFrame(columns=["qid", "docno"]) if sample is None else sample.frame()
             raise ValueError(self._nothing(report, sample, qrels))
         if report.upside_down():
             warn(
@@ -134,26 +136,23 @@ class Fitter(Hyperparameters):
         topics: pd.DataFrame | None,
         text_field: str,
         load_text: Callable[[pd.DataFrame], pd.DataFrame],
-    ) -> tuple[Groups, DataReport, pd.DataFrame]:
+    ) -> tuple[Groups, DataReport, Rankings | None]:
         """Groups of a file's pieces, where docnos stand for texts until these are needed; and the first piece."""
-        fitter, topics, relevant = self._for_file(qrels, topics)
-        first: list[pd.DataFrame] = []
-        # A piece that the teacher knows nothing of is no mistake, as it would be in a whole frame.
-        teacher = getattr(fitter, "teacher", None)
-        ranked = None if teacher is None else set(as_ids(teacher["qid"]))
+        fitter, relevant = self._for_file(qrels)
+        first: list[Rankings] = []
 
-        def parts() -> Iterator[tuple[Groups, DataReport]]:
+        def read() -> Iterator[Rankings]:
             for piece in pieces(path, depth=fitter.depth, relevant=relevant, topics=topics):
-                if not first and len(piece):
+                if not first and len(piece.query):
                     first.append(piece)
-                known = None if ranked is None else piece["qid"].isin(ranked)
-                if len(piece) and (known is None or known.any()):
-                    yield fitter._read(
-                        piece.assign(**{text_field: piece["docno"]}),
-                        None if qrels is None else qrels[as_ids(qrels["qid"]).isin(piece["qid"]).to_numpy()],
-                        text_field=text_field,
-                        load_text=lambda missing: missing.assign(**{text_field: missing["docno"]}),
-                    )
+                yield piece
+
+        groups, report = fitter._read(
+            read(),
+            qrels,
+            text_field=text_field,
+            load_text=lambda missing: missing.assign(**{text_field: missing["docno"]}),
+        )
 
         counts: Counter[str] = Counter()
 
@@ -174,32 +173,25 @@ class Fitter(Hyperparameters):
                 )
             return found
 
-        groups, report = joined(parts())
-        return (
-            dataclasses.replace(groups, load=load),
-            report,
-            first[0] if first else pd.DataFrame(columns=["qid", "docno"]),
-        )
+        return dataclasses.replace(groups, load=load), report, first[0] if first else None
 
-    def _for_file(
-        self, qrels: pd.DataFrame | None, topics: pd.DataFrame | None
-    ) -> tuple[Any, pd.DataFrame | None, pd.DataFrame | None]:
-        """The fitter that reads a file's pieces, the queries to take, and what is taken from any depth."""
-        return self, topics, None
+    def _for_file(self, qrels: pd.DataFrame | None) -> tuple[Any, pd.DataFrame | None]:
+        """The fitter that reads a file's pieces, and what is taken from any depth."""
+        return self, None
 
     def _check_source(self, qrels: pd.DataFrame | None, load_text: Any) -> None:
         """Raise a ValueError if what the labels come from isn't given."""
 
     def _read(
         self,
-        results: pd.DataFrame,
+        results: pd.DataFrame | Iterable[Rankings],
         qrels: pd.DataFrame | None,
         *,
         text_field: str,
         load_text: Callable[[pd.DataFrame], pd.DataFrame] | None,
         verbose: bool = False,
     ) -> tuple[Groups, DataReport]:
-        """The groups of a frame; there may be none."""
+        """The groups of a frame, or of a file's pieces; there may be none."""
         raise NotImplementedError
 
     def _nothing(self, report: DataReport, results: pd.DataFrame, qrels: pd.DataFrame | None) -> str:
@@ -293,16 +285,13 @@ class Contrastive(Fitter):
                 "don't have the text of documents that the first stage missed"
             )
 
-    def _for_file(
-        self, qrels: pd.DataFrame | None, topics: pd.DataFrame | None
-    ) -> tuple[Any, pd.DataFrame | None, pd.DataFrame | None]:
+    def _for_file(self, qrels: pd.DataFrame | None) -> tuple[Any, pd.DataFrame | None]:
         assert qrels is not None
-        grades = grades_of(qrels)
-        return self, topics, grades[grades >= self.min_relevance].index.to_frame(index=False)
+        return self, relevant_of(grades_of(qrels), self.min_relevance)
 
     def _read(
         self,
-        results: pd.DataFrame,
+        results: pd.DataFrame | Iterable[Rankings],
         qrels: pd.DataFrame | None,
         *,
         text_field: str,
@@ -310,17 +299,18 @@ class Contrastive(Fitter):
         verbose: bool = False,
     ) -> tuple[Groups, DataReport]:
         assert qrels is not None
+        load_missing = None
         if self.add_missing_positives:
             assert load_text is not None
-            extra = missing_positives(results, qrels, min_relevance=self.min_relevance)
-            if len(extra):
-                if order_key(results) is None:
-                    results = results.assign(rank=range(len(results)))  # as they come
-                lowest = {"score": float("-inf")} if "score" in results.columns else {"rank": 2**31 - 1}
-                results = pd.concat([results, load_text(extra).assign(**lowest)], ignore_index=True)
+            load = load_text
+
+            def load_missing(missing: pd.DataFrame) -> Iterable[Any]:
+                loaded = load(missing)
+                return missing["docno"].map(dict(zip(loaded["docno"], loaded[text_field], strict=True)))
+
         return from_qrels(
             results, qrels, depth=self.depth, n_positives=self.n_positives, n_negatives=self.n_negatives,
-            min_relevance=self.min_relevance, text_field=text_field,
+            min_relevance=self.min_relevance, load_missing=load_missing, text_field=text_field,
         )  # fmt: skip
 
     def _nothing(self, report: DataReport, results: pd.DataFrame, qrels: pd.DataFrame | None) -> str:
@@ -395,33 +385,36 @@ class Distillation(Fitter):
     def _keeps_scores(self) -> bool:
         return getattr(self.loss, "labels", None) == "scores"
 
-    def _for_file(
-        self, qrels: pd.DataFrame | None, topics: pd.DataFrame | None
-    ) -> tuple[Any, pd.DataFrame | None, pd.DataFrame | None]:
+    def _for_file(self, qrels: pd.DataFrame | None) -> tuple[Any, pd.DataFrame | None]:
         if isinstance(self.teacher, pt.Transformer | Mapping):
             raise ValueError(
                 "expected a teacher's ranking as a frame or a file with results in a file, found "
                 f"{_written(self.teacher)}"
             )
-        if self.teacher is None:
-            return self, topics, None
-        frame = teachers.ranking(self.teacher, pd.DataFrame())
-        assert frame is not None
-        if topics is not None:
-            topics = topics[as_ids(topics["qid"]).isin(as_ids(frame["qid"])).to_numpy()]
-        return dataclasses.replace(self, teacher=frame), topics, None
+        teacher = None if self.teacher is None else teachers.ranking(self.teacher, pd.DataFrame())
+        return dataclasses.replace(self, teacher=teacher), None
 
     def _read(
         self,
-        results: pd.DataFrame,
+        results: pd.DataFrame | Iterable[Rankings],
         qrels: pd.DataFrame | None,
         *,
         text_field: str,
         load_text: Callable[[pd.DataFrame], pd.DataFrame] | None,
         verbose: bool = False,
     ) -> tuple[Groups, DataReport]:
-        ranking = teachers.ranking(self.teacher, results, depth=self.depth, text_field=text_field, verbose=verbose)
-        if self._keeps_scores and bare_ranks(results if ranking is None else ranking):
+        ranking = self.teacher  # with results in a file, see _for_file
+        if isinstance(results, pd.DataFrame):
+            ranking = teachers.ranking(self.teacher, results, depth=self.depth, text_field=text_field, verbose=verbose)
+        scored = ranking
+        if ranking is None and isinstance(results, pd.DataFrame):
+            scored = results
+        elif ranking is None and not isinstance(results, pd.DataFrame):  # a file's first piece tells
+            rest = iter(results)
+            head = [*islice(rest, 1)]
+            results = chain(head, rest)
+            scored = head[0].scores() if head else None
+        if self._keeps_scores and scored is not None and bare_ranks(scored):
             raise ValueError(
                 f"expected a teacher with scores for {_written(self.loss)}, found a ranking whose scores only restate "
                 "its ranks; take a loss for ranks, such as losses.ranknet"

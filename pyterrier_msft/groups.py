@@ -5,8 +5,10 @@ and nowhere else.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain
 from numbers import Number
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 PASSAGE = r"%p\d+$"  # what pt.text.sliding appends to a docno
+AT_ONCE = 1_000_000  # strings or rows that are worked on together, where all would need copies of all
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,21 @@ class Group:
     labels: np.ndarray  # (documents,) float32, higher is better
 
 
+class Ragged(Sequence[np.ndarray]):
+    """Arrays of different lengths, kept in one: half a million lists would be as many objects."""
+
+    def __init__(self, values: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
+        self.values = values  # all, one after another
+        self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])  # of each array, and the end
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        number = range(len(self))[index]
+        return self.values[self.starts[number] : self.starts[number + 1]]
+
+
 @dataclass(frozen=True)
 class Groups:
     """All that a stage trains on, a list a query, from which each epoch draws its groups.
@@ -36,9 +54,9 @@ class Groups:
 
     qids: list[str]
     queries: list[str]
-    texts: list[str]  # each distinct text once
-    documents: list[np.ndarray]  # for each query, indices into texts, the best-ranked first
-    labels: list[np.ndarray]  # for each query, float32 labels of its documents
+    texts: list[str]  # each distinct text once, in the order of the lists
+    documents: Ragged  # for each query, int32 indices into texts, the best-ranked first
+    labels: Ragged  # for each query, float32 labels of its documents
     n_negatives: int | None = None
     n_positives: int | None = 1
     load: Callable[[list[str]], list[str]] | None = None  # then `texts` are docnos, whose texts this looks up
@@ -53,18 +71,30 @@ class Groups:
 
     def draw(self, index: int, *, seed: int, epoch: int) -> Group:
         """The group of one query in one epoch: the same for the same arguments, whatever was drawn before."""
+        return self.draw_all([(index, epoch)], seed=seed)[0]
+
+    def draw_all(self, wanted: Sequence[tuple[int, int]], *, seed: int) -> list[Group]:
+        """As `draw`, for each (index, epoch), with one look-up of texts for all."""
+        drawn = [self._draw(index, seed=seed, epoch=epoch) for index, epoch in wanted]
+        texts = iter(self.text(document for documents, _ in drawn for document in documents))
+        return [
+            Group(self.qids[index], self.queries[index], [next(texts) for _ in documents], labels)
+            for (index, _), (documents, labels) in zip(wanted, drawn, strict=True)
+        ]
+
+    def _draw(self, index: int, *, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         documents, labels = self.documents[index], self.labels[index]
-        if self.n_negatives is not None:
-            rng = np.random.default_rng([seed, epoch, index])
-            relevant = labels > 0
-            chosen = np.concatenate(
-                [
-                    _choose(rng, np.flatnonzero(relevant), self.n_positives),
-                    _choose(rng, np.flatnonzero(~relevant), self.n_negatives),
-                ]
-            )
-            documents, labels = documents[chosen], labels[chosen]
-        return Group(self.qids[index], self.queries[index], self.text(documents), labels)
+        if self.n_negatives is None:
+            return documents, labels
+        rng = np.random.default_rng([seed, epoch, index])
+        relevant = labels > 0
+        chosen = np.concatenate(
+            [
+                _choose(rng, np.flatnonzero(relevant), self.n_positives),
+                _choose(rng, np.flatnonzero(~relevant), self.n_negatives),
+            ]
+        )
+        return documents[chosen], labels[chosen]
 
     def lengths(self) -> np.ndarray:
         """Characters of each query's longest document with the query: what batches of like length are made by.
@@ -72,47 +102,24 @@ class Groups:
         Of the query alone where texts are looked up only when they are needed.
         """
         queries = np.array([len(query) for query in self.queries], dtype=np.int64)
-        if self.load is not None:
+        if self.load is not None or not len(self):
             return queries
         characters = np.array([len(text) for text in self.texts], dtype=np.int64)
-        longest = [characters[documents].max(initial=0) for documents in self.documents]
-        return queries + np.array(longest, dtype=np.int64)
+        longest: np.ndarray = np.maximum.reduceat(characters[self.documents.values], self.documents.starts[:-1])
+        return queries + longest
 
     def digest(self) -> str:
         """A digest of the content, for cache keys: whatever the labels come from, they are told here."""
         digest = hashlib.sha256(f"{self.n_negatives} {self.n_positives} {self.load is None}".encode())
         for strings in (self.qids, self.queries, self.texts):
-            for string in strings:
-                content = string.encode("utf-8", "surrogatepass")
-                digest.update(b"%d " % len(content) + content)
-        for documents, labels in zip(self.documents, self.labels, strict=True):
-            digest.update(b"%d " % len(documents) + documents.astype("<i8").tobytes() + labels.astype("<f4").tobytes())
+            for start in range(0, len(strings), AT_ONCE):
+                part = strings[start : start + AT_ONCE]
+                digest.update(np.array([len(part), *map(len, part)], dtype="<i8").data)
+                digest.update("".join(part).encode("utf-8", "surrogatepass"))
+        digest.update(self.documents.starts.astype("<i8", copy=False).data)
+        digest.update(self.documents.values.astype("<i4", copy=False).data)
+        digest.update(self.labels.values.astype("<f4", copy=False).data)
         return digest.hexdigest()
-
-
-def joined(parts: Iterable[tuple[Groups, "DataReport"]]) -> tuple[Groups, "DataReport"]:
-    """Groups that were made piece by piece, of different queries, as one, in the order of their qids."""
-    codes: dict[str, int] = {}
-    pieces, reports = [], []
-    for groups, report in parts:
-        of_piece = np.array([codes.setdefault(text, len(codes)) for text in groups.texts], dtype=np.int32)
-        documents = [of_piece[indices] for indices in groups.documents]
-        pieces.append(replace(groups, texts=[], documents=documents))
-        reports.append(report)
-    order = sorted(range(sum(map(len, pieces))), key=[qid for piece in pieces for qid in piece.qids].__getitem__)
-
-    def ordered(name: str) -> list[Any]:
-        values = [value for piece in pieces for value in getattr(piece, name)]
-        return [values[i] for i in order]
-
-    chosen = pieces[0] if pieces else Groups([], [], [], [], [])
-    return (
-        replace(
-            chosen, qids=ordered("qids"), queries=ordered("queries"), texts=list(codes),
-            documents=ordered("documents"), labels=ordered("labels"),
-        ),
-        DataReport.total(reports),
-    )  # fmt: skip
 
 
 def _choose(rng: np.random.Generator, items: np.ndarray, n: int | None) -> np.ndarray:
@@ -200,43 +207,164 @@ class DataReport:
         return self.agreement is not None and self.agreement < -0.2
 
 
+# ---- results as numbers
+
+
 @dataclass(frozen=True)
-class _Lists:
-    """Result rows made clean: one row a (qid, docno), each query's best first, and what that cost."""
+class Rankings:
+    """Results made clean, with numbers in place of strings: one row a (qid, docno) that has a text.
 
-    rows: pd.DataFrame  # qid, query, docno, text, row (of the results), key (higher is better), order (0 for the best)
-    ordered: bool  # whether the results said an order
-    counts: dict[str, int] = field(default_factory=dict)
+    A query's rows stand together, its best first. A frame of results becomes this, and so does each piece of a file.
+    """
+
+    qids: list[str]
+    queries: list[str]  # for each qid
+    docnos: dict[str, int]  # the numbers of docnos, and of the documents that passages are of
+    texts: dict[str, int]  # the numbers of texts; of a file's pieces, those of the docnos
+    query: np.ndarray  # (rows,) indices into qids
+    document: np.ndarray  # (rows,) the docno's number
+    judged: np.ndarray  # (rows,) the number of the docno that qrels know: a passage is judged as its document
+    text: np.ndarray  # (rows,) the text's number
+    key: np.ndarray  # (rows,) float64, higher is better
+    ordered_by: str | None  # the results' column that `key` is from; None: it is the order of the results
+    counts: dict[str, int]  # of a DataReport
+
+    @property
+    def order(self) -> np.ndarray:
+        """(rows,) each row's place in its query, from 0 for the best."""
+        return places(self.query)
+
+    def frame(self, kept: np.ndarray | slice = slice(None)) -> pd.DataFrame:
+        """The qid and docno of rows."""
+        docnos = [*self.docnos]
+        return pd.DataFrame(
+            {
+                "qid": [self.qids[i] for i in self.query[kept]],
+                "docno": [docnos[i] for i in self.document[kept]],
+            }
+        )
+
+    def scores(self) -> pd.DataFrame:
+        """Queries' numbers as qid, and the score if the results had one: what `bare_ranks` looks at."""
+        return pd.DataFrame({"qid": self.query, **({"score": self.key} if self.ordered_by == "score" else {})})
+
+    def find(self, frame: pd.DataFrame, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where a frame of distinct (qid, docno) has what the rows have, whose documents are `document` or `judged`.
+
+        Returns:
+            (rows,) the place in the frame, -1 for none, and (places,) whether it is that of a row.
+        """
+        numbers = {qid: number for number, qid in enumerate(self.qids)}
+        query = np.array([numbers.get(qid, -1) for qid in frame["qid"]], dtype=np.int64)
+        document = np.array([self.docnos.get(docno, -1) for docno in frame["docno"]], dtype=np.int64)
+        known = np.flatnonzero((query >= 0) & (document >= 0))
+        place = pd.Index(_pairs(query[known], document[known])).get_indexer(pd.Index(_pairs(self.query, documents)))
+        place = np.append(known, -1)[place]
+        taken = np.zeros(len(frame), dtype=bool)
+        taken[place[place >= 0]] = True
+        return place, taken
 
 
-def clean_results(results: pd.DataFrame, *, text_field: str) -> _Lists:
-    """Ids as strings, each query's documents in order of score (or rank), without duplicates and empty texts.
+def clean_results(results: pd.DataFrame, *, text_field: str) -> tuple[Rankings, np.ndarray]:
+    """A frame's rankings, without duplicates (of which the best is kept) and without empty texts.
+
+    Returns:
+        The rankings, and for each of their rows its place in the results.
 
     Raises:
         ValueError: If a column is missing, an id is missing, a score is not a number, or a text is something else.
     """
     require_columns(results, ["qid", "query", "docno", text_field], "training results")
+    query, qids = pd.factorize(as_ids(results["qid"]))
+    document, distinct = pd.factorize(as_ids(results["docno"]))
+    docnos = {docno: place for place, docno in enumerate(distinct)}
+    parents = parent_numbers([*docnos], docnos)
     no_query, no_text = (without_text(results[column]) for column in ("query", text_field))
-    rows = pd.DataFrame({"qid": as_ids(results["qid"]), "docno": as_ids(results["docno"])})
-    rows["query"], rows["text"] = as_texts(results["query"]), as_texts(results[text_field])
-    rows["no_query"], rows["no_text"] = no_query, no_text
-    rows["row"] = np.arange(len(rows))
     key = order_key(results)
-    ordered = key is not None
-    rows["key"] = key if key is not None else -np.arange(len(rows), dtype=np.float64)
-    rows = rows.sort_values("key", ascending=False, kind="stable")
-    n_queries = rows["qid"].nunique()
-    unique = rows.drop_duplicates(["qid", "docno"])
-    usable = unique[~unique["no_query"] & ~unique["no_text"]].drop(columns=["no_query", "no_text"])
-    usable = usable.assign(order=usable.groupby("qid", sort=False).cumcount())
-    counts = {
-        "queries": n_queries,
-        "duplicates": len(rows) - len(unique),
-        "without_query": int(unique["no_query"].sum()),
-        "without_text": int((unique["no_text"] & ~unique["no_query"]).sum()),
-        "several_queries": _several(usable),
-    }
-    return _Lists(usable.reset_index(drop=True), ordered, counts)
+    ordered_by = None if key is None else "score" if "score" in results.columns else "rank"
+    if key is None:
+        key = -np.arange(len(results), dtype=np.float64)
+    row = best_first(query, key)
+    unique = row[~pd.Series(_pairs(query[row], document[row])).duplicated().to_numpy()]
+    kept = unique[~(no_query | no_text)[unique]]
+    text, texts = pd.factorize(as_texts(results[text_field]).iloc[kept])
+    queries = as_texts(results["query"]).to_numpy(dtype=object)
+    asked = unique[~no_query[unique]]
+    asked = asked[starts(query[asked])]
+    best = np.full(len(qids), "", dtype=object)
+    best[query[asked]] = queries[asked]
+    rankings = Rankings(
+        qids=list(qids),
+        queries=list(best),
+        docnos=docnos,
+        texts={text: place for place, text in enumerate(texts)},
+        query=query[kept],
+        document=document[kept],
+        judged=parents[document[kept]],
+        text=text,
+        key=key[kept],
+        ordered_by=ordered_by,
+        counts={
+            "queries": len(qids),
+            "duplicates": len(row) - len(unique),
+            "without_query": int(no_query[unique].sum()),
+            "without_text": int((no_text & ~no_query)[unique].sum()),
+            "several_queries": len(np.unique(query[kept][queries[kept] != best[query[kept]]])),
+        },
+    )
+    return rankings, kept
+
+
+def parent_numbers(names: Iterable[str], docnos: dict[str, int]) -> np.ndarray:
+    """The numbers of the documents that docnos are of, if they are passages."""
+    return number((re.sub(PASSAGE, "", name) if "%p" in name else name for name in names), docnos)
+
+
+def best_first(query: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """The rows in order: a query's together, its best first, equals as they came."""
+    same = query[1:] == query[:-1]
+    if (query[1:] >= query[:-1]).all() and (~same | (key[1:] <= key[:-1])).all():
+        return np.arange(len(query))  # as rankings mostly are, and sorting is slow
+    return np.lexsort((-key, query))
+
+
+def starts(query: np.ndarray) -> np.ndarray:
+    """Where each query's rows begin, which stand together."""
+    return np.flatnonzero(np.diff(query, prepend=-1))
+
+
+def places(query: np.ndarray) -> np.ndarray:
+    """(rows,) each row's place, from 0, among its query's, which stand together."""
+    return np.arange(len(query)) - _spread(starts(query), query)
+
+
+def _spread(values: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """(rows,) of one value a query."""
+    return np.repeat(values, np.diff(np.append(starts(query), len(query))))
+
+
+def _pairs(query: np.ndarray, document: np.ndarray) -> np.ndarray:
+    """A number for each (query, document)."""
+    return (query.astype(np.int64) << 32) | document
+
+
+def number(names: Iterable[str], numbers: dict[str, int]) -> np.ndarray:
+    """Names' numbers; a new name gets the next."""
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
+
+
+class ByQuery:
+    """A frame's rows, found by their qids (strings) without a look at all of them."""
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        self.frame = frame.sort_values("qid", kind="stable", ignore_index=True)
+        qids = self.frame["qid"]
+        begins = np.flatnonzero(~qids.duplicated().to_numpy())
+        self.rows = dict(zip(qids.iloc[begins], map(range, begins, [*begins[1:], len(qids)]), strict=True))
+
+    def of(self, qids: Iterable[str]) -> pd.DataFrame:
+        """The rows of some queries."""
+        return self.frame.iloc[[*chain.from_iterable(self.rows.get(qid, ()) for qid in qids)]]
 
 
 def top_documents(results: pd.DataFrame, *, depth: int | None, text_field: str = "text") -> pd.DataFrame:
@@ -245,26 +373,32 @@ def top_documents(results: pd.DataFrame, *, depth: int | None, text_field: str =
     Returns:
         The results' columns, ids as strings and rank (from 0) set anew, a query's rows together and its best first.
     """
-    rows = clean_results(results, text_field=text_field).rows
-    rows = rows if depth is None else rows[rows["order"] < depth]
-    # By the queries' first places in the results, and not by score across queries.
-    first = pd.Series(pd.factorize(as_ids(results["qid"]))[0])
-    rows = rows.iloc[np.lexsort((rows["order"].to_numpy(), first.to_numpy()[rows["row"].to_numpy()]))]
-    return (
-        results.iloc[rows["row"].to_numpy()]
-        .assign(qid=rows["qid"].to_numpy(), docno=rows["docno"].to_numpy(), rank=rows["order"].to_numpy())
-        .reset_index(drop=True)
-    )
+    rankings, row = clean_results(results, text_field=text_field)
+    order = rankings.order
+    if depth is not None:
+        row, order = row[order < depth], order[order < depth]
+    top = results.iloc[row].reset_index(drop=True)
+    return top.assign(qid=as_ids(top["qid"]), docno=as_ids(top["docno"]), rank=order)
+
+
+def _pieces(results: pd.DataFrame | Iterable[Rankings], text_field: str) -> Iterable[Rankings]:
+    if isinstance(results, pd.DataFrame):
+        return [clean_results(results, text_field=text_field)[0]]
+    return results
+
+
+# ---- objectives
 
 
 def from_qrels(
-    results: pd.DataFrame,
+    results: pd.DataFrame | Iterable[Rankings],
     qrels: pd.DataFrame,
     *,
     depth: int | None,
     n_negatives: int,
     min_relevance: float,
     n_positives: int | None = 1,
+    load_missing: Callable[[pd.DataFrame], Iterable[Any]] | None = None,
     text_field: str = "text",
 ) -> tuple[Groups, DataReport]:
     """Groups of relevant documents and negatives, for a contrastive loss.
@@ -272,47 +406,91 @@ def from_qrels(
     A document of at least `min_relevance` is relevant, with its grade as label, wherever it stands in the results;
     the others, judged or not, are negatives if they stand in the top `depth`, with label 0. Passages (docno `d%p0`)
     have their document's grade. An epoch takes each query once, with a relevant document drawn anew.
+
+    Args:
+        results: The first stage's results, as a frame or as the pieces of a file.
+        qrels: qid, docno, label.
+        depth: How deep negatives are looked for. None: anywhere.
+        n_negatives: Negatives a draw.
+        min_relevance: The least label of a relevant document, above 0.
+        n_positives: Relevant documents a draw. None: all.
+        load_missing: Gives the texts of a frame of qid, query and docno. With it, relevant documents that the
+            results lack are learnt from too.
+        text_field: A frame's column of text.
     """
-    lists = clean_results(results, text_field=text_field)
-    grades = grades_of(qrels)
-    rows = lists.rows
-    known = set(grades.index.get_level_values("qid"))
-    pairs = pd.MultiIndex.from_arrays([rows["qid"], rows["docno"].str.replace(PASSAGE, "", regex=True)])
-    grade = grades.reindex(pairs).to_numpy(dtype=np.float64)
-    rows = rows.assign(label=np.where(grade >= min_relevance, grade, 0.0))  # NaN >= x is False
-    if (rows["label"] < 0).any() or min_relevance <= 0:
+    if not min_relevance > 0:
         raise ValueError(f"expected min_relevance above 0, found {min_relevance}")
-    if depth is not None:
-        rows = rows[(rows["label"] > 0) | (rows["order"] < depth)]
-    relevant = rows["label"] > 0
-    has_relevant = relevant.groupby(rows["qid"]).transform("any")
-    has_negative = (~relevant).groupby(rows["qid"]).transform("any")
-    groups = _groups(rows[has_relevant & has_negative], n_negatives=n_negatives, n_positives=n_positives)
-    without_relevant = lists.counts["queries"] - rows.loc[has_relevant, "qid"].nunique()
-    return groups, DataReport(
-        groups=len(groups),
-        documents=_count(groups),
-        without_relevant=without_relevant,
-        unjudged=sum(qid not in known for qid in as_ids(results["qid"]).unique()),
-        judged_twice=_judged_twice(qrels),
-        without_negatives=lists.counts["queries"] - without_relevant - len(groups),
-        **lists.counts,
+    grades = grades_of(qrels)
+    judged = set(grades.index.get_level_values("qid"))
+    relevant = ByQuery(relevant_of(grades, min_relevance))
+
+    def lists() -> Iterator[tuple[_Lists, DataReport]]:
+        for piece in _pieces(results, text_field):
+            wanted = relevant.of(piece.qids)
+            rankings = piece if load_missing is None else _with_missing(piece, wanted, load_missing)
+            place, _ = rankings.find(wanted, rankings.judged)
+            label = np.append(wanted["label"].to_numpy(), 0.0)[place]  # at -1 there is a 0
+            kept = np.ones(len(label), dtype=bool) if depth is None else (label > 0) | (rankings.order < depth)
+            n = len(rankings.qids)
+            has_relevant = np.bincount(rankings.query[label > 0], minlength=n) > 0
+            has_negative = np.bincount(rankings.query[kept & (label == 0)], minlength=n) > 0
+            made = _Lists.of(rankings, kept & (has_relevant & has_negative)[rankings.query], label)
+            n_relevant = int(has_relevant.sum())
+            yield (
+                made,
+                DataReport(
+                    groups=len(made.qids),
+                    documents=len(made.labels.values),
+                    without_relevant=rankings.counts["queries"] - n_relevant,
+                    unjudged=sum(qid not in judged for qid in rankings.qids),
+                    without_negatives=n_relevant - len(made.qids),
+                    **rankings.counts,
+                ),
+            )
+
+    groups, report = _joined(lists(), n_negatives=n_negatives, n_positives=n_positives)
+    return groups, replace(report, judged_twice=_judged_twice(qrels))
+
+
+def relevant_of(grades: pd.Series, min_relevance: float) -> pd.DataFrame:
+    """The relevant documents of what `grades_of` gives: qid, docno, label."""
+    return grades[grades >= min_relevance].reset_index(name="label")
+
+
+def _with_missing(
+    rankings: Rankings, relevant: pd.DataFrame, load: Callable[[pd.DataFrame], Iterable[Any]]
+) -> Rankings:
+    """The rankings with the relevant documents that they lack, each at the end of its query's."""
+    # What has no query's text can't be learnt from.
+    asked = [qid for qid, query in zip(rankings.qids, rankings.queries, strict=True) if query]
+    missing = relevant[~rankings.find(relevant, rankings.judged)[1] & relevant["qid"].isin(asked).to_numpy()]
+    if not len(missing):
+        return rankings
+    numbers = {qid: place for place, qid in enumerate(rankings.qids)}
+    query = missing["qid"].map(numbers).to_numpy(dtype=np.int64)
+    wanted = missing[["qid", "docno"]].assign(query=[rankings.queries[i] for i in query])
+    texts = pd.Series([*load(wanted.reset_index(drop=True))], dtype=object, name="text")
+    has_text = ~without_text(texts)
+    document = number(missing["docno"][has_text], rankings.docnos)
+    query = np.concatenate([rankings.query, query[has_text]])
+    order = np.argsort(query, kind="stable")
+
+    def added(values: np.ndarray, extra: Any) -> np.ndarray:
+        return np.concatenate([values, np.broadcast_to(extra, len(document))])[order]
+
+    return replace(
+        rankings,
+        query=query[order],
+        document=added(rankings.document, document),
+        judged=added(rankings.judged, document),
+        text=added(rankings.text, number(as_texts(texts)[has_text], rankings.texts)),
+        key=added(rankings.key, -np.inf),
+        counts={**rankings.counts, "without_text": rankings.counts["without_text"] + int((~has_text).sum())},
     )
 
 
-def missing_positives(results: pd.DataFrame, qrels: pd.DataFrame, *, min_relevance: float) -> pd.DataFrame:
-    """The relevant documents of the results' queries that the results lack: a frame of qid, query, docno."""
-    grades = grades_of(qrels)
-    relevant = grades[grades >= min_relevance].index.to_frame(index=False)
-    queries = pd.DataFrame({"qid": as_ids(results["qid"]), "query": results["query"].to_numpy()}).drop_duplicates("qid")
-    docnos = as_ids(results["docno"]).str.replace(PASSAGE, "", regex=True)
-    present = pd.MultiIndex.from_arrays([as_ids(results["qid"]), docnos])
-    wanted = relevant.merge(queries, on="qid")
-    return wanted[~pd.MultiIndex.from_frame(wanted[["qid", "docno"]]).isin(present)].reset_index(drop=True)
-
-
 def from_teacher(
-    results: pd.DataFrame,
+    results: pd.DataFrame | Iterable[Rankings],
     ranking: pd.DataFrame | None,
     *,
     depth: int | None,
@@ -323,67 +501,78 @@ def from_teacher(
     """Groups of the first stage's top `depth` documents with the teacher's ranking as labels, for distillation.
 
     Args:
-        results: The first stage's results; with `ranking=None` they are the teacher's.
+        results: The first stage's results, as a frame or as the pieces of a file; with `ranking=None` they are the
+            teacher's.
         ranking: The teacher's: qid, docno and score, or rank where there is no score.
         depth: Documents a query, from the top of the results. None: all.
         keep_scores: Whether the teacher's scores are the labels; else its ranks are, a label being the number of
             the list's documents that the teacher places below (equal for equal scores).
         unranked: What becomes of documents that the teacher didn't rank, in a list that it knows: "drop" leaves them
             out, "last" places them below all others, tied among themselves.
-        text_field: The results' column of text.
+        text_field: A frame's column of text.
 
     Raises:
         ValueError: If neither the results nor the ranking say an order, or they have no query in common.
     """
-    lists = clean_results(results, text_field=text_field)
-    teacher = results if ranking is None else ranking
-    require_columns(teacher, ["qid", "docno"], "a teacher's ranking")
-    key = order_key(teacher)
-    if key is None:
-        raise ValueError(
-            f"expected a score or a rank in the teacher's ranking, found columns {list(map(str, teacher.columns))}"
-        )
-    if keep_scores and "score" not in teacher.columns:
-        raise ValueError("expected a column 'score' in the teacher's ranking, found ranks only")
-    rows = lists.rows if depth is None else lists.rows[lists.rows["order"] < depth]
-    if ranking is not None:
-        scores = pd.Series(key, index=pd.MultiIndex.from_arrays([as_ids(teacher["qid"]), as_ids(teacher["docno"])]))
-        scores = scores.groupby(level=[0, 1]).max()  # of a document ranked twice the better place
-        rows = rows.assign(key=scores.reindex(pd.MultiIndex.from_frame(rows[["qid", "docno"]])).to_numpy())
-    missing = rows["key"].isna()
-    known = rows.loc[~missing, "qid"].nunique()
-    if not known and len(rows):
+    if keep_scores and unranked == "last":
+        raise ValueError("expected unranked='drop' with the teacher's scores as labels, found 'last'")
+    teacher = None if ranking is None else ByQuery(_teacher(ranking, keep_scores))
+    n_known, stranger, ties = 0, pd.DataFrame(), np.zeros(2, dtype=np.int64)
+
+    def lists() -> Iterator[tuple[_Lists, DataReport]]:
+        nonlocal n_known, stranger, ties
+        for rankings in _pieces(results, text_field):
+            if teacher is None:
+                _check_order(rankings.ordered_by, results, keep_scores)
+                key, missing = rankings.key.copy(), np.zeros(len(rankings.key), dtype=bool)
+            else:
+                ranked = teacher.of(rankings.qids)
+                key = np.append(ranked["key"].to_numpy(), np.nan)[rankings.find(ranked, rankings.document)[0]]
+                missing = np.isnan(key)
+            kept = np.ones(len(key), dtype=bool) if depth is None else rankings.order < depth
+            missing &= kept
+            n = len(rankings.qids)
+            known = np.bincount(rankings.query[kept & ~missing], minlength=n) > 0
+            n_known += int(known.sum())
+            if not n_known and not len(stranger):
+                stranger = rankings.frame(kept)
+            if unranked == "last":
+                key[missing & known[rankings.query]] = -np.inf
+            kept &= ~np.isnan(key)
+            query, key, order = rankings.query[kept], key[kept], rankings.order[kept]
+            if keep_scores and not np.isfinite(key).all():
+                raise ValueError(f"expected finite scores of a teacher, found {_some(key[~np.isfinite(key)])}")
+            below = _below(query, key)
+            # A list of one document, or whose documents are all tied, has nothing to say.
+            told = np.bincount(query[below > 0], minlength=n) > 0
+            label = np.zeros(len(kept))
+            label[kept] = key if keep_scores else below
+            made = _Lists.of(rankings, kept & told[rankings.query], label)
+            ties += _ties(query[told[query]], key[told[query]])
+            agreement = None
+            if teacher is not None and rankings.ordered_by is not None:
+                agreement = _agreement(query[told[query]], key[told[query]], order[told[query]])
+            n_missing = int((missing & told[rankings.query]).sum())
+            yield (
+                made,
+                DataReport(
+                    groups=len(made.qids),
+                    documents=len(made.labels.values),
+                    without_teacher=rankings.counts["queries"] - int(known.sum()),
+                    unranked_by_teacher=n_missing if unranked == "drop" else 0,
+                    ranked_last=n_missing if unranked == "last" else 0,
+                    agreement=agreement,
+                    **rankings.counts,
+                ),
+            )
+
+    groups, report = _joined(lists(), n_negatives=None, n_positives=None)
+    if ranking is not None and len(stranger) and not n_known:
         raise ValueError(
             "expected the teacher's ranking to share queries and documents with the results, found none in common: "
-            + mismatch(rows, teacher, "the teacher's ranking")
+            + mismatch(stranger, ranking, "the teacher's ranking")
         )
-    if unranked == "last":
-        if keep_scores:
-            raise ValueError("expected unranked='drop' with the teacher's scores as labels, found 'last'")
-        known_query = (~missing).groupby(rows["qid"]).transform("any")
-        rows = rows.assign(key=rows["key"].mask(missing & known_query, -np.inf))
-    ranked = rows[rows["key"].notna()]
-    by_query = ranked.groupby("qid", sort=False)["key"]
-    if keep_scores and not np.isfinite(ranked["key"]).all():
-        raise ValueError(
-            f"expected finite scores of a teacher, found {_some(ranked['key'].to_numpy()[~np.isfinite(ranked['key'])])}"
-        )
-    labels = ranked["key"] if keep_scores else by_query.rank(method="min") - 1
-    ranked = ranked.assign(label=labels)
-    # A list of one document, or whose documents are all tied, has nothing to say.
-    ranked = ranked[by_query.transform("nunique") > 1]
-    groups = _groups(ranked, n_negatives=None, n_positives=None)
-    n_missing = int(missing[rows["qid"].isin(ranked["qid"].unique())].sum())
-    return groups, DataReport(
-        groups=len(groups),
-        documents=_count(groups),
-        without_teacher=lists.counts["queries"] - known,
-        unranked_by_teacher=n_missing if unranked == "drop" else 0,
-        ranked_last=n_missing if unranked == "last" else 0,
-        tied_labels=_tied_share(groups),
-        agreement=_agreement(ranked) if ranking is not None and lists.ordered else None,
-        **lists.counts,
-    )
+    return groups, replace(report, tied_labels=float(ties[0] / ties[1]) if ties[1] else 0.0)
 
 
 def bare_ranks(ranking: pd.DataFrame) -> bool:
@@ -427,12 +616,6 @@ def _judged_twice(qrels: pd.DataFrame) -> int:
     if labels.index.is_unique:
         return 0
     return int((labels.groupby(level=[0, 1]).nunique() > 1).sum())
-
-
-def _several(rows: pd.DataFrame) -> int:
-    """How many qids have several queries."""
-    distinct = rows[["qid", "query"]].drop_duplicates()["qid"]
-    return int(distinct[distinct.duplicated()].nunique())
 
 
 def mismatch(results: pd.DataFrame, other: pd.DataFrame, what: str) -> str:
@@ -525,6 +708,11 @@ def order_key(frame: pd.DataFrame) -> np.ndarray | None:
         key = -_numbers(frame["rank"], "rank")
     else:
         return None
+    return check_numbers(key)
+
+
+def check_numbers(key: np.ndarray) -> np.ndarray:
+    """The scores themselves; a ValueError if one is not a number."""
     if np.isnan(key).any():
         raise ValueError(f"expected a number as every score, found {int(np.isnan(key).sum())} NaN")
     return key
@@ -597,41 +785,123 @@ def frame_digest(frame: pd.DataFrame) -> str:
     return digest.hexdigest()
 
 
-def _groups(rows: pd.DataFrame, *, n_negatives: int | None, n_positives: int | None) -> Groups:
-    """Rows of (qid, query, text, label, order) as groups."""
-    # Sorted by qid, so that the order of the results doesn't decide what a seed draws.
-    rows = rows.sort_values(["qid", "order"], kind="stable")
-    codes, texts = pd.factorize(rows["text"])
-    starts = np.flatnonzero(~rows["qid"].duplicated().to_numpy())
-    first = rows.iloc[starts]
-    return Groups(
-        qids=first["qid"].tolist(),
-        queries=first["query"].tolist(),
-        texts=list(texts),
-        documents=np.split(codes, starts[1:]) if len(rows) else [],
-        labels=np.split(rows["label"].to_numpy(dtype=np.float32), starts[1:]) if len(rows) else [],
-        n_negatives=n_negatives,
-        n_positives=n_positives,
+# ---- lists
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """A part of the groups to be: what one of the results' pieces gives."""
+
+    qids: list[str]
+    queries: list[str]
+    texts: dict[str, int]
+    documents: Ragged
+    labels: Ragged
+
+    @classmethod
+    def of(cls, rankings: Rankings, kept: np.ndarray, label: np.ndarray) -> "_Lists":
+        """Of the rows that are kept, with (rows,) labels."""
+        query = rankings.query[kept]
+        begins = starts(query)
+        lengths = np.diff(np.append(begins, len(query)))
+        return cls(
+            [rankings.qids[i] for i in query[begins]],
+            [rankings.queries[i] for i in query[begins]],
+            rankings.texts,
+            Ragged(rankings.text[kept].astype(np.int32), lengths),
+            Ragged(label[kept].astype(np.float32), lengths),
+        )
+
+
+def _joined(
+    parts: Iterable[tuple[_Lists, DataReport]], *, n_negatives: int | None, n_positives: int | None
+) -> tuple[Groups, DataReport]:
+    """Lists as groups, sorted by qid, so that the order of the results doesn't decide what a seed draws."""
+    made, reports = [], []
+    for lists, report in parts:
+        made.append(lists)
+        reports.append(report)
+    qids = [qid for lists in made for qid in lists.qids]
+    queries = [query for lists in made for query in lists.queries]
+    order = sorted(range(len(qids)), key=qids.__getitem__)
+    documents = _in_order([lists.documents for lists in made], order, np.int32)
+    labels = _in_order([lists.labels for lists in made], order, np.float32)
+    texts = _renumber(documents.values, [*made[0].texts] if made else [])
+    groups = Groups(
+        [qids[i] for i in order], [queries[i] for i in order], texts, documents, labels, n_negatives, n_positives
     )
+    return groups, DataReport.total(reports)
 
 
-def _count(groups: Groups) -> int:
-    return sum(map(len, groups.documents))
+def _in_order(parts: list[Ragged], order: list[int], dtype: Any) -> Ragged:
+    arrays = [array for part in parts for array in part]
+    values = np.concatenate([arrays[i] for i in order]) if order else np.empty(0, dtype)
+    return Ragged(values, [len(arrays[i]) for i in order])
 
 
-def _tied_share(groups: Groups) -> float:
-    tied = pairs = 0
-    for labels in groups.labels:
-        counts = np.unique(labels, return_counts=True)[1]
-        tied += int((counts * (counts - 1)).sum())
-        pairs += len(labels) * (len(labels) - 1)
-    return tied / pairs if pairs else 0.0
+def _renumber(numbers: np.ndarray, names: list[str]) -> list[str]:
+    """Change the numbers in place to the order in which they come; the names by these."""
+    new = np.full(len(names), -1, dtype=np.int32)
+    found: list[str] = []
+    for start in range(0, len(numbers), AT_ONCE):
+        part = numbers[start : start + AT_ONCE]
+        unseen = pd.unique(part[new[part] < 0])
+        new[unseen] = np.arange(len(found), len(found) + len(unseen))
+        found += [names[i] for i in unseen]
+        numbers[start : start + AT_ONCE] = new[part]
+    return found
 
 
-def _agreement(rows: pd.DataFrame) -> float | None:
-    """Spearman's correlation of the teacher's labels with the first stage's order, the mean over queries."""
-    ranks = pd.DataFrame({"teacher": rows["label"], "first": -rows["order"]}).groupby(rows["qid"]).rank()
-    centred = ranks - ranks.groupby(rows["qid"]).transform("mean")
+# ---- a teacher's order
+
+
+def _teacher(ranking: pd.DataFrame, keep_scores: bool) -> pd.DataFrame:
+    """A ranking as qid, docno (strings, each pair once) and key (higher is better)."""
+    require_columns(ranking, ["qid", "docno"], "a teacher's ranking")
+    key = order_key(ranking)
+    ordered_by = None if key is None else "score" if "score" in ranking.columns else "rank"
+    _check_order(ordered_by, ranking, keep_scores)
+    frame = pd.DataFrame({"qid": as_ids(ranking["qid"]), "docno": as_ids(ranking["docno"]), "key": key})
+    # Of a document ranked twice the better place.
+    return frame.sort_values("key", ascending=False, kind="stable").drop_duplicates(["qid", "docno"])
+
+
+def _check_order(ordered_by: str | None, ranking: Any, keep_scores: bool) -> None:
+    if ordered_by is None:
+        raise ValueError(
+            f"expected a score or a rank in the teacher's ranking, found columns {list(map(str, ranking.columns))}"
+        )
+    if keep_scores and ordered_by != "score":
+        raise ValueError("expected a column 'score' in the teacher's ranking, found ranks only")
+
+
+def _runs_of_ties(query: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows by query and key, lowest first, and where a run of equal keys begins among them."""
+    row = np.lexsort((key, query))
+    new = np.diff(query[row], prepend=-1) != 0
+    new[1:] |= key[row][1:] != key[row][:-1]
+    return row, np.flatnonzero(new)
+
+
+def _below(query: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """(rows,) how many of the query's keys are lower; its rows stand together."""
+    row, begins = _runs_of_ties(query, key)
+    below = np.empty(len(row), dtype=np.int64)
+    below[row] = np.repeat(begins, np.diff(np.append(begins, len(row)))) - _spread(starts(query), query)
+    return below
+
+
+def _ties(query: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """[ordered pairs of a query's documents that are tied, all of them]."""
+    _, begins = _runs_of_ties(query, key)
+    tied, all_ = (np.diff(np.append(part, len(query))) for part in (begins, starts(query)))
+    return np.array([(tied * (tied - 1)).sum(), (all_ * (all_ - 1)).sum()])
+
+
+def _agreement(query: np.ndarray, key: np.ndarray, order: np.ndarray) -> float | None:
+    """Spearman's correlation of the teacher's order with the first stage's, the mean over queries."""
+    ranks = pd.DataFrame({"teacher": key, "first": -order}).groupby(query).rank()
+    centred = ranks - ranks.groupby(query).transform("mean")
     products = pd.DataFrame(
         {
             "both": centred["teacher"] * centred["first"],
@@ -639,6 +909,6 @@ def _agreement(rows: pd.DataFrame) -> float | None:
             "first": centred["first"] ** 2,
         }
     )
-    sums = products.groupby(rows["qid"]).sum()
+    sums = products.groupby(query).sum()
     correlation: pd.Series[float] = sums["both"] / np.sqrt(sums["teacher"] * sums["first"])
     return float(correlation.mean()) if len(correlation) else None

@@ -11,7 +11,6 @@ from pyterrier_msft.groups import (
     frame_digest,
     from_qrels,
     from_teacher,
-    missing_positives,
     order_key,
     top_documents,
 )
@@ -126,9 +125,19 @@ def test_passages_have_their_documents_label():
 
 
 def test_missing_positives():
-    missing = missing_positives(results(RESULTS), qrels(QRELS + "q1 z 1\nq9 z 1\nq2 y 0"), min_relevance=1)
-    expected = pd.DataFrame([("q1", "z", "query of q1")], columns=["qid", "docno", "query"])
-    assert_frame_equal(missing[["qid", "docno", "query"]], expected, check_dtype=False)
+    asked = []
+
+    def load(frame):
+        asked.append(frame[["qid", "docno", "query"]])
+        return ["text of z", "text of a", None]
+
+    relevant = qrels(QRELS + "q1 z 1\nq2 x 2\nq9 z 1\nq2 y 0\nq2 w 1")
+    groups, report = contrastive(results(RESULTS), relevant, depth=1, load_missing=load)
+    expected = pd.DataFrame([("q1", "z"), ("q2", "w"), ("q2", "x")], columns=["qid", "docno"])
+    assert_frame_equal(asked[0], expected.assign(query="query of " + expected["qid"]), check_dtype=False)
+    assert lists(groups) == {"q1": [("a", 0), ("b", 1), ("z", 1)], "q2": [("a", 0), ("d", 2), ("a", 1)]}
+    assert groups.texts == ["text of a", "text of b", "text of z", "text of d"]  # each once
+    assert report.without_text == 1
 
 
 @pytest.mark.parametrize("column", ["qid", "query", "docno", "text"])
