@@ -290,7 +290,7 @@ def test_digest_knows_content_alone():
     assert frame_digest(frame) != frame_digest(frame[::-1])
 
 
-@settings(deadline=None)  # the machine may be busy
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("uvwxyz"), st.floats(-5, 5)), min_size=1, max_size=30)
 )
