@@ -164,6 +164,8 @@ class MonoCE(pt.Estimator):
         self._peft: Any = None  # the network as peft sees it, where there is an adapter
         self._adapter_folder: str | None = None  # of a saved one
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._on_disk: str | None = None  # the folder or name that the network's weights can be loaded from again
+        self._expected: str | None = None  # the fingerprint of weights that are still to be loaded
         self._head_is_new = False
         self._quantised: tuple[str, PreTrainedModel] | None = None
         self._stages: list[dict[str, Any]] = []
@@ -405,6 +407,7 @@ class MonoCE(pt.Estimator):
         self._reports.append(report)
         was_new, self._head_is_new = self._head_is_new, False
         probed = _probe(network, encoder, groups)
+        self._on_disk = None
         check = None
         if validation is not None and stage.metric is not None:
             check = Validation(validation[0], validation[1], stage.metric)
@@ -531,6 +534,33 @@ class MonoCE(pt.Estimator):
             setattr(other, f"_{name}" if name in {"model", "dtype", "device"} else name, value)
         return other
 
+    def __copy__(self) -> "MonoCE":
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MonoCE":
+        return self.clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels to another process: no weights where they can be loaded there, else weights for a CPU.
+
+        A device is looked for where the re-ranker arrives.
+        """
+        state = {**self.__dict__, "_quantised": None}
+        if self._network is None:
+            return {**state, "_model": _absolute(self._model)}
+        fingerprint = self.fingerprint
+        if self._on_disk is not None and _recorded(self._on_disk) in {None, fingerprint}:
+            alone = {"_network": None, "_peft": None, "_tokenizer": None, "_expected": fingerprint}
+            return {**state, **alone, "_model": _absolute(self._on_disk)}
+        self._load()  # a tokenizer that is beside a model in memory
+        state["_tokenizer"], network, adapted = self._tokenizer, self._network, self._peft
+        if network.device.type != "cpu":
+            network, adapted = copy.deepcopy((network, adapted))
+            network.cpu()
+        return {**state, "_network": network, "_peft": adapted}
+
     def reseeded(self, seed: int) -> "MonoCE":
         """A clone for a replicate: with another new head if it is untrained, with the same weights if not."""
         other = self.clone()
@@ -543,6 +573,7 @@ class MonoCE(pt.Estimator):
     def take_weights(self, other: "MonoCE") -> None:
         """Become what another re-ranker is, with one's own settings."""
         self._network, self._tokenizer, self._peft = other._load()[0], other._tokenizer, other._peft
+        self._on_disk = other._on_disk if self.seed == other.seed else None
         self._head_is_new, self._stages, self._reports = other._head_is_new, other._stages, other._reports
 
     def scoring_settings(self) -> dict[str, Any]:
@@ -592,6 +623,8 @@ class MonoCE(pt.Estimator):
         self._load()
         if processes.rank() == 0:
             self._replace(path, merged=merged, license=license, metrics=metrics, **card)
+            if self._peft is None:
+                self._on_disk = str(path)
 
     def _replace(self, path: Path, **options: Any) -> None:
         """Write beside the model that is there, and change the two for each other."""
@@ -749,6 +782,7 @@ class MonoCE(pt.Estimator):
             self._network, self._tokenizer, self._head_is_new = load_model(
                 self._model, seed=self.seed, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
+            self._on_disk = self._model
         if self._tokenizer is None:
             self._tokenizer = _tokenizer_of(self._network)
         if self._peft is None and self._adapter_folder is not None:
@@ -756,6 +790,13 @@ class MonoCE(pt.Estimator):
         elif self._peft is None and self.adapter is not None:
             base = str(Path(self._model).absolute()) if Path(self._model).is_dir() else self._model
             self._peft = adapters.add(self._network, self.adapter, base=base, seed=self.seed)
+        if self._expected is not None:
+            expected, self._expected = self._expected, None
+            if (found := self.fingerprint) != expected:
+                self._network, self._peft, self._expected = None, None, expected
+                raise ValueError(
+                    f"expected the weights {expected} in {self._model}, from where they were sent, found {found}"
+                )
         if self._network.device != device:
             self._network.to(device)
         length = self._fitting(self.max_length, self._network)
@@ -868,6 +909,17 @@ def _check_folder(model: str) -> None:
         raise ValueError(f"expected a model's folder or a name on the Hugging Face hub, found {model!r}")
 
 
+def _absolute(model: str) -> str:
+    """A folder from wherever it is looked for; a hub name as it is."""
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
+
+
+def _recorded(model: str) -> str | None:
+    """The fingerprint of the weights that `save` left in a folder; None where it didn't write one."""
+    record = Path(model) / RECORD
+    return json.loads(record.read_text()).get("fingerprint") if record.is_file() else None
+
+
 def _fingerprint(network: PreTrainedModel, settings: dict[str, Any] | None = None) -> str:
     state = network.state_dict()
     digest = hashlib.sha256(b"" if settings is None else json.dumps(settings, sort_keys=True, default=str).encode())
@@ -905,9 +957,9 @@ def _sample(groups: Groups) -> tuple[list[str], list[str]]:
     """Some pairs of the training data, evenly taken."""
     step = max(1, len(groups) * 4 // TRUNCATION_SAMPLE)
     chosen = [
-        (groups.queries[i], text) for i in range(0, len(groups), step) for text in groups.text(groups.documents[i][:4])
+        (groups.queries[i], document) for i in range(0, len(groups), step) for document in groups.documents[i][:4]
     ]
-    return [query for query, _ in chosen], [text for _, text in chosen]
+    return [query for query, _ in chosen], groups.text(document for _, document in chosen)
 
 
 def _digest(content: Any) -> str:

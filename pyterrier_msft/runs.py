@@ -137,7 +137,7 @@ class _Reader:
         if (row[1:] < row[:-1]).any():
             batch, query, key = batch[row], query[row], key[row]
         batch = batch.with_columns(query_number=pl.Series(query), key=pl.Series(key)).filter(pl.Series(query >= 0))
-        counts = {"queries": len(qids), "duplicates": len(batch)}
+        counts = {"queries": len(qids), "duplicates": len(batch), "without_text": 0}
         batch = _distinct(batch)
         counts["duplicates"] -= len(batch)
         if self.queries is None:

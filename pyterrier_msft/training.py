@@ -325,12 +325,16 @@ class _Batches:
             share = [(index, epoch) for index in batches[place][rank::count]]
             yield share or [(batches[place][0], FILLER)]
 
+    def __getitems__(self, wanted: list[tuple[int, int]]) -> list[Group]:
+        """A batch at once, as DataLoader asks for it: where texts are looked up, in one look-up."""
+        groups = self.groups.draw_all([(index, max(epoch, 0)) for index, epoch in wanted], seed=self.seed)
+        return [
+            replace(group, texts=group.texts[:1], labels=group.labels[:0]) if epoch == FILLER else group
+            for group, (_, epoch) in zip(groups, wanted, strict=True)
+        ]
+
     def __getitem__(self, index_and_epoch: tuple[int, int]) -> Group:
-        index, epoch = index_and_epoch
-        if epoch == FILLER:
-            group = self.groups.draw(index, seed=self.seed, epoch=0)
-            return replace(group, texts=group.texts[:1], labels=group.labels[:0])
-        return self.groups.draw(index, seed=self.seed, epoch=epoch)
+        return self.__getitems__([index_and_epoch])[0]
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng([self.seed, epoch])
