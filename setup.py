@@ -12,6 +12,8 @@ CACHE = ["pyterrier-caching>=0.5"]
 PLOT = ["matplotlib>=3.8"]
 LORA = ["peft>=0.18"]
 RUNS = ["polars>=1.34"]
+# For .parallel(N) by joblib and by Ray.
+PARALLEL = ["joblib>=1.4", "pyterrier-alpha>=0.16", "ray>=2.60"]
 PISA = ['pyterrier-pisa>=0.4.9; platform_system == "Linux" and platform_machine == "x86_64"']
 # What PyDocs is made from (besides the standard library and torch), and the weights that need no hub.
 DEMO = [
@@ -69,6 +71,7 @@ setup(
         "docs": ["sphinx>=8", "furo>=2024.8", "myst-parser>=4", "sphinx-copybutton>=0.5"],
         "notebooks": NOTEBOOKS,
         "paper": PAPER,
+        "parallel": PARALLEL,
         "plot": PLOT,
         "runs": RUNS,
         "test": [

@@ -115,7 +115,12 @@ def test_parallel_by_ray(trained, dev_part, tmp_path):
     pytest.importorskip("pyterrier_alpha")
     ray = pytest.importorskip("ray")
     trained.save(tmp_path / "model")
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
+    try:
+        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        pytest.skip("the machine is too busy for Ray, which gives its parts half a minute to start")
     try:
         check_parallel(trained, dev_part.results, "ray")
     finally:
