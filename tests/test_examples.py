@@ -190,3 +190,38 @@ def test_the_papers_data_in_small(tmp_path, monkeypatch, train_part):
     stage = json.loads(history.read_text())["stages"][-1]
     assert stage["queries"] == 63  # without the query 100
     assert "nDCG@10" in stage["history"][-1]  # which validates
+
+
+# ---- one use each
+
+
+def test_distilling_an_llms_permutations(tmp_path, home):
+    topics = ("colour", "size", "weight", "age", "price", "name", "taste", "sound", "shape", "speed")
+    texts = [f"about the {word} of things" for word in topics]
+    records = []
+    for number, text in enumerate(texts):
+        passages = [text, *texts[number + 1 :], *texts[:number]][:4]
+        records.append({"query": text, "passages": passages, "permutation": [1, 3, 2, 4]})
+    (tmp_path / "permutations.jsonl").write_text("\n".join(map(json.dumps, records)))
+    arguments = ["permutations.jsonl", "--backbone", write_tiny_bert(tmp_path / "tiny"), "--max-length", "32"]
+    done = run(str(EXAMPLES / "distil_from_llm.py"), *arguments, "--epochs", "1", cwd=tmp_path, home=home)
+    assert "8 of 8 queries to learn from, with 32 documents" in done.stdout
+    assert "on 2 queries that weren't learnt from" in done.stdout
+    assert MonoCE.load(tmp_path / "distilled").history["fitter"].unique().tolist() == ["Distillation"]
+    card = (tmp_path / "distilled" / "README.md").read_text()
+    assert "| distilled | " in card
+    assert "| words in common | 1.0000 |" in card  # the LLM's best is the query itself
+
+
+def test_publishing_by_a_dry_run(tmp_path, home):
+    pytest.importorskip("pyterrier_pisa")
+    small = ["--backbone", write_tiny_bert(tmp_path / "tiny"), "--queries", "8", "--test-queries", "10", "--depth", "5"]
+    command = str(EXAMPLES / "publish.py"), "--dry-run", "--license", "mit"
+    first = run(*command, "--repo", "me/first", *small, cwd=tmp_path, home=home)
+    assert "license: mit" in first.stdout
+    assert "| me/first | 0." in first.stdout
+    saved = MonoCE.load(tmp_path / "to-publish")
+    assert saved.history["stage"].max() == 1
+    # And the saved one again, as a model that is there already.
+    run(*command, "to-publish", "--out", "again", "--test-queries", "10", "--depth", "5", cwd=tmp_path, home=home)
+    assert MonoCE.load(tmp_path / "again").fingerprint == saved.fingerprint

@@ -176,6 +176,44 @@ def test_inspection_and_drawing(ce, test_part):
     assert ce._network is None  # no drawing loads a model
 
 
+def test_inspection_is_complete_with_text_from_elsewhere_and_with_a_cache(silent, test_part, tmp_path):
+    pytest.importorskip("pyterrier_caching")
+    with_text = silent.apply_attributes(text=Docs(test_part))
+    columns = ["qid", "query", "docno", "text", "score", "rank"]
+    needed = {"text": ["qid", "docno", "query"], "none": ["qid", "docno", "query", "text"]}
+    found = {"text": with_text, "none": silent, "cached": silent.cached(tmp_path)}
+    for name, ce in found.items():
+        inputs = needed.get(name, needed["none"])
+        assert pt.inspect.transformer_inputs(ce) == [inputs]
+        assert sorted(pt.inspect.transformer_outputs(ce, inputs)) == sorted(columns)
+        drawn = pt.schematic.transformer_schematic(ce, input_columns=inputs)
+        assert drawn["label"] == ("MonoCE (cached)" if name == "cached" else "MonoCE")
+        assert (drawn["input_columns"], sorted(drawn["output_columns"])) == (inputs, sorted(columns))
+        assert "MonoCE" in pt.schematic.draw(source(test_part) >> ce)
+
+
+def test_beside_other_plugins_in_one_pipeline(silent, backbone, test_part, tmp_path):
+    pyterrier_dr = pytest.importorskip("pyterrier_dr")
+    fusion = pytest.importorskip("pyterrier_alpha").fusion
+    first = source(test_part)
+    bi_encoder = first >> pyterrier_dr.HgfBiEncoder.from_pretrained(backbone, device="cpu")
+    systems = {
+        "bi-encoder": bi_encoder,
+        "ce": first >> silent,
+        "cached": first >> silent.cached(tmp_path),
+        "chain": bi_encoder % 3 >> silent,
+        "fused": fusion.RRFusion(bi_encoder, first >> silent),
+        "rest below": (bi_encoder % 3 >> silent) ^ bi_encoder,
+    }
+    table = pt.Experiment(systems, topics(test_part), test_part.qrels, [RR @ 10]).set_index("name")["RR@10"]
+    assert table["ce"] == pytest.approx(table["cached"])
+    assert table.between(0, 1).all()
+    chain = systems["chain"](topics(test_part))
+    assert chain.groupby("qid").size().eq(3).all()
+    kept = chain.merge(systems["ce"](topics(test_part)), on=["qid", "docno"], suffixes=("", " alone"))
+    np.testing.assert_allclose(kept["score"], kept["score alone"], atol=1e-5)
+
+
 # ---- fit
 
 
