@@ -38,13 +38,13 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def candidates(queries: int, depth: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """PyDocs' test queries with BM25's top documents, lengths as they come; and the qrels."""
+def candidates(queries: int, depth: int, part: str = "test") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Queries of a part of PyDocs with BM25's top documents, lengths as they come; and the qrels."""
     from pyterrier_pisa import PisaIndex
 
-    test = pt.get_dataset("pydocs:test")
-    first_stage = PisaIndex.from_dataset(test).bm25(num_results=depth) >> test.text_loader()
-    return first_stage(test.get_topics().head(queries)), test.get_qrels()
+    dataset = pt.get_dataset(f"pydocs:{part}")
+    first_stage = PisaIndex.from_dataset(dataset).bm25(num_results=depth) >> dataset.text_loader()
+    return first_stage(dataset.get_topics().head(queries)), dataset.get_qrels()
 
 
 System = Callable[[pd.DataFrame], Callable[[], Any]]

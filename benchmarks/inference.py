@@ -23,7 +23,7 @@ from scipy.stats import kendalltau
 from sentence_transformers import CrossEncoder
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, ElectraConfig
 
-from pyterrier_msft import MonoCE
+from pyterrier_msft import Contrastive, MonoCE
 from pyterrier_msft.scoring import resolve_device, resolve_dtype
 
 OURS = "MonoCE"
@@ -35,12 +35,15 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=25)
     parser.add_argument("--depth", type=int, default=16)
     parser.add_argument("--long", type=int, default=1, help="repeat each text so many times: long documents")
+    parser.add_argument("--train", type=int, default=400, help="queries that the model learns from before, a minute's")
     args = parser.parse_args()
     results, qrels = candidates(args.queries, args.depth)
     results["text"] = results["text"].map(lambda text: " ".join([text] * args.long))
     with tempfile.TemporaryDirectory() as folder:
-        # A folder with a trained head, as all read it, so that scores differ between documents.
         save_model(args.backbone or minilm(), folder)
+        if args.train:  # the scores of a new head say little about what rounding does to a ranking
+            fitter = Contrastive(n_negatives=3, depth=50, learning_rate=2e-4, batch_size=8, dropout=0.0)
+            MonoCE(folder, max_length=64, fitter=fitter).fit(*candidates(args.train, 50, "train")).save(folder)
         measure(folder, results, qrels, args)
 
 

@@ -262,7 +262,8 @@ def msmarco(args: argparse.Namespace, scale: Scale, out: Path) -> Data:
     labelled = qrels[qrels["qid"].isin(topics["qid"]) & ~qrels["qid"].isin(held_out["qid"])]
     validation = None
     if len(held_out):
-        candidates = pd.concat(runs.pieces(run_file, depth=DEPTH, topics=held_out), ignore_index=True)
+        pieces = runs.pieces(run_file, depth=DEPTH, topics=held_out)
+        candidates = pd.concat([piece.frame() for piece in pieces]).merge(held_out, on="qid")
         validation = train.text_loader()(candidates), qrels[qrels["qid"].isin(held_out["qid"])]
     candidates_file, answers = rankgpt(downloads)
     ranking = teachers.read_permutations(candidates_file, responses=answers)

@@ -143,7 +143,7 @@ class _Reader:
         if self.queries is None:
             asked = batch["query"].str.contains(r"\S").fill_null(False)
         else:
-            asked = pl.Series(np.array([bool(self.queries[qid].strip()) for qid in qids])[batch["query_number"]])
+            asked = pl.Series(np.array([bool(self.queries[qid].strip()) for qid in qids], bool)[batch["query_number"]])
         counts["without_query"] = len(batch) - int(asked.sum())
         batch = batch.filter(asked)
         query = batch["query_number"].to_numpy()

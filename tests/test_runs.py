@@ -224,6 +224,23 @@ def test_relevant_documents_that_are_missing_are_added(ranked, train_part, tmp_p
     assert report.without_relevant == 0
 
 
+@pytest.mark.parametrize("rows", [7, 1_000_000])
+@pytest.mark.parametrize("kind", [".trec", ".parquet"])
+def test_queries_that_the_topics_lack_are_left_out(ranked, train_part, tmp_path, monkeypatch, rows, kind):
+    """Also where a whole piece has no other queries."""
+    monkeypatch.setattr(runs, "ROWS", rows)
+    dataset = Dataset(train_part)
+    dataset.topics = dataset.topics.iloc[20:23]
+    known = ranked[ranked["qid"].isin(dataset.topics["qid"])]
+    expected, expected_report = read(Contrastive(n_negatives=4), known, train_part)
+    path = write(ranked.drop(columns="query"), tmp_path, kind)
+    groups, report = read(Contrastive(n_negatives=4), path, train_part, dataset)
+    assert_same(groups, expected)
+    assert_same_report(report, expected_report)
+    [*pieces] = runs.pieces(path, depth=2, topics=dataset.topics)
+    assert pd.concat([piece.frame() for piece in pieces])["qid"].unique().tolist() == dataset.topics["qid"].tolist()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
