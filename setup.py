@@ -78,6 +78,7 @@ setup(
             *LORA,
             *NOTEBOOKS,
             *RUNS,
+            "datasets>=3",
             "hypothesis>=6.100",
             "mypy>=1.13",
             "pandas-stubs>=2.2",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -570,8 +571,8 @@ def tokens_that_fit(model: PreTrainedModel, dtype: torch.dtype, *, length: int, 
     """An estimate of how many tokens' activations fit the memory: of a layer, or of all layers in training.
 
     17 numbers a token and hidden unit, and where attention's matrices are written out 2.5 a head and token that is
-    looked at (Korthikanti et al., MLSys 2023), in half of the memory, of a GPU that which is free. Of a CPU it is all
-    of the machine's, so that two trainings there take the same course.
+    looked at (Korthikanti et al., MLSys 2023), in half of the memory, of a GPU that which is free. Of a CPU it is
+    what the machine or its container has in all, so that two trainings there take the same course.
     """
     config, device = model.config, next(model.parameters()).device
     try:
@@ -579,16 +580,30 @@ def tokens_that_fit(model: PreTrainedModel, dtype: torch.dtype, *, length: int, 
         if device.type == "cpu" or config._attn_implementation == "eager":
             numbers += 2.5 * config.num_attention_heads * length
         layers = config.num_hidden_layers if training else 1
-        if device.type == "cuda":
-            memory = torch.cuda.mem_get_info(device)[0]
-        else:
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_of_machine()
     except (AttributeError, ValueError, OSError):  # a family of other names, a system that doesn't tell
         return 2**62
     if training:  # gradients and AdamW's two moments are still to come
         memory -= 12 * model.num_parameters()
     size = 2 if dtype in {torch.bfloat16, torch.float16} else 4
     return max(length, int(memory / 2 / (layers * size * numbers)))
+
+
+def memory_of_machine(root: Path = Path("/")) -> int:
+    """Bytes of memory, or as many as a container or a batch system such as Slurm allows (Linux's control groups)."""
+    known = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        _, kinds, place = line.split(":", 2)
+        kind, file = ("memory", "memory.limit_in_bytes") if "memory" in kinds.split(",") else ("", "memory.max")
+        if kinds and not kind:
+            continue
+        own = Path(place)
+        for group in (own, *own.parents):  # a limit holds for all below
+            # Not every group has a limit, and "max" is none.
+            with contextlib.suppress(OSError, ValueError):
+                known.append(int((root / "sys/fs/cgroup" / kind / group.relative_to("/") / file).read_text()))
+    return min(known)
 
 
 def out_of_memory(error: RuntimeError) -> bool:

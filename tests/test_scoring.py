@@ -18,6 +18,7 @@ from pyterrier_msft.scoring import (
     forward,
     length_batches,
     load_model,
+    memory_of_machine,
     pad,
     resolve_device,
     resolve_dtype,
@@ -140,6 +141,25 @@ def test_tokens_that_fit_a_gpu(model, monkeypatch):
     assert tokens_that_fit(gpu, torch.float32, length=24, training=True) == 250
     assert tokens_that_fit(gpu, torch.float32, length=24) == int(free / 2 / 4 / 272)
     assert tokens_that_fit(gpu, torch.float32, length=400, training=True) == 400  # a pair at least
+
+
+@pytest.mark.parametrize(
+    ("groups", "file"),
+    [
+        ("0::/system.slice/job_7/step_0", "sys/fs/cgroup/system.slice/job_7/memory.max"),
+        ("0::/", "sys/fs/cgroup/memory.max"),
+        ("5:cpu:/\n4:memory:/slurm/job_7", "sys/fs/cgroup/memory/slurm/memory.limit_in_bytes"),
+    ],
+)
+def test_memory_of_a_container(tmp_path, groups, file):
+    whole = memory_of_machine(tmp_path)
+    assert whole == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path, content in {"proc/self/cgroup": groups, file: "max"}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"{content}\n")
+    assert memory_of_machine(tmp_path) == whole
+    (tmp_path / file).write_text("1000000\n")
+    assert memory_of_machine(tmp_path) == 1_000_000
 
 
 def test_tokens_that_fit_a_machine(model, monkeypatch):

@@ -31,6 +31,9 @@ def model(backbone):
     return load_model(backbone, seed=1)[0]
 
 
+every_loss = pytest.mark.parametrize("loss", ALL_LOSSES, ids=lambda loss: getattr(loss, "__name__", None) or repr(loss))
+
+
 @pytest.fixture(scope="module")
 def groups(train_part):
     return from_qrels(train_part.results, train_part.qrels, depth=None, n_negatives=3, min_relevance=1)[0]
@@ -263,7 +266,7 @@ def test_bounded_memory_gives_the_same_weights(encoder, groups, backbone, loss, 
     torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("loss", ALL_LOSSES, ids=repr)
+@every_loss
 def test_bounded_memory_replays_dropout(encoder, groups, backbone, monkeypatch, loss):
     settings = dataclasses.replace(
         FAST, dropout=0.3, pairs_per_pass=5, max_steps=1, learning_rate=0.3, warmup=0, trainer_args=SGD
@@ -276,7 +279,7 @@ def test_bounded_memory_replays_dropout(encoder, groups, backbone, monkeypatch, 
     torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("loss", ALL_LOSSES, ids=repr)
+@every_loss
 def test_long_lists_in_bounded_memory_whatever_the_loss(encoder, train_part, backbone, loss):
     groups = from_qrels(
         train_part.results, train_part.qrels, depth=None, n_negatives=99, n_positives=None, min_relevance=1
