@@ -51,6 +51,15 @@ def each(function: Callable[[], T]) -> list[T]:
     return [value for value, _ in every]
 
 
+def largest(number: int) -> int:
+    """The largest of what the processes have."""
+    if count() == 1:
+        return number
+    value = torch.tensor(number, device=PartialState().device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
+
+
 def from_first(function: Callable[[], T]) -> T:
     """What a function gives in the first process, in all of them; it runs in no other."""
     return each(lambda: function() if rank() == 0 else None)[0]  # type: ignore[return-value]

@@ -675,9 +675,12 @@ class MonoCE(pt.Estimator):
             **card: For the card.
 
         Returns:
-            The commit's address.
+            The commit's address. Of several processes the first publishes; the others don't wait, and get the
+            model's address.
         """
         api = HfApi(token=token)
+        if processes.rank() != 0:
+            return f"{api.endpoint}/{repo}"
         repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory(prefix="pyterrier_msft_") as folder:
             self._write(Path(folder), name=repo, merged=merged, license=license, metrics=metrics, **card)

@@ -540,7 +540,7 @@ class _ListTrainer(Trainer):
     def _gradient(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         inputs = {**inputs, "chunks": self._chunks(inputs)}
         if self.is_fsdp_enabled:  # whose processes must call the model equally often
-            most = max(processes.each(lambda: len(inputs["chunks"])))
+            most = processes.largest(len(inputs["chunks"]))
             inputs["chunks"] += [inputs["chunks"][-1]] * (most - len(inputs["chunks"]))
         if self._bounded(inputs):
             return self._bounded_step(model, inputs)
@@ -551,7 +551,7 @@ class _ListTrainer(Trainer):
         bounded = self.max_pairs is not None or self.settings.pairs_per_pass is not None
         if not bounded:  # and where one process has too much for its memory, all go the same way
             tokens = sum(chunk["input_ids"].numel() for chunk in inputs["chunks"])
-            bounded = max(processes.each(lambda: tokens > self.fitting))
+            bounded = processes.largest(int(tokens > self.fitting)) > 0
         return bounded and len(inputs["chunks"]) > 1
 
     def _bounded_step(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
