@@ -241,7 +241,10 @@ class MonoCE(pt.Estimator):
         return results if self.text is None or self.text_field in results.columns else self._load_text(results)
 
     def _load_text(self, results: pd.DataFrame) -> pd.DataFrame:
-        loaded: pd.DataFrame = self.text.text_loader(fields=[self.text_field])(results)
+        try:
+            loaded: pd.DataFrame = self.text.text_loader(fields=[self.text_field])(results)
+        except KeyError as error:  # which PyTerrier's loader of irds: datasets says it by
+            raise ValueError(f"expected the texts of all documents in text=, found some missing: {error}") from error
         require_columns(loaded, [self.text_field], "what the text loader gives")
         if len(loaded) != len(results):
             raise ValueError(

@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pandas as pd
+import pyterrier as pt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -211,6 +212,36 @@ def test_texts_that_are_not_there(ranked, train_part, backbone, tmp_path):
     dataset.documents = dataset.documents.head(0)
     with pytest.raises(ValueError, match="expected texts from MonoCE"):
         ce.fit(path, train_part.qrels, fitter=fitter)
+
+
+@pytest.fixture
+def irds(ranked, train_part, tmp_path, request):
+    """A collection as ir_datasets has it, with its store of documents on disk."""
+    ir_datasets = pytest.importorskip("ir_datasets")
+    tables = {
+        "docs": ranked[["docno", "text"]].drop_duplicates(),
+        "queries": ranked[["qid", "query"]].drop_duplicates(),
+        "qrels": train_part.qrels.assign(iteration=0)[["qid", "iteration", "docno", "label"]],
+    }
+    for name, table in tables.items():
+        table.to_csv(tmp_path / name, sep=" " if name == "qrels" else "\t", header=False, index=False)
+    paths = {f"{name}_{kind}": str(tmp_path / name) for name, kind in zip(tables, ("tsv", "tsv", "trec"), strict=True)}
+    name = f"tiny-{tmp_path.name}"
+    ir_datasets.registry.register(name, ir_datasets.create_dataset(**paths))
+    return pt.get_dataset(f"irds:{name}")
+
+
+def test_texts_and_queries_of_an_irds_collection(ranked, train_part, backbone, tmp_path, irds):
+    path = write(ranked.drop(columns="query"), tmp_path, ".parquet")
+    settings = {"max_length": 24, "dtype": "float32", "device": "cpu"}
+    fitter = Contrastive(n_negatives=3, **{**FAST, "batch_size": 64})
+    by_frame = MonoCE(backbone, **settings).fit(ranked, train_part.qrels, fitter=fitter)
+    by_file = MonoCE(backbone, **settings, text=irds).fit(path, irds.get_qrels(), fitter=fitter)
+    np.testing.assert_allclose(by_file.history["loss"], by_frame.history["loss"], rtol=1e-4)
+    scores = by_file(ranked.drop(columns="text"))["score"]
+    np.testing.assert_allclose(scores, by_file(ranked)["score"], atol=1e-6)
+    with pytest.raises(ValueError, match=r"expected the texts of all documents in text=, found some missing.*nowhere"):
+        by_file(ranked.drop(columns="text").replace({"docno": {"tr0d0": "nowhere"}}))
 
 
 def test_relevant_documents_that_are_missing_are_added(ranked, train_part, tmp_path):
