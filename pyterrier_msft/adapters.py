@@ -27,7 +27,7 @@ def check(adapter: Any) -> None:
         raise ValueError(f"expected an adapter such as peft.LoraConfig(r=16), found {type(adapter).__name__}")
 
 
-def add(network: PreTrainedModel, adapter: Any, *, base: str, seed: int) -> Any:
+def add(network: PreTrainedModel, adapter: Any, *, base: str, revision: str | None, seed: int) -> Any:
     """Put a new adapter into a network, in place.
 
     The head is trained too, with a pooler if there is one: it may be new, and has to be saved with the adapter.
@@ -36,6 +36,7 @@ def add(network: PreTrainedModel, adapter: Any, *, base: str, seed: int) -> Any:
         network: The backbone with its head.
         adapter: The `peft.PeftConfig`; it stays as it is.
         base: The backbone's name or folder, for whoever loads the adapter.
+        revision: The backbone's.
         seed: Decides the adapter's first weights.
 
     Returns:
@@ -43,7 +44,7 @@ def add(network: PreTrainedModel, adapter: Any, *, base: str, seed: int) -> Any:
     """
     config = copy.deepcopy(adapter)
     config.task_type = "SEQ_CLS"
-    config.base_model_name_or_path = base
+    config.base_model_name_or_path, config.revision = base, revision
     if config.modules_to_save is None:
         config.modules_to_save = _head(network)
     with isolated_rng(seed), _quiet():
@@ -60,10 +61,10 @@ def load(network: PreTrainedModel, folder: str | Path) -> Any:
     return wrapped
 
 
-def base_of(folder: str | Path) -> str:
-    """The name or folder of the backbone that a saved adapter belongs to."""
-    base: str = _peft().PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    return base
+def base_of(folder: str | Path) -> tuple[str, str | None]:
+    """The name or folder of the backbone that a saved adapter belongs to, and its revision."""
+    config = _peft().PeftConfig.from_pretrained(str(folder))
+    return config.base_model_name_or_path, config.revision
 
 
 def merged(wrapped: Any) -> PreTrainedModel:

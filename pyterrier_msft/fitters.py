@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -204,11 +204,11 @@ class Fitter(Hyperparameters):
         Raises:
             ValueError: If the teacher is a transformer, whose content can't be told before it is run.
         """
-        return self._digest(frozenset())
+        return self._digest(frozenset({"pairs_per_pass"}))
 
     def settings_digest(self) -> str:
         """A digest without where the labels come from: with that of the groups, it tells all that `digest` does."""
-        return self._digest(self.sources)
+        return self._digest(self.sources | {"pairs_per_pass"})
 
     def readable_settings(self) -> dict[str, str]:
         """What `settings_digest` is of, by name and as far as it can be read: for saying what differs.
@@ -409,11 +409,14 @@ class Distillation(Fitter):
         scored = ranking
         if ranking is None and isinstance(results, pd.DataFrame):
             scored = results
-        elif ranking is None and not isinstance(results, pd.DataFrame):  # a file's first piece tells
-            rest = iter(results)
-            head = [*islice(rest, 1)]
+        elif ranking is None and not isinstance(results, pd.DataFrame):  # a file's first piece with rows tells
+            rest, head = iter(results), []
+            for piece in rest:
+                head.append(piece)
+                if len(piece.query):
+                    scored = piece.scores()
+                    break
             results = chain(head, rest)
-            scored = head[0].scores() if head else None
         if self._keeps_scores and scored is not None and bare_ranks(scored):
             raise ValueError(
                 f"expected a teacher with scores for {_written(self.loss)}, found a ranking whose scores only restate "

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyterrier as pt
 
 PASSAGE = r"%p\d+$"  # what pt.text.sliding appends to a docno
+SAMPLED = 64  # documents whose texts tell one source of texts from another
 AT_ONCE = 1_000_000  # strings or rows that are worked on together, where all would need copies of all
 
 
@@ -109,17 +111,30 @@ class Groups:
         return queries + longest
 
     def digest(self) -> str:
-        """A digest of the content, for cache keys: whatever the labels come from, they are told here."""
+        """A digest of the content, for cache keys: whatever the labels come from, they are told here.
+
+        Of texts that are looked up when they are needed, some are looked up for it.
+        """
         digest = hashlib.sha256(f"{self.n_negatives} {self.n_positives} {self.load is None}".encode())
         for strings in (self.qids, self.queries, self.texts):
             for start in range(0, len(strings), AT_ONCE):
                 part = strings[start : start + AT_ONCE]
                 digest.update(np.array([len(part), *map(len, part)], dtype="<i8").data)
                 digest.update("".join(part).encode("utf-8", "surrogatepass"))
+        if self.load is not None and self.texts:
+            some = self.load(self.texts[:: -(-len(self.texts) // SAMPLED)])
+            digest.update("\0".join(some).encode("utf-8", "surrogatepass"))
         digest.update(self.documents.starts.astype("<i8", copy=False).data)
         digest.update(self.documents.values.astype("<i4", copy=False).data)
         digest.update(self.labels.values.astype("<f4", copy=False).data)
         return digest.hexdigest()
+
+
+def ranked(results: pd.DataFrame, scores: np.ndarray) -> pd.DataFrame:
+    """Results with these scores and the ranks that they make."""
+    # Under a plain index: after `|` the frame's is not unique, and it may have a level called qid.
+    found = pt.model.add_ranks(results.reset_index(drop=True).assign(score=scores))
+    return found.set_axis(results.index[found.index])
 
 
 def _choose(rng: np.random.Generator, items: np.ndarray, n: int | None) -> np.ndarray:

@@ -56,17 +56,17 @@ def card(
         **data: Whatever else `huggingface_hub.ModelCardData` takes, such as `language="en"`.
     """
     stages: list[dict[str, Any]] = record["stages"]
+    base = data.get("base_model", base)
+    known = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-ranking",
+        "license": license,
+        "base_model": base,
+        "model_name": name,
+        "eval_results": _validation(stages) or None,
+    }
     tags = ["cross-encoder", "reranker", "sentence-transformers", "pyterrier", *data.pop("tags", [])]
-    front = ModelCardData(
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-ranking",
-        license=license,
-        base_model=base,
-        model_name=name,
-        tags=tags,
-        eval_results=_validation(stages) or None,
-        **data,
-    )
+    front = ModelCardData(**{**known, **data, "tags": tags})
     title = name.rpartition("/")[2]
     parts = [
         f"---\n{front.to_yaml()}\n---\n",
@@ -127,6 +127,8 @@ def _use(settings: Mapping[str, Any], name: str, base: str | None, *, adapter: b
     if not adapter:
         uses["sentence-transformers"] = sentences
     reading = f"The score is the model's raw output; a query and a document are cut to {length} tokens together."
+    if settings.get("max_query_length"):
+        reading += f" In PyTerrier a query is cut to {settings['max_query_length']} tokens; elsewhere it isn't."
     if settings.get("passages", 1) > 1:
         reading += (
             f" In PyTerrier a longer document is read in up to {settings['passages']} windows, and has the best one's "

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -36,19 +37,29 @@ def join() -> None:
 
 def each(function: Callable[[], T]) -> list[T]:
     """What a function gives in each process, in their order; what it raises in one is raised in all."""
+    join()
     if count() == 1:
         return [function()]
     found: tuple[T | None, Exception | None]
     try:
         found = function(), None
     except Exception as error:
-        found = None, error
+        found = None, _sendable(error)
     every: list[tuple[T, Exception | None]] = [found] * count()  # type: ignore[list-item]
     dist.all_gather_object(every, found)
     for _, raised in every:
         if raised is not None:
             raise raised
     return [value for value, _ in every]
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error as it is, or in words where it can't be pickled and read again."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def largest(number: int) -> int:

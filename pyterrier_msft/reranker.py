@@ -26,6 +26,7 @@ from pyterrier_msft import __version__, adapters, hub, processes
 from pyterrier_msft.fitters import Contrastive, Fitter, FitterSequence, check_fitter
 from pyterrier_msft.groups import (
     PASSAGE,
+    SAMPLED,
     DataReport,
     Groups,
     as_ids,
@@ -33,11 +34,13 @@ from pyterrier_msft.groups import (
     frame_digest,
     grades_of,
     mismatch,
+    ranked,
     require_columns,
     require_ids,
     without_text,
 )
 from pyterrier_msft.notices import warn
+from pyterrier_msft.runs import first_docnos
 from pyterrier_msft.scoring import (
     PairEncoder,
     clean,
@@ -51,9 +54,10 @@ from pyterrier_msft.scoring import (
     suit,
     token_limit,
 )
-from pyterrier_msft.training import Validation, check_number, durable, interrupted_training, train
+from pyterrier_msft.training import Validation, check_device, check_number, durable, interrupted_training, train
 
 RECORD = "msft.json"
+SAVED = ("text_field", "max_length", "max_query_length", "passages", "seed")  # settings
 RESULT_COLUMNS = {"qid", "query", "docno", "score", "rank"}
 ARTIFACT = {"type": "cross_encoder", "format": "hf", "package_hint": "pyterrier-msft"}
 LEFTOVER_SECONDS = 86400  # after which a half-written model is nobody's
@@ -211,7 +215,7 @@ class MonoCE(pt.Estimator):
             raise ValueError(
                 f"expected finite scores, found {np.sum(~np.isfinite(scores)):,} of {len(scores):,} that are not"
             )
-        return _ranked(inp, scores.astype(np.float64))
+        return ranked(inp, scores.astype(np.float64))
 
     def _checked(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Results with the columns that scoring needs, the text loaded if need be; what they lack is said."""
@@ -252,6 +256,24 @@ class MonoCE(pt.Estimator):
             )
         return loaded
 
+    def _topics(self) -> pd.DataFrame | None:
+        with contextlib.suppress(AttributeError, NotImplementedError):  # a corpus alone has none
+            return self.text.get_topics()
+        return None
+
+    def source_digest(self, results: pd.DataFrame | str | Path) -> str:
+        """A digest of what `text` adds to training results: a file's queries, and some texts. Empty if nothing."""
+        if self.text is None or (isinstance(results, pd.DataFrame) and self.text_field in results.columns):
+            return ""
+        topics = None
+        if isinstance(results, pd.DataFrame):
+            docnos = as_ids(results["docno"].iloc[:: max(1, len(results) // SAMPLED)]).tolist()
+        else:
+            docnos, topics = first_docnos(results, SAMPLED), self._topics()
+        texts = self._load_text(pd.DataFrame({"docno": list(dict.fromkeys(docnos))}))
+        frames = [texts[["docno", self.text_field]], *([] if topics is None else [topics[["qid", "query"]]])]
+        return _digest([*map(frame_digest, frames)])
+
     # ---- training
 
     def fit(
@@ -287,7 +309,7 @@ class MonoCE(pt.Estimator):
         chosen = check_fitter(self.fitter or Contrastive() if fitter is None else fitter)
         with processes.one_voice():
             # Everything that can be known to be wrong is said before the first stage trains for hours.
-            resolve_device(self._device)
+            check_device(resolve_device(self._device))
             results_va = self._validation_frame(topics_or_res_va, qrels_va)
             prepared = [self._prepare(stage, topics_or_res_tr, qrels_tr) for stage in chosen.stages]
             if results_va is not None:
@@ -313,8 +335,7 @@ class MonoCE(pt.Estimator):
                 )
             results = self._with_text(results.reset_index(drop=True))
         elif isinstance(results, str | Path):
-            with contextlib.suppress(AttributeError, NotImplementedError):  # a corpus alone has none
-                topics = self.text.get_topics()
+            topics = self._topics()
         else:
             raise ValueError(
                 f"expected a data frame of results to train on, or a run's path, found {type(results).__name__}"
@@ -390,6 +411,7 @@ class MonoCE(pt.Estimator):
         cut_queries, cut_texts = encoder.truncated(*_sample(groups))
         report = dataclasses.replace(report, truncated_queries=cut_queries, truncated_documents=cut_texts)
         before = self.fingerprint
+        probed = _probe(network, encoder, groups)
         start, given_up = self._take_up(checkpoint_dir) if place == 1 else (before, ([], []))
         history: list[dict[str, Any]] = []
         self._stages.append(
@@ -409,7 +431,6 @@ class MonoCE(pt.Estimator):
         )
         self._reports.append(report)
         was_new, self._head_is_new = self._head_is_new, False
-        probed = _probe(network, encoder, groups)
         self._on_disk = None
         check = None
         if validation is not None and stage.metric is not None:
@@ -554,7 +575,7 @@ class MonoCE(pt.Estimator):
         if self._network is None:
             return {**state, "_model": _absolute(self._model)}
         fingerprint = self.fingerprint
-        if self._on_disk is not None and _recorded(self._on_disk) in {None, fingerprint}:
+        if self._on_disk is not None and _record_in(self._on_disk).get("fingerprint") in {None, fingerprint}:
             alone = {"_network": None, "_peft": None, "_tokenizer": None, "_expected": fingerprint}
             return {**state, **alone, "_model": _absolute(self._on_disk)}
         self._load()  # a tokenizer that is beside a model in memory
@@ -577,6 +598,7 @@ class MonoCE(pt.Estimator):
         """Become what another re-ranker is, with one's own settings."""
         self._network, self._tokenizer, self._peft = other._load()[0], other._tokenizer, other._peft
         self._on_disk = other._on_disk if self.seed == other.seed else None
+        self._adapter_folder = other._adapter_folder
         self._head_is_new, self._stages, self._reports = other._head_is_new, other._stages, other._reports
 
     def scoring_settings(self) -> dict[str, Any]:
@@ -618,12 +640,16 @@ class MonoCE(pt.Estimator):
         Raises:
             ValueError: If `path` is a file, or a folder of something else.
         """
-        path = Path(path).absolute()
+        path = Path(path).expanduser().absolute()
         recover(path)
         known = ("config.json", adapters.CONFIG)
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not any((path / f).is_file() for f in known)):
             raise ValueError(f"expected a new folder or a model's to save in, found {path}")
         self._load()
+        if self._peft is not None and not merged:
+            base = self._peft.active_peft_config.base_model_name_or_path
+            if Path(base).is_dir() and Path(base).resolve() == path.resolve():
+                raise ValueError(f"expected another folder than the backbone's for its adapter, found {path}")
         if processes.rank() == 0:
             self._replace(path, merged=merged, license=license, metrics=metrics, **card)
             if self._peft is None:
@@ -710,18 +736,22 @@ class MonoCE(pt.Estimator):
             ValueError: If there is no such model.
         """
         name = str(path)
+        if name.startswith("~"):
+            name = str(Path(name).expanduser())
         recover(Path(name))
         if Path(name).is_dir():
             folder = Path(name)
         else:
             _check_folder(name)
             folder = hub.fetch(name, revision=settings.get("revision"), files=[RECORD, "adapter*"])
-        record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
-        settings = {**record.get("settings", {}), **settings}
+        record = _record_in(folder)
+        # No other than what `save` writes: a record from the hub may not allow its own code to run.
+        saved = {name: value for name, value in record.get("settings", {}).items() if name in SAVED}
+        settings = {**saved, **settings}
         if (folder / adapters.CONFIG).is_file():
-            settings.pop("revision", None)  # the adapter's
-            loaded = cls(adapters.base_of(folder), **settings)
-            loaded._adapter_folder = str(folder)
+            base, settings["revision"] = adapters.base_of(folder)  # which is not the adapter's
+            loaded = cls(base, **settings)
+            loaded._adapter_folder = str(folder.absolute())
         else:
             loaded = cls(name, **settings)
         loaded._base = record.get("base", loaded._base)
@@ -765,14 +795,9 @@ class MonoCE(pt.Estimator):
 
     def _record(self, fingerprint: str) -> dict[str, Any]:
         return {
-            "settings": {
-                "text_field": self.text_field,
-                "max_length": self.max_length,
-                "max_query_length": self.max_query_length,
-                "passages": self.passages,
-                "seed": self.seed,
-            },
+            "settings": {name: getattr(self, name) for name in SAVED},
             "base": self._base,
+            "head_is_new": self._head_is_new,
             "fingerprint": fingerprint,
             "stages": self._stages,
             "reports": [dataclasses.asdict(report) for report in self._reports],
@@ -788,6 +813,7 @@ class MonoCE(pt.Estimator):
             self._network, self._tokenizer, self._head_is_new = load_model(
                 self._model, seed=self.seed, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
+            self._head_is_new |= bool(_record_in(self._model).get("head_is_new"))
             self._on_disk = self._model
         if self._tokenizer is None:
             self._tokenizer = _tokenizer_of(self._network)
@@ -795,7 +821,9 @@ class MonoCE(pt.Estimator):
             self._peft, self._head_is_new = adapters.load(self._network, self._adapter_folder), False
         elif self._peft is None and self.adapter is not None:
             base = str(Path(self._model).absolute()) if Path(self._model).is_dir() else self._model
-            self._peft = adapters.add(self._network, self.adapter, base=base, seed=self.seed)
+            self._peft = adapters.add(
+                self._network, self.adapter, base=base, revision=self.revision, seed=self.seed
+            )  # fmt: skip
         if self._expected is not None:
             expected, self._expected = self._expected, None
             if (found := self.fingerprint) != expected:
@@ -869,7 +897,7 @@ class CachedMonoCE(pt.Estimator):
             ):
                 scored = cache(pairs).set_index(["query", "docno"])["score"]
                 break
-        return _ranked(inp, scored.loc[pd.MultiIndex.from_arrays([queries, keys])].to_numpy())
+        return ranked(inp, scored.loc[pd.MultiIndex.from_arrays([queries, keys])].to_numpy())
 
     def _open(self, path: Path) -> Any:
         """The cache in a folder; a new one is put in place whole, since others may be waiting for it."""
@@ -882,13 +910,6 @@ class CachedMonoCE(pt.Estimator):
                 with contextlib.suppress(OSError):  # another process was faster
                     (Path(partial) / "new").rename(path)
         return Sqlite3ScorerCache(path, pt.apply.generic(self.reranker._scored))
-
-
-def _ranked(results: pd.DataFrame, scores: np.ndarray) -> pd.DataFrame:
-    """Results with these scores and the ranks that they make."""
-    # Under a plain index: after `|` the frame's is not unique, and it may have a level called qid.
-    ranked = pt.model.add_ranks(results.reset_index(drop=True).assign(score=scores))
-    return ranked.set_axis(results.index[ranked.index])
 
 
 def _beside(path: Path, what: str) -> Path:
@@ -920,10 +941,10 @@ def _absolute(model: str) -> str:
     return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
-def _recorded(model: str) -> str | None:
-    """The fingerprint of the weights that `save` left in a folder; None where it didn't write one."""
+def _record_in(model: str | Path) -> dict[str, Any]:
+    """What `save` recorded in a folder; empty where it didn't."""
     record = Path(model) / RECORD
-    return json.loads(record.read_text()).get("fingerprint") if record.is_file() else None
+    return json.loads(record.read_text()) if record.is_file() else {}
 
 
 def _fingerprint(network: PreTrainedModel, settings: dict[str, Any] | None = None) -> str:

@@ -106,6 +106,8 @@ class _Reader:
                     raise ValueError(f"expected a qid and a docno in each row of {self.path}, found one without")
                 if held is not None:
                     batch = pl.concat([held, batch])
+                if not len(batch):
+                    continue
                 last = batch["qid"][-1]
                 held = batch.filter(pl.col("qid") == last)
                 if len(held) < len(batch):
@@ -191,6 +193,11 @@ class _Reader:
             below = batch.select("query_number", docno).with_row_index().filter(pl.Series(~kept))
             kept[below.join(pairs, on=["query_number", "docno"], how="semi")["index"].to_numpy()] = True
         return kept
+
+
+def first_docnos(path: str | Path, n: int) -> list[str]:
+    """The docnos of a run's first rows."""
+    return _ids(_scan(Path(path)).head(n).collect()["docno"]).to_list()
 
 
 def _ids(values: "pl.Series") -> "pl.Series":

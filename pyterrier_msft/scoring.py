@@ -35,6 +35,7 @@ WINDOW = 8192
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 65536}
 # A text's first characters that are tokenised, for each token that is read; twice what the longest language takes.
 CHARACTERS_PER_TOKEN = 12
+MANY = 32  # batches a worker, from which on it matters little that one has a batch more than another
 OVERLAP = 1 / 8  # of max_length: what two windows of a text share
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
@@ -313,6 +314,18 @@ def length_batches(
     return batches
 
 
+def _shared_out(batches: list[np.ndarray], lengths: np.ndarray, max_tokens: int, workers: int) -> list[np.ndarray]:
+    """As many batches for each worker, of like size, so that none is idle at the end."""
+    wanted = -(-len(batches) // workers) * workers
+    if len(batches) == 1 or wanted > MANY * workers:
+        return batches
+    for slack in (1.02, 1.05, 1.1, 1.2):  # for padding, and since batches are of whole pairs
+        even = length_batches(lengths, max_tokens=min(max_tokens, int(slack * lengths.sum() / wanted)))
+        if len(even) <= wanted:
+            return even
+    return batches
+
+
 def pad(
     tokenizer: transformers.PreTrainedTokenizerBase, encoded: Encoded, indices: Sequence[int] | np.ndarray
 ) -> dict[str, torch.Tensor]:
@@ -538,7 +551,10 @@ def score_pairs(
                 window = slice(start, start + WINDOW)
                 encoded, pair = encoder.windows(queries[window], texts[window])
                 lengths = np.array([len(ids) for ids in encoded["input_ids"]])
-                batches = deque(length_batches(lengths, max_tokens=max_tokens, max_pairs=batch_size))
+                parts = length_batches(lengths, max_tokens=max_tokens, max_pairs=batch_size)
+                if device.type == "cpu" and batch_size is None:
+                    parts = _shared_out(parts, lengths, max_tokens, torch.get_num_threads())
+                batches = deque(parts)
                 _in_threads(device, batches, partial(score, start, encoded, pair, lengths, batches))
     finally:
         model.train(was_training)
@@ -567,20 +583,31 @@ def _in_threads(device: torch.device, work: deque[Any], worker: Callable[[], Non
         torch.set_num_threads(threads)  # the number is each thread's own, and the default for new ones
 
 
-def tokens_that_fit(model: PreTrainedModel, dtype: torch.dtype, *, length: int, training: bool = False) -> int:
+def tokens_that_fit(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    *,
+    length: int,
+    training: bool = False,
+    device: torch.device | None = None,
+) -> int:
     """An estimate of how many tokens' activations fit the memory: of a layer, or of all layers in training.
 
     17 numbers a token and hidden unit, and where attention's matrices are written out 2.5 a head and token that is
     looked at (Korthikanti et al., MLSys 2023), in half of the memory, of a GPU that which is free. Of a CPU it is
-    what the machine or its container has in all, so that two trainings there take the same course.
+    what the machine or its container has in all, so that two trainings there take the same course; torchrun's
+    processes on it share that. `device` is where the model will be, if it isn't there yet.
     """
-    config, device = model.config, next(model.parameters()).device
+    config, device = model.config, device or next(model.parameters()).device
     try:
         numbers = 17.0 * config.hidden_size
         if device.type == "cpu" or config._attn_implementation == "eager":
             numbers += 2.5 * config.num_attention_heads * length
         layers = config.num_hidden_layers if training else 1
-        memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_of_machine()
+        if device.type == "cuda":
+            memory, _ = torch.cuda.mem_get_info(device)
+        else:
+            memory = memory_of_machine() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     except (AttributeError, ValueError, OSError):  # a family of other names, a system that doesn't tell
         return 2**62
     if training:  # gradients and AdamW's two moments are still to come

@@ -109,7 +109,12 @@ def fit_sequences(
     if save_dir is not None:
         writable(save_dir, "save_dir")
     # Only a key needs them: without one, a teacher may be a transformer, whose content can't be told.
-    digests = {} if save_dir is None else {name: stages[name].digest() for path in paths.values() for name in path}
+    digests = {
+        name: [stages[name].digest(), reranker.source_digest(stages[name].results)]
+        for path in paths.values()
+        for name in path
+        if save_dir is not None
+    }
     context = None if save_dir is None else _context(reranker, validation)
     trained: dict[tuple[str, ...], MonoCE] = {(): reranker}
     for path in paths.values():
@@ -141,6 +146,7 @@ def _fit(
 ) -> MonoCE:
     if folder is not None and (found := _find(before, folder)) is not None:
         logger.info("%s: found in %s", name, folder)
+        found.fitter = stage.fitter
         return found
     logger.info("%s: training by %r", name, stage.fitter)
     checkpoints = None if folder is None else folder.with_name(f"{folder.name}.checkpoints")
@@ -160,7 +166,7 @@ def _find(before: MonoCE, folder: Path) -> MonoCE | None:
     if not folder.is_dir():
         return None
     try:
-        saved = MonoCE.load(folder)
+        saved = MonoCE.load(folder, trust_remote_code=before.trust_remote_code)
         whole = bool(saved._stages) and saved.fingerprint == saved._stages[-1].get("fingerprint")
     except (ValueError, OSError, SafetensorError):
         whole = False

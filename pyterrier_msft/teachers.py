@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_msft.groups import as_ids, order_key, require_columns, top_documents
+from pyterrier_msft.groups import as_ids, order_key, ranked, require_columns, top_documents
 from pyterrier_msft.notices import warn
 
 logger = logging.getLogger(__name__)
@@ -580,7 +580,8 @@ class Cached(pt.Transformer):
             [self._known.get(keys[qid], empty).get(docno, np.nan) for qid, docno in zip(qids, docnos, strict=True)],
             dtype=np.float64,
         )
-        return pt.model.add_ranks(inp.assign(score=scores)[~np.isnan(scores)])
+        known = ~np.isnan(scores)
+        return ranked(inp[known], scores[known])
 
     def _ask(self, lists: dict[str, pd.DataFrame]) -> None:
         """Have the teacher rank some queries' documents, and keep what it says."""

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -143,10 +143,6 @@ class Hyperparameters:
         if isinstance(self.metric, str):
             object.__setattr__(self, "metric", ir_measures.parse_measure(self.metric))
 
-    def shared(self) -> dict[str, Any]:
-        """These hyperparameters, without what a kind of fitter adds."""
-        return {f.name: getattr(self, f.name) for f in fields(Hyperparameters)}
-
 
 def check_number(name: str, value: Any, *, whole: bool = False, zero: bool = False) -> None:
     """Raise a ValueError if a setting is neither None nor a finite number above 0 (or of at least 0)."""
@@ -178,6 +174,7 @@ class Validation:
             scores[number :: len(parts)] = part
         run = self.results[["qid", "docno"]].assign(score=scores.astype(np.float64))
         run.columns = pd.Index(["query_id", "doc_id", "score"])
+        run = run.groupby(["query_id", "doc_id"])["score"].max().reset_index()  # of a document's passages
         qrels = self.qrels.rename(columns={"qid": "query_id", "docno": "doc_id", "label": "relevance"})
         return float(ir_measures.calc_aggregate([self.metric], qrels, run)[self.metric])
 
@@ -233,7 +230,7 @@ def train(
         )  # from here on the processes know each other
         _same_everywhere(identity)
         if checkpoint_dir is not None:
-            _enough_room(folder, model, settings)
+            _enough_room(folder, model, settings, keeps_best=validation is not None)
         progress = _Progress(
             history, batches, settings, validation, folder if checkpoint_dir else None, identity, verbose
         )
@@ -263,7 +260,8 @@ def train(
         except KeyboardInterrupt:
             logger.warning(
                 "training was interrupted at step %d of %d; the re-ranker holds %s weights so far; %s",
-                progress.step, batches.updates, "the best" if progress.best_weights else "the last",
+                progress.step, batches.updates,
+                "the best" if progress.best_weights else "the first" if arguments.fsdp else "the last",
                 f"the same call goes on from the last checkpoint in {folder}" if checkpoint_dir
                 else "with checkpoint_dir=... a training can be gone on with",
             )  # fmt: skip
@@ -281,6 +279,16 @@ def train(
             if processes.count() > 1:
                 trainer.accelerator.free_memory()  # and the hooks on its parameters
     return history
+
+
+def check_device(device: torch.device) -> None:
+    """Raise a ValueError for a GPU that Trainer wouldn't train on."""
+    taken = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
+    if device.type == "cuda" and device.index not in {None, taken}:
+        raise ValueError(
+            f"expected 'cuda:{taken}', which Trainer takes, as the device to train on, found {str(device)!r}: choose a "
+            "GPU by the environment variable CUDA_VISIBLE_DEVICES, and none with torchrun"
+        )
 
 
 def interrupted_training(checkpoint_dir: str | Path | None) -> dict[str, str]:
@@ -462,7 +470,9 @@ class _ListTrainer(Trainer):
         torch.manual_seed(self.args.seed + processes.rank())
         self.ahead: _ReadAhead | None = None
         # Tokens whose activations can be held at once, as far as that can be told beforehand.
-        self.fitting = tokens_that_fit(network, dtype, length=encoder.max_length, training=True)
+        self.fitting = tokens_that_fit(
+            network, dtype, length=encoder.max_length, training=True, device=self.args.device
+        )  # fmt: skip
         self.max_pairs: int | None = None  # a pass, once the memory has been too small
         # The update at hand, and the batches that it sums up so far.
         self.update = -1
@@ -471,7 +481,9 @@ class _ListTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         # Not prepared by accelerate, which would hide the sampler and its order.
         budget = TOKENS_PER_PASS.get(self.args.device.type, TOKENS_PER_PASS["cpu"])
-        collate = _Collator(self.encoder, min(budget, self.fitting), self.settings.pairs_per_pass)
+        # A tokenizer's settings are one for all threads, and validation may come while batches are read ahead.
+        encoder = replace(self.encoder, tokenizer=copy.deepcopy(self.encoder.tokenizer))
+        collate = _Collator(encoder, min(budget, self.fitting), self.settings.pairs_per_pass)
         return DataLoader(self.batches, batch_sampler=self.batches, collate_fn=collate)  # type: ignore[arg-type]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -552,7 +564,7 @@ class _ListTrainer(Trainer):
         if not bounded:  # and where one process has too much for its memory, all go the same way
             tokens = sum(chunk["input_ids"].numel() for chunk in inputs["chunks"])
             bounded = processes.largest(int(tokens > self.fitting)) > 0
-        return bounded and len(inputs["chunks"]) > 1
+        return processes.largest(int(bounded and len(inputs["chunks"]) > 1)) > 0
 
     def _bounded_step(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """The same gradient with one chunk's activations at a time.
@@ -760,7 +772,8 @@ class _Progress(TrainerCallback):
         self.history.append(
             {
                 "step": state.global_step,
-                "epoch": state.global_step * self.settings.gradient_accumulation / self.batches.per_epoch,
+                "epoch": min(state.global_step * self.settings.gradient_accumulation, len(self.batches))
+                / self.batches.per_epoch,
                 "loss": float(logs["loss"]),
                 "learning_rate": float(logs["learning_rate"]),
                 "seconds": self.seconds_before + now - self.started,
@@ -930,6 +943,8 @@ def _arguments(
         "save_strategy": "no",
         "save_total_limit": 1,  # besides the one that is being written
         "ddp_find_unused_parameters": False,
+        # They never change, and a broadcast in each pass would need as many passes in every process.
+        "ddp_broadcast_buffers": False,
         "disable_tqdm": True,
         "report_to": "none",
     }
@@ -943,11 +958,6 @@ def _arguments(
         layers = sorted({type(layer).__name__ for layers in lists for layer in layers})
         theirs["fsdp_config"] = {"transformer_layer_cls_to_wrap": layers, **config}
     arguments = TrainingArguments(**{**ours, **theirs})
-    if device.type == "cuda" and device.index not in {None, arguments.device.index}:
-        raise ValueError(
-            f"expected {str(arguments.device)!r}, which Trainer takes, as the device to train on, found "
-            f"{str(device)!r}: choose a GPU by the environment variable CUDA_VISIBLE_DEVICES, and none with torchrun"
-        )
     if arguments.world_size != processes.count():
         raise ValueError(
             f"expected processes that torchrun has started, or one, found a group of {processes.count()} that Trainer "
@@ -1144,12 +1154,13 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _enough_room(folder: Path, model: PreTrainedModel, settings: Hyperparameters) -> None:
+def _enough_room(folder: Path, model: PreTrainedModel, settings: Hyperparameters, *, keeps_best: bool) -> None:
     """Raise a ValueError if two checkpoints, the newest and the one that is being written, don't fit the disk."""
     if "optim" in settings.trainer_args:  # whose state may be of any size
         return
     weights = sum(parameter.numel() * 4 for parameter in model.parameters())
-    needed = 2 * 4 * weights  # the weights, the best so far, and two means of the gradient
+    trained = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
+    needed = 2 * (weights + keeps_best * weights + 2 * trained)  # with the best so far, and two means of the gradient
     there = sum(file.stat().st_size for file in folder.glob("checkpoint-*/*") if file.is_file())
     free = shutil.disk_usage(folder).free + there
     if free < needed:

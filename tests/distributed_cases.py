@@ -12,7 +12,7 @@ import torch
 from conftest import make_part
 from ir_measures import RR
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, processes
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, processes, training
 from pyterrier_msft.training import _ListTrainer
 
 SGD = {"optim": "sgd"}  # where weights are compared: AdamW turns gradients that are 0 but for rounding into steps
@@ -70,6 +70,11 @@ def main(backbone: str, out: Path) -> None:
 
     for name, fitter in CASES.items():
         kept(name, ce.clone().fit(*data(fitter), fitter=fitter))
+
+    # Several passes a step, and not equally many in both processes
+    training.TOKENS_PER_PASS["cpu"], before = 100, training.TOKENS_PER_PASS["cpu"]
+    kept("passes", ce.clone().fit(*data(CASES["ranknet"]), fitter=CASES["ranknet"]))
+    training.TOKENS_PER_PASS["cpu"] = before
 
     # Validation, and patience that runs out
     stopping = dataclasses.replace(

@@ -61,7 +61,7 @@ def untrained(backbone) -> np.ndarray:
         return centred(ce(make_part("va", n_queries=21, seed=2).results)["score"])
 
 
-@pytest.mark.parametrize("name", [*distributed_cases.CASES, "stopping", "sequence", "fsdp-bounded"])
+@pytest.mark.parametrize("name", [*distributed_cases.CASES, "passes", "stopping", "sequence", "fsdp-bounded"])
 def test_two_processes_learn_what_one_learns(one, two, untrained, name):
     alone, together = found(one, name.removeprefix("fsdp-")), found(two, name)
     expected, scores = centred(alone["scores"]), centred(together["scores"])

@@ -104,6 +104,23 @@ def test_pushed_and_loaded_by_name(trained, online, test_part):
     assert not len(start.history)
 
 
+def test_a_record_allows_no_code(trained, online):
+    trained.push_to_hub("user/model")
+    path = online.folder("user/model") / "msft.json"
+    record = json.loads(path.read_text())
+    record["settings"] |= {"trust_remote_code": True, "of_a_later_version": 1}
+    path.write_text(json.dumps(record))
+    loaded = MonoCE.load("user/model")
+    assert not loaded.trust_remote_code
+    assert loaded.max_length == 24
+
+
+def test_a_card_takes_what_the_hub_knows(trained, tmp_path):
+    trained.save(tmp_path / "model", base_model="google/electra-base-discriminator", library_name="pyterrier")
+    data = ModelCard.load(tmp_path / "model" / "README.md").data
+    assert (data.base_model, data.library_name) == ("google/electra-base-discriminator", "pyterrier")
+
+
 def test_one_of_several_processes_publishes(trained, online, monkeypatch):
     monkeypatch.setattr("pyterrier_msft.processes.rank", lambda: 1)
     assert trained.push_to_hub("user/model") == "https://huggingface.co/user/model"

@@ -167,6 +167,8 @@ def test_sequences_go_on_with_the_adapter(backbone, train_part, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     assert any("lora" in name for name in again[1]["CL-KD"]._network.state_dict())
     assert again[1]["CL-KD"].history["stage"].max() == 2
+    sent = pickle.loads(pickle.dumps(again[1]["CL-KD"]))
+    assert sent.fingerprint == first[1]["CL-KD"].fingerprint
 
 
 def test_a_trained_cross_encoder_as_the_backbone(backbone, ce, train_part, tmp_path):
@@ -178,6 +180,19 @@ def test_a_trained_cross_encoder_as_the_backbone(backbone, ce, train_part, tmp_p
     with_adapter.fit(train_part.results, train_part.qrels, fitter=Contrastive(**BRIEF))
     with_adapter.save(tmp_path / "adapter", merged=False)
     assert MonoCE.load(tmp_path / "adapter").fingerprint == with_adapter.fingerprint
+
+
+def test_an_adapter_knows_its_backbones_revision(backbone, train_part, tmp_path):
+    ce = new(backbone, revision="v1").fit(train_part.results, train_part.qrels, fitter=Contrastive(**BRIEF))
+    ce.save(tmp_path / "adapter", merged=False)
+    assert MonoCE.load(tmp_path / "adapter").revision == "v1"
+
+
+def test_an_adapter_does_not_take_its_backbones_place(backbone, ce, train_part, tmp_path):
+    ce.fit(train_part.results, train_part.qrels, fitter=Contrastive(**BRIEF)).save(tmp_path / "ce")
+    with pytest.raises(ValueError, match="expected another folder than the backbone's"):
+        new(str(tmp_path / "ce")).save(tmp_path / "ce", merged=False)
+    assert MonoCE.load(tmp_path / "ce").fingerprint == ce.fingerprint
 
 
 def test_a_loaded_model_takes_an_adapter(backbone, test_part):

@@ -15,6 +15,7 @@ from pandas.testing import assert_frame_equal
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE
+from pyterrier_msft.training import check_device
 
 FAST = {"learning_rate": 1e-2, "epochs": 3, "batch_size": 8}
 CL = Contrastive(n_negatives=3, **FAST)
@@ -251,6 +252,33 @@ def test_fit_behind_sliding_windows_finds_its_positives(ce, train_part):
     assert passages["docno"].str.contains("%p").all()
     ce.fit(passages, train_part.qrels, fitter=CL)
     assert ce.data_report.groups == 64
+
+
+def test_an_untrained_head_is_told_from_a_folder_too(ce, train_part, tmp_path):
+    ce.save(tmp_path / "untrained")
+    folder = str(tmp_path / "untrained")
+    for again in (MonoCE(folder, max_length=24, device="cpu"), MonoCE.load(folder, device="cpu")):
+        with pytest.warns(UserWarning, match="scores at random"):
+            again(train_part.results.head(2))
+    ce.fit(train_part.results, train_part.qrels, fitter=Contrastive(max_steps=1)).save(tmp_path / "trained")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*scores at random")
+        MonoCE.load(tmp_path / "trained", device="cpu")(train_part.results.head(2))
+
+
+def test_a_folder_of_ones_home(ce, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ce.save("~/models/new")
+    assert (tmp_path / "models" / "new").is_dir()
+    assert MonoCE.load("~/models/new").fingerprint == ce.fingerprint
+
+
+def test_a_gpu_that_trainer_does_not_take(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    check_device(torch.device("cuda:0"))
+    with pytest.raises(ValueError, match=r"expected 'cuda:0', which Trainer takes.*found 'cuda:1'"):
+        check_device(torch.device("cuda:1"))
 
 
 def test_two_fits_are_two_stages(backbone, train_part):

@@ -160,6 +160,45 @@ def test_any_file_gives_what_its_frame_gives(tmp_path_factory, data, objective, 
         assert_same_report(by_file[1], by_frame[1])
 
 
+@pytest.mark.parametrize("known", ["some", "none"])
+def test_scores_are_told_by_the_first_piece_with_rows(ranked, train_part, tmp_path, monkeypatch, known):
+    monkeypatch.setattr(runs, "ROWS", 20)
+    dataset, fitter = Dataset(train_part), Distillation(loss=losses.margin_mse)
+    scored = ranked.assign(score=np.random.default_rng(0).random(len(ranked)))
+    path = write(scored.drop(columns=["query", "rank"]), tmp_path, ".parquet")
+    dataset.topics = dataset.topics.iloc[40:] if known == "some" else dataset.topics.assign(qid="nobody")
+    if known == "some":
+        assert len(read(fitter, path, train_part, dataset)[0]) == 24
+    else:
+        with pytest.raises(ValueError, match=r"expected .*, found none") as caught:
+            read(fitter, path, train_part, dataset)
+        assert "restate" not in str(caught.value)
+
+
+def test_an_empty_file(ranked, train_part, tmp_path):
+    with pytest.raises(ValueError, match="expected"):
+        read(Contrastive(), write(ranked.head(0), tmp_path, ".parquet"), train_part, Dataset(train_part))
+
+
+def test_other_texts_are_another_training(ranked, train_part, backbone, tmp_path):
+    path, datasets = write(ranked, tmp_path, ".parquet"), [Dataset(train_part), Dataset(train_part)]
+    datasets[1].documents = "w1 " + datasets[1].documents
+    stage = Stage(Contrastive(n_negatives=3, max_steps=2, batch_size=8), path, train_part.qrels)
+    found = [
+        fit_sequences(
+            MonoCE(backbone, max_length=24, device="cpu", text=dataset), {"CL": stage}, ["CL"], save_dir=tmp_path / "m"
+        )["CL"].fingerprint
+        for dataset in (*datasets, *datasets)
+    ]
+    assert found[:2] == found[2:]
+    assert found[0] != found[1]
+    ce = MonoCE(backbone, max_length=24, device="cpu")
+    for results in (path, ranked.drop(columns="text")):
+        digests = {ce.apply_attributes(text=dataset).source_digest(results) for dataset in (*datasets, *datasets)}
+        assert len(digests) == 2
+    assert ce.apply_attributes(text=datasets[0]).source_digest(ranked) == ""
+
+
 def test_pieces_that_the_teacher_knows_nothing_of(ranked, train_part, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "ROWS", 20)
     qid = ranked["qid"].iloc[-1]

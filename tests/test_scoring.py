@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pyterrier_msft.scoring import (
     PairEncoder,
+    _shared_out,
     clean,
     first_token_only,
     forward,
@@ -141,6 +142,21 @@ def test_tokens_that_fit_a_gpu(model, monkeypatch):
     assert tokens_that_fit(gpu, torch.float32, length=24, training=True) == 250
     assert tokens_that_fit(gpu, torch.float32, length=24) == int(free / 2 / 4 / 272)
     assert tokens_that_fit(gpu, torch.float32, length=400, training=True) == 400  # a pair at least
+
+
+@pytest.mark.parametrize(("pairs", "workers"), [(48, 2), (400, 2), (100, 8), (3, 2), (1, 4), (5000, 2)])
+def test_workers_share_the_batches(pairs, workers):
+    lengths = np.random.default_rng(0).integers(60, 128, size=pairs)
+    batches = length_batches(lengths, max_tokens=2048)
+    shared = _shared_out(batches, lengths, 2048, workers)
+    assert sorted(np.concatenate(shared)) == list(range(pairs))
+    tokens = [len(batch) * lengths[batch].max() for batch in shared]
+    assert max(tokens) <= 2048
+    if 1 < len(batches) <= 32 * workers:
+        assert len(shared) % workers == 0
+        assert sum(sorted(tokens)[::-workers]) <= sum(sorted(2048 for _ in batches)[::workers])
+    else:
+        assert shared == batches
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,13 @@ def test_training_raises_the_metric_on_other_queries(model, encoder, groups, val
     assert validation.measure(model, encoder, torch.float32) > before + 0.2
 
 
+def test_a_documents_best_passage_counts_in_validation(model, encoder, monkeypatch):
+    results = pd.DataFrame({"qid": "q", "query": "w1", "docno": ["a", "a", "b"], "text": "w2"})
+    qrels = pd.DataFrame({"qid": ["q"], "docno": ["a"], "label": [1]})
+    monkeypatch.setattr("pyterrier_msft.training.score_pairs", lambda *_, **__: np.array([3.0, 0.0, 1.0]))
+    assert Validation(results, qrels, RR @ 10).measure(model, encoder, torch.float32) == 1
+
+
 def test_history(model, encoder, groups, validation):
     rows = pd.DataFrame(run(model, encoder, groups, validation=validation))
     assert rows["step"].tolist() == list(range(1, 25))
