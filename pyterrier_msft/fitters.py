@@ -116,7 +116,9 @@ class Fitter(Hyperparameters):
             groups, report = self._read(results, qrels, text_field=text_field, load_text=load_text, verbose=verbose)
         else:
             if load_text is None:
-                raise ValueError(f"expected MonoCE(..., text=dataset) with results in {results}, found no text")
+                is_json = {".json", ".jsonl"} & {*Path(results).suffixes}
+                how = "; JSON is read by teachers.read_permutations or read_labelled_passages" if is_json else ""
+                raise ValueError(f"expected MonoCE(..., text=dataset) with results in {results}, found no text{how}")
             groups, report, sample = self._read_file(results, qrels, topics, text_field, load_text)
         if not len(groups):
             if not isinstance(sample, pd.DataFrame):

@@ -642,10 +642,10 @@ def mismatch(results: pd.DataFrame, other: pd.DataFrame, what: str) -> str:
         if column == "docno":
             here = here.str.replace(PASSAGE, "", regex=True)
         if not here.isin(there).any():
-            return (
-                f"the {column}s don't match, such as {results[column].iloc[0]!r} in the results and "
-                f"{other[column].iloc[0]!r} in {what}"
-            )
+            zeros = here.str.lstrip("0").isin(there.str.lstrip("0")).any()
+            why = "; zeros at the beginning are lost where ids are read as numbers: dtype=str" if zeros else ""
+            pair = f"{here.iloc[0]!r} in the results and {there.iloc[0]!r} in {what}"
+            return f"the {column}s don't match, such as {pair}{why}"
     return f"qids and docnos match, but no document of a query's results is in {what} for that query"
 
 

@@ -143,7 +143,10 @@ class MonoCE(pt.Estimator):
         if not isinstance(text_field, str) or text_field in RESULT_COLUMNS:
             raise ValueError(f"expected text_field as the name of a column of text, found {text_field!r}")
         if text is not None and not callable(getattr(text, "text_loader", None)):
-            raise ValueError(f"expected text as something with .text_loader(), found {type(text).__name__}")
+            raise ValueError(
+                f"expected text as something with .text_loader(), such as a PyTerrier dataset, found "
+                f"{type(text).__name__}; texts in a frame go into the pipeline by pt.apply.text(...)"
+            )
         if adapter is not None:
             adapters.check(adapter)
         resolve_dtype(dtype, resolve_device(None) if device is None else named_device(device))
@@ -381,9 +384,9 @@ class MonoCE(pt.Estimator):
         judged = frame["qid"].isin(labels["qid"].unique())
         relevant = pd.MultiIndex.from_frame(labels.loc[labels["label"] > 0, ["qid", "docno"]])
         if not pd.MultiIndex.from_frame(frame[["qid", "docno"]]).isin(relevant).any():
-            why = (
-                "" if judged.any() and not len(relevant) else mismatch(frame, qrels, "the qrels") if len(frame) else ""
-            )
+            why = "all of their labels are 0 or less" if judged.any() and not len(relevant) else ""
+            if not why and len(frame):
+                why = mismatch(frame, qrels, "the qrels")
             raise ValueError(
                 "expected judged queries with a relevant document among the validation results, found none"
                 f"{': ' * bool(why)}{why}"

@@ -85,7 +85,11 @@ def read_permutations(path: str | Path, *, responses: str | Path | None = None, 
     counts: Counter[str] = Counter()
     queries: dict[str, str | None] = {}
     rows: list[tuple[str, str | None, str, str | None, int, float]] = []
+    example: str | None = None  # the first query with anything wrong
+    fate = "documents unranked (left out)" if unranked == "drop" else "documents unranked (placed last)"
     for number, given in parsed:
+        if example is None and counts.total():
+            example = [*queries][-1]
         if given.qid in queries:
             _same_query(path, number, given, queries)
             counts["queries given again"] += 1
@@ -96,7 +100,7 @@ def read_permutations(path: str | Path, *, responses: str | Path | None = None, 
         counts["queries without a ranking"] += not ranked
         counts["documents named twice"] += len(given.order) - given.order.count(None) - len(ranked)
         counts["positions or docnos that are not there"] += given.order.count(None)
-        counts["documents unranked"] += len(missing) if ranked else 0
+        counts[fate] += len(missing) if ranked else 0
         seen: set[str] = set()
         for below, place in enumerate([*ranked, *(missing if ranked and unranked == "last" else [])]):
             docno, text = given.passages[place]
@@ -110,7 +114,8 @@ def read_permutations(path: str | Path, *, responses: str | Path | None = None, 
         raise ValueError(f"expected rankings in {path}, found none on {len(lists):,} lines")
     found = [f"{count:,} {what}" for what, count in counts.items() if count]
     if found:
-        warn(f"{path}: of {len(lists):,} rankings, {', '.join(found)}")
+        example = [*queries][-1] if example is None else example
+        warn(f"{path}: of {len(lists):,} rankings, {', '.join(found)}; first in query {example!r}")
     return pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "rank", "score"])
 
 

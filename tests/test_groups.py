@@ -11,6 +11,7 @@ from pyterrier_msft.groups import (
     frame_digest,
     from_qrels,
     from_teacher,
+    mismatch,
     order_key,
     top_documents,
 )
@@ -326,3 +327,12 @@ def test_digest_of_groups():
 def test_order_key():
     assert order_key(pd.DataFrame({"docno": ["a"]})) is None
     assert order_key(pd.DataFrame({"rank": [0, 1], "score": ["2.5", "1"]})).tolist() == [2.5, 1]
+
+
+def test_zeros_that_were_lost():
+    first, qrels = (pd.DataFrame({"qid": qids, "docno": "d"}) for qids in (["001", "016"], [1, 16]))
+    assert mismatch(first, qrels, "the qrels") == (
+        "the qids don't match, such as '001' in the results and '1' in the qrels; zeros at the beginning are lost where "
+        "ids are read as numbers: dtype=str"
+    )
+    assert mismatch(first, qrels.assign(qid=[2, 3]), "the qrels").endswith("and '2' in the qrels")

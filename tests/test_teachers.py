@@ -129,7 +129,7 @@ def test_what_an_llm_gets_wrong_is_counted_once(file):
         out = teachers.read_permutations(file)
     assert [str(w.message).removeprefix(f"{file}: ") for w in caught] == [
         "of 4 rankings, 1 queries without a ranking, 1 documents named twice, 1 positions or docnos that are not "
-        "there, 1 documents unranked, 1 queries given again"
+        "there, 1 documents unranked (left out), 1 queries given again; first in query 'q1'"
     ]
     assert docnos(out) == ["c", "a", "a", "b", "c"]
 
