@@ -332,7 +332,7 @@ def test_order_key():
 def test_zeros_that_were_lost():
     first, qrels = (pd.DataFrame({"qid": qids, "docno": "d"}) for qids in (["001", "016"], [1, 16]))
     assert mismatch(first, qrels, "the qrels") == (
-        "the qids don't match, such as '001' in the results and '1' in the qrels; zeros at the beginning are lost where "
-        "ids are read as numbers: dtype=str"
+        "the qids don't match, such as '001' in the results and '1' in the qrels; zeros at the beginning are lost "
+        "where ids are read as numbers: dtype=str"
     )
     assert mismatch(first, qrels.assign(qid=[2, 3]), "the qrels").endswith("and '2' in the qrels")
