@@ -84,7 +84,7 @@ setup(
             "pandas-stubs>=2.2",
             "pyarrow>=16",
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "ruff>=0.8",
             "sentence-transformers>=5.2",
             "tensorboard>=2.17",
