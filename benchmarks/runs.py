@@ -62,7 +62,7 @@ def read(path: Path, n_queries: int) -> dict[str, float]:
     topics = pd.DataFrame({"qid": qids, "query": [f"what is the answer to question {qid}" for qid in qids]})
     fitter = Contrastive(n_negatives=99, depth=200, add_missing_positives=True)
     before, start, cpu = peak_mib(), time.perf_counter(), time.process_time()
-    groups, report = fitter.groups(path, qrels, topics=topics, load_text=lambda frame: frame.assign(text=""))
+    groups, report = fitter.groups(path, qrels, topics=topics, load_text=lambda frame: frame.assign(text="text"))
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     peak, start = peak_mib(), time.perf_counter()
     groups.digest()
