@@ -314,10 +314,10 @@ def length_batches(
     return batches
 
 
-def _shared_out(batches: list[np.ndarray], lengths: np.ndarray, max_tokens: int, workers: int) -> list[np.ndarray]:
+def shared_out(batches: list[np.ndarray], lengths: np.ndarray, max_tokens: int, workers: int) -> list[np.ndarray]:
     """As many batches for each worker, of like size, so that none is idle at the end."""
     wanted = -(-len(batches) // workers) * workers
-    if len(batches) == 1 or wanted > MANY * workers:
+    if wanted > MANY * workers:
         return batches
     for slack in (1.02, 1.05, 1.1, 1.2):  # for padding, and since batches are of whole pairs
         even = length_batches(lengths, max_tokens=min(max_tokens, int(slack * lengths.sum() / wanted)))
@@ -552,8 +552,8 @@ def score_pairs(
                 encoded, pair = encoder.windows(queries[window], texts[window])
                 lengths = np.array([len(ids) for ids in encoded["input_ids"]])
                 parts = length_batches(lengths, max_tokens=max_tokens, max_pairs=batch_size)
-                if device.type == "cpu" and batch_size is None:
-                    parts = _shared_out(parts, lengths, max_tokens, torch.get_num_threads())
+                if device.type == "cpu" and batch_size is None and len(parts) > 1:
+                    parts = shared_out(parts, lengths, max_tokens, torch.get_num_threads())
                 batches = deque(parts)
                 _in_threads(device, batches, partial(score, start, encoded, pair, lengths, batches))
     finally:
@@ -571,14 +571,22 @@ def _in_threads(device: torch.device, work: deque[Any], worker: Callable[[], Non
     if workers == 1:
         worker()
         return
+    with core_pool(workers) as pool:
+        try:
+            for done in as_completed([pool.submit(worker) for _ in range(workers)]):
+                done.result()
+        except BaseException:  # an interruption too: the others shall not go on to the end
+            work.clear()
+            raise
+
+
+@contextlib.contextmanager
+def core_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that share the cores evenly, each computing with those that are its own."""
+    threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
-            try:
-                for done in as_completed([pool.submit(worker) for _ in range(workers)]):
-                    done.result()
-            except BaseException:  # an interruption too: the others shall not go on to the end
-                work.clear()
-                raise
+            yield pool
     finally:
         torch.set_num_threads(threads)  # the number is each thread's own, and the default for new ones
 

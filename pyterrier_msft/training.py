@@ -16,7 +16,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral, Real
@@ -55,6 +56,7 @@ from pyterrier_msft.scoring import (
     CPU_ATTENTION,
     FIRST_TOKEN_HEADS,
     PairEncoder,
+    core_pool,
     first_token_only,
     forward,
     length_batches,
@@ -62,6 +64,7 @@ from pyterrier_msft.scoring import (
     pad,
     quiet_transformers,
     score_pairs,
+    shared_out,
     tokens_that_fit,
 )
 
@@ -71,6 +74,8 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Tokens whose activations are computed together: more than in scoring, for the sake of the backward pass.
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 65536}
+FEWEST_TOKENS = 512  # a core, for less of which threads aren't worth their while
+CORES = 8  # at most that learn apart, since each has gradients of its own
 AHEAD = 2  # batches made before they are needed
 # Batches sorted by length together: longer windows save padding and make batches less random.
 SORTED_BATCHES = 16
@@ -369,6 +374,7 @@ class _Collator:
     encoder: PairEncoder
     max_tokens: int
     max_pairs: int | None
+    cores: int = 1  # that shall have chunks of like size
 
     def __call__(self, groups: list[Group]) -> dict[str, Any]:
         width = max(len(group.texts) for group in groups)
@@ -382,9 +388,11 @@ class _Collator:
         encoded, pair = self.encoder.windows(
             [group.query for group in groups for _ in group.texts], [text for group in groups for text in group.texts]
         )
-        parts = length_batches(
-            [len(ids) for ids in encoded["input_ids"]], max_tokens=self.max_tokens, max_pairs=self.max_pairs
-        )
+        lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+        parts = length_batches(lengths, max_tokens=self.max_tokens, max_pairs=self.max_pairs)
+        cores = min(self.cores, int(lengths.sum()) // FEWEST_TOKENS)
+        if cores > 1 and self.max_pairs is None:
+            parts = shared_out(parts, lengths, self.max_tokens, cores)
         places = scored.flatten().nonzero().squeeze(-1)  # (pairs,) where the n-th pair stands in the flattened [G, L]
         places = places[torch.from_numpy(pair)]  # (windows,)
         return {
@@ -474,6 +482,7 @@ class _ListTrainer(Trainer):
             network, dtype, length=encoder.max_length, training=True, device=self.args.device
         )  # fmt: skip
         self.max_pairs: int | None = None  # a pass, once the memory has been too small
+        self.cores, self.asked = self._cores(), False
         # The update at hand, and the batches that it sums up so far.
         self.update = -1
         self.summed: list[dict[str, Any]] = []
@@ -483,7 +492,7 @@ class _ListTrainer(Trainer):
         budget = TOKENS_PER_PASS.get(self.args.device.type, TOKENS_PER_PASS["cpu"])
         # A tokenizer's settings are one for all threads, and validation may come while batches are read ahead.
         encoder = replace(self.encoder, tokenizer=copy.deepcopy(self.encoder.tokenizer))
-        collate = _Collator(encoder, min(budget, self.fitting), self.settings.pairs_per_pass)
+        collate = _Collator(encoder, min(budget, self.fitting), self.settings.pairs_per_pass, self.cores)
         return DataLoader(self.batches, batch_sampler=self.batches, collate_fn=collate)  # type: ignore[arg-type]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -510,7 +519,7 @@ class _ListTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> torch.Tensor:
-        loss = self._loss(torch.cat([forward(model, chunk) for chunk in inputs["chunks"]]), inputs)
+        loss = self._loss(torch.cat([_forward(model, chunk) for chunk in inputs["chunks"]]), inputs)
         return loss * processes.count()  # of whose gradients the mean is taken
 
     def training_step(
@@ -556,6 +565,8 @@ class _ListTrainer(Trainer):
             inputs["chunks"] += [inputs["chunks"][-1]] * (most - len(inputs["chunks"]))
         if self._bounded(inputs):
             return self._bounded_step(model, inputs)
+        if len(inputs["chunks"]) > 1 and self._apart(model, inputs["chunks"][0]):
+            return self._step_by_core(model, inputs)
         loss: torch.Tensor = super().training_step(model, inputs)
         return loss / processes.count()
 
@@ -577,19 +588,69 @@ class _ListTrainer(Trainer):
         with torch.no_grad():
             for chunk in inputs["chunks"]:
                 states.append(_random_state(self.args.device))
-                parts.append(forward(model, chunk))
+                parts.append(_forward(model, chunk))
         after = _random_state(self.args.device)
-        scores = torch.cat(parts).requires_grad_()
-        loss = self._loss(scores, inputs) / self.current_gradient_accumulation_steps
-        gradient = torch.autograd.grad(loss * processes.count(), scores)[0]
-        gradients = gradient.split([len(part) for part in parts])
+        loss, gradients = self._at_the_scores(parts, inputs)
         for number, (chunk, state, gradient) in enumerate(zip(inputs["chunks"], states, gradients, strict=True), 1):
             last = number == len(parts)
             _set_random_state(state, self.args.device)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                self.accelerator.backward((forward(model, chunk) * gradient).sum())
+                self.accelerator.backward((_forward(model, chunk) * gradient).sum())
         _set_random_state(after, self.args.device)
-        return loss.detach()
+        return loss
+
+    def _at_the_scores(
+        self, parts: list[torch.Tensor], inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The loss, and its gradient at the scores of each chunk."""
+        scores = torch.cat([part.detach() for part in parts]).requires_grad_()
+        loss = self._loss(scores, inputs) / self.current_gradient_accumulation_steps
+        gradient = torch.autograd.grad(loss * processes.count(), scores)[0]
+        return loss.detach(), gradient.split([len(part) for part in parts])
+
+    # -- a CPU's cores
+
+    def _cores(self) -> int:
+        """How many cores compute chunks of their own."""
+        # Processes have hooks on the parameters, as have optimisers that make their step within the backward pass.
+        hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.network.parameters())
+        if self.args.device.type != "cpu" or processes.count() > 1 or self.args.gradient_checkpointing or hooked:
+            return 1
+        return min(CORES, torch.get_num_threads())
+
+    def _apart(self, model: torch.nn.Module, chunk: dict[str, torch.Tensor]) -> bool:
+        """Whether chunks are computed at once: not if a model draws random numbers that threads would have in common.
+
+        Dropout has its own, but for what isn't a module or in a family's own attention. Asked of the first pair once.
+        """
+        if self.cores > 1 and not self.asked:
+            self.asked, before = True, torch.get_rng_state()
+            with torch.no_grad():
+                _forward(model.train(), {name: values[:1] for name, values in chunk.items()}, seed=0)
+            if not torch.equal(before, torch.get_rng_state()):
+                self.cores = 1
+                torch.set_rng_state(before)
+        return self.cores > 1
+
+    def _step_by_core(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """The same gradient with a chunk a core, in both passes: faster than all cores on one operation.
+
+        Gradients are summed in the order of chunks, whichever is done first, so that trainings are equal bit for bit.
+        """
+        model.train()
+        chunks = inputs["chunks"]
+        seeds = torch.randint(2**62, (len(chunks),)).tolist()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        workers = min(self.cores, len(chunks))
+        with core_pool(workers) as pool:
+            parts = _all_done([pool.submit(_forward, model, *args) for args in zip(chunks, seeds, strict=True)])
+            loss, gradients = self._at_the_scores(parts, inputs)
+            mine = [slice(worker, None, workers) for worker in range(workers)]
+            sums = _all_done([pool.submit(_gradients, parts[own], gradients[own], trained) for own in mine])
+        for parameter, gradient in zip(trained, _added(sums), strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return loss
 
     def _loss(self, flat: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         labels, mask, places = inputs["labels"], inputs["mask"], inputs["places"]  # (G, L), (G, L), (windows,)
@@ -705,6 +766,36 @@ class _ListTrainer(Trainer):
                 shutil.rmtree(path, ignore_errors=True)
         if failures:
             self.progress.not_saved(failures[0])
+
+
+def _forward(model: torch.nn.Module, chunk: dict[str, torch.Tensor], seed: int | None = None) -> torch.Tensor:
+    """Scores, with dropout by a seed; None: one that torch's random state decides."""
+    _dropout.bits = np.random.SFC64(int(torch.randint(2**62, ())) if seed is None else seed)
+    return forward(model, chunk)
+
+
+def _gradients(
+    outputs: list[torch.Tensor], above: Sequence[torch.Tensor], parameters: list[torch.nn.Parameter]
+) -> list[torch.Tensor | None]:
+    found = (
+        torch.autograd.grad(output, parameters, gradient, allow_unused=True)
+        for output, gradient in zip(outputs, above, strict=True)
+    )
+    return _added(found)
+
+
+def _added(gradients: Iterable[Sequence[torch.Tensor | None]]) -> list[torch.Tensor | None]:
+    """Sums by parameter. Not in place, since one tensor may be the gradient of two parameters."""
+    total, *others = map(list, gradients)
+    for other in others:
+        total = [a if b is None else b if a is None else a + b for a, b in zip(total, other, strict=True)]
+    return total
+
+
+def _all_done(futures: list[Future[Any]]) -> list[Any]:
+    """Results, or the first error, when none is at work any more."""
+    wait(futures)
+    return [future.result() for future in futures]
 
 
 class _Progress(TrainerCallback):
@@ -1031,15 +1122,25 @@ def _dropout_of(module: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
     return _Dropout.apply(x, module.p) if module.training and module.p > 0 else x
 
 
+class _Randomness(threading.local):
+    """Where a thread's dropout takes its random bits."""
+
+    bits: np.random.SFC64
+
+
+_dropout = _Randomness()
+
+
 class _Dropout(torch.autograd.Function):
     """Dropout by numpy's random numbers, which come many times as fast as torch's on a CPU.
 
-    Torch's random state decides them, so that seeding, resuming and computing a chunk again work as ever.
+    Each chunk has a seed, which torch's random state decides, so that seeding, resuming and computing a chunk again
+    work as ever.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
-        bits = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw(-(-x.numel() // 4)).view(np.uint16)
+        bits = _dropout.bits.random_raw(-(-x.numel() // 4)).view(np.uint16)
         ctx.kept, ctx.scale = (bits[: x.numel()] >= round(p * 2**16)).reshape(x.shape), 1 / (1 - p)
         return _thinned(x, ctx.kept, ctx.scale)
 

@@ -13,7 +13,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pyterrier_msft.scoring import (
     PairEncoder,
-    _shared_out,
     clean,
     first_token_only,
     forward,
@@ -24,6 +23,7 @@ from pyterrier_msft.scoring import (
     resolve_device,
     resolve_dtype,
     score_pairs,
+    shared_out,
     token_limit,
     tokens_that_fit,
 )
@@ -148,7 +148,7 @@ def test_tokens_that_fit_a_gpu(model, monkeypatch):
 def test_workers_share_the_batches(pairs, workers):
     lengths = np.random.default_rng(0).integers(60, 128, size=pairs)
     batches = length_batches(lengths, max_tokens=2048)
-    shared = _shared_out(batches, lengths, 2048, workers)
+    shared = shared_out(batches, lengths, 2048, workers)
     assert sorted(np.concatenate(shared)) == list(range(pairs))
     before, after = (
         sorted((len(batch) * lengths[batch].max() for batch in part), reverse=True) for part in (batches, shared)
