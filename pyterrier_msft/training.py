@@ -16,8 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral, Real
@@ -641,15 +640,21 @@ class _ListTrainer(Trainer):
         chunks = inputs["chunks"]
         seeds = torch.randint(2**62, (len(chunks),)).tolist()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        workers = min(self.cores, len(chunks))
-        with core_pool(workers) as pool:
-            parts = _all_done([pool.submit(_forward, model, *args) for args in zip(chunks, seeds, strict=True)])
-            loss, gradients = self._at_the_scores(parts, inputs)
-            mine = [slice(worker, None, workers) for worker in range(workers)]
-            sums = _all_done([pool.submit(_gradients, parts[own], gradients[own], trained) for own in mine])
-        for parameter, gradient in zip(trained, _added(sums), strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        with core_pool(min(self.cores, len(chunks))) as pool:
+            parts = list(pool.map(partial(_forward, model), chunks, seeds))
+            loss, above = self._at_the_scores(parts, inputs)
+
+            def downwards(scores: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+                return torch.autograd.grad(scores, trained, gradient, allow_unused=True)
+
+            for gradients in pool.map(downwards, parts, above):
+                for parameter, gradient in zip(trained, gradients, strict=True):
+                    if gradient is None:
+                        continue
+                    if parameter.grad is None:
+                        parameter.grad = gradient.clone()  # else two parameters might have one tensor in common
+                    else:
+                        parameter.grad.add_(gradient)
         return loss
 
     def _loss(self, flat: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
@@ -772,30 +777,6 @@ def _forward(model: torch.nn.Module, chunk: dict[str, torch.Tensor], seed: int |
     """Scores, with dropout by a seed; None: one that torch's random state decides."""
     _dropout.bits = np.random.SFC64(int(torch.randint(2**62, ())) if seed is None else seed)
     return forward(model, chunk)
-
-
-def _gradients(
-    outputs: list[torch.Tensor], above: Sequence[torch.Tensor], parameters: list[torch.nn.Parameter]
-) -> list[torch.Tensor | None]:
-    found = (
-        torch.autograd.grad(output, parameters, gradient, allow_unused=True)
-        for output, gradient in zip(outputs, above, strict=True)
-    )
-    return _added(found)
-
-
-def _added(gradients: Iterable[Sequence[torch.Tensor | None]]) -> list[torch.Tensor | None]:
-    """Sums by parameter. Not in place, since one tensor may be the gradient of two parameters."""
-    total, *others = map(list, gradients)
-    for other in others:
-        total = [a if b is None else b if a is None else a + b for a, b in zip(total, other, strict=True)]
-    return total
-
-
-def _all_done(futures: list[Future[Any]]) -> list[Any]:
-    """Results, or the first error, when none is at work any more."""
-    wait(futures)
-    return [future.result() for future in futures]
 
 
 class _Progress(TrainerCallback):

@@ -346,24 +346,26 @@ def test_not_every_model_learns_by_core(encoder, groups, backbone, steps_by_core
     assert bool(calls) == (how == "hooks")
 
 
-def test_an_error_on_one_core_comes_up_when_the_others_are_done(model, encoder, groups, steps_by_core, monkeypatch):
-    here, there = threading.Event(), []
+def test_an_error_on_one_core_comes_up_when_no_other_is_at_work(model, encoder, groups, steps_by_core, monkeypatch):
+    failed, at_work = threading.Event(), []
 
     def fails(model, chunk):
         if threading.current_thread() is threading.main_thread():  # the question whether it draws random numbers
             return forward(model, chunk)
-        if not here.is_set():
-            here.set()
+        if not failed.is_set():
+            failed.set()
             raise RuntimeError("nothing to do with memory")
+        at_work.append(True)
         scores = forward(model, chunk)
-        there.append(1)
+        at_work.pop()
         return scores
 
     monkeypatch.setattr("pyterrier_msft.training.forward", fails)
     before = threading.active_count()
     with pytest.raises(RuntimeError, match="nothing to do"):
         run(model, encoder, groups)
-    assert len(there) == steps_by_core[0] - 1
+    assert len(steps_by_core) == 1
+    assert not at_work
     assert threading.active_count() == before
 
 
