@@ -558,6 +558,9 @@ class _ListTrainer(Trainer):
         ]
 
     def _gradient(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # those without a schedule
         inputs = {**inputs, "chunks": self._chunks(inputs)}
         if self.is_fsdp_enabled:  # whose processes must call the model equally often
             most = processes.largest(len(inputs["chunks"]))
@@ -582,7 +585,6 @@ class _ListTrainer(Trainer):
         Scores come first, without a graph; the loss is differentiated at the scores; then each chunk is computed
         again, under the random state that it had, and takes its part of the gradient further down.
         """
-        model.train()
         states, parts = [], []
         with torch.no_grad():
             for chunk in inputs["chunks"]:
@@ -610,25 +612,25 @@ class _ListTrainer(Trainer):
     # -- a CPU's cores
 
     def _cores(self) -> int:
-        """How many cores compute chunks of their own."""
-        # Processes have hooks on the parameters, as have optimisers that make their step within the backward pass.
-        hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.network.parameters())
-        if self.args.device.type != "cpu" or processes.count() > 1 or self.args.gradient_checkpointing or hooked:
+        """How many cores compute chunks of their own, if the model is one for that."""
+        if self.args.device.type != "cpu" or processes.count() > 1 or self.args.gradient_checkpointing:
             return 1
         return min(CORES, torch.get_num_threads())
 
     def _apart(self, model: torch.nn.Module, chunk: dict[str, torch.Tensor]) -> bool:
-        """Whether chunks are computed at once: not if a model draws random numbers that threads would have in common.
+        """Whether chunks are computed at once. Found out in the first step, when the optimizer is there.
 
-        Dropout has its own, but for what isn't a module or in a family's own attention. Asked of the first pair once.
+        Not where an optimizer makes its step within the backward pass, by hooks, and not where a model draws random
+        numbers that threads would have in common: dropout has its own, but for what isn't a module of torch's.
         """
         if self.cores > 1 and not self.asked:
             self.asked, before = True, torch.get_rng_state()
             with torch.no_grad():
-                _forward(model.train(), {name: values[:1] for name, values in chunk.items()}, seed=0)
-            if not torch.equal(before, torch.get_rng_state()):
+                _forward(model, {name: values[:1] for name, values in chunk.items()}, seed=0)
+            drew = not torch.equal(before, torch.get_rng_state())
+            if drew or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
                 self.cores = 1
-                torch.set_rng_state(before)
+            torch.set_rng_state(before)
         return self.cores > 1
 
     def _step_by_core(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -636,7 +638,6 @@ class _ListTrainer(Trainer):
 
         Gradients are summed in the order of chunks, whichever is done first, so that trainings are equal bit for bit.
         """
-        model.train()
         chunks = inputs["chunks"]
         seeds = torch.randint(2**62, (len(chunks),)).tolist()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
