@@ -613,7 +613,7 @@ class _ListTrainer(Trainer):
 
     def _cores(self) -> int:
         """How many cores compute chunks of their own, if the model is one for that."""
-        if self.args.device.type != "cpu" or processes.count() > 1 or self.args.gradient_checkpointing:
+        if self.args.device.type != "cpu" or processes.count() > 1:
             return 1
         return min(CORES, torch.get_num_threads())
 
@@ -621,14 +621,16 @@ class _ListTrainer(Trainer):
         """Whether chunks are computed at once. Found out in the first step, when the optimizer is there.
 
         Not where an optimizer makes its step within the backward pass, by hooks, and not where a model draws random
-        numbers that threads would have in common: dropout has its own, but for what isn't a module of torch's.
+        numbers that threads would have in common: dropout has its own, but for what isn't a module of torch's, and for
+        layers that the backward pass computes again.
         """
         if self.cores > 1 and not self.asked:
             self.asked, before = True, torch.get_rng_state()
             with torch.no_grad():
                 _forward(model, {name: values[:1] for name, values in chunk.items()}, seed=0)
             drew = not torch.equal(before, torch.get_rng_state())
-            if drew or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
+            hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+            if drew or hooked or self.network.is_gradient_checkpointing:
                 self.cores = 1
             torch.set_rng_state(before)
         return self.cores > 1
@@ -775,8 +777,8 @@ class _ListTrainer(Trainer):
 
 
 def _forward(model: torch.nn.Module, chunk: dict[str, torch.Tensor], seed: int | None = None) -> torch.Tensor:
-    """Scores, with dropout by a seed; None: one that torch's random state decides."""
-    _dropout.bits = np.random.SFC64(int(torch.randint(2**62, ())) if seed is None else seed)
+    """Scores; given a seed, dropout takes its random bits from that one, and not from what threads have in common."""
+    _dropout.bits = None if seed is None else np.random.SFC64(seed)
     return forward(model, chunk)
 
 
@@ -1105,9 +1107,9 @@ def _dropout_of(module: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
 
 
 class _Randomness(threading.local):
-    """Where a thread's dropout takes its random bits."""
+    """Where a thread's dropout takes its random bits; None: a source for each call, by torch's random state."""
 
-    bits: np.random.SFC64
+    bits: np.random.SFC64 | None = None
 
 
 _dropout = _Randomness()
@@ -1116,13 +1118,13 @@ _dropout = _Randomness()
 class _Dropout(torch.autograd.Function):
     """Dropout by numpy's random numbers, which come many times as fast as torch's on a CPU.
 
-    Each chunk has a seed, which torch's random state decides, so that seeding, resuming and computing a chunk again
-    work as ever.
+    Torch's random state decides them, so that seeding, resuming and computing a chunk again work as ever.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
-        bits = _dropout.bits.random_raw(-(-x.numel() // 4)).view(np.uint16)
+        source = _dropout.bits or np.random.SFC64(int(torch.randint(2**62, ())))
+        bits = source.random_raw(-(-x.numel() // 4)).view(np.uint16)
         ctx.kept, ctx.scale = (bits[: x.numel()] >= round(p * 2**16)).reshape(x.shape), 1 / (1 - p)
         return _thinned(x, ctx.kept, ctx.scale)
 
