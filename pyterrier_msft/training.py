@@ -613,7 +613,7 @@ class _ListTrainer(Trainer):
 
     def _cores(self) -> int:
         """How many cores compute chunks of their own, if the model is one for that."""
-        if self.args.device.type != "cpu" or processes.count() > 1:
+        if self.args.device.type != "cpu" or processes.count() > 1 or self.args.torch_compile:
             return 1
         return min(CORES, torch.get_num_threads())
 
