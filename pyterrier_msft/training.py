@@ -630,7 +630,8 @@ class _ListTrainer(Trainer):
                 _forward(model, {name: values[:1] for name, values in chunk.items()}, seed=0)
             drew = not torch.equal(before, torch.get_rng_state())
             hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
-            if drew or hooked or self.network.is_gradient_checkpointing:
+            again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+            if drew or hooked or again:
                 self.cores = 1
             torch.set_rng_state(before)
         return self.cores > 1

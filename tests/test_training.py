@@ -314,6 +314,7 @@ def test_a_chunk_a_core_gives_the_same_weights(encoder, groups, backbone, steps_
     np.testing.assert_allclose(*([row["loss"] for row in history] for history in rows), rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_chunk_a_core_is_reproducible_with_dropout(encoder, groups, backbone, steps_by_core, tmp_path, monkeypatch):
     models = [load_model(backbone, seed=1)[0] for _ in range(3)]
     for model in models[:2]:
