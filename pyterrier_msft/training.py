@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import queue
 import random
 import shutil
@@ -29,6 +30,7 @@ import pandas as pd
 import pyterrier as pt
 import torch
 import torch.distributed as dist
+from accelerate import AutocastKwargs
 from ir_measures import nDCG
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -59,6 +61,7 @@ from pyterrier_msft.scoring import (
     first_token_only,
     forward,
     length_batches,
+    memory_of_machine,
     out_of_memory,
     pad,
     quiet_transformers,
@@ -74,7 +77,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # Tokens whose activations are computed together: more than in scoring, for the sake of the backward pass.
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 65536}
 FEWEST_TOKENS = 512  # a core, for less of which threads aren't worth their while
-CORES = 8  # at most that learn apart, since each has gradients of its own
+CORES = 8  # at most that learn apart, since each has gradients of its own; they take an eighth of the memory at most
 AHEAD = 2  # batches made before they are needed
 # Batches sorted by length together: longer windows save padding and make batches less random.
 SORTED_BATCHES = 16
@@ -482,6 +485,9 @@ class _ListTrainer(Trainer):
         )  # fmt: skip
         self.max_pairs: int | None = None  # a pass, once the memory has been too small
         self.cores, self.asked = self._cores(), False
+        if self.cores > 1:
+            # The weights that it casts are kept for all threads, until the first of them leaves it.
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         # The update at hand, and the batches that it sums up so far.
         self.update = -1
         self.summed: list[dict[str, Any]] = []
@@ -613,9 +619,14 @@ class _ListTrainer(Trainer):
 
     def _cores(self) -> int:
         """How many cores compute chunks of their own, if the model is one for that."""
-        if self.args.device.type != "cpu" or processes.count() > 1 or self.args.torch_compile:
+        other_ways = processes.count() > 1 or self.args.torch_compile or self.is_deepspeed_enabled
+        if self.args.device.type != "cpu" or other_ways:
             return 1
-        return min(CORES, torch.get_num_threads())
+        fitting = CORES
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # a system that doesn't tell
+            trained = sum(p.numel() * p.element_size() for p in self.network.parameters() if p.requires_grad)
+            fitting = memory_of_machine() // 8 // max(1, trained)
+        return max(1, min(CORES, fitting, torch.get_num_threads()))
 
     def _apart(self, model: torch.nn.Module, chunk: dict[str, torch.Tensor]) -> bool:
         """Whether chunks are computed at once. Found out in the first step, when the optimizer is there.
@@ -625,15 +636,17 @@ class _ListTrainer(Trainer):
         layers that the backward pass computes again.
         """
         if self.cores > 1 and not self.asked:
-            self.asked, before = True, torch.get_rng_state()
+            self.asked, before = True, _global_states()
             with torch.no_grad():
                 _forward(model, {name: values[:1] for name, values in chunk.items()}, seed=0)
-            drew = not torch.equal(before, torch.get_rng_state())
+            drew = pickle.dumps(_global_states()) != pickle.dumps(before)
             hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
             again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
             if drew or hooked or again:
                 self.cores = 1
-            torch.set_rng_state(before)
+            random.setstate(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
+            torch.set_rng_state(torch.from_numpy(before[2]))
         return self.cores > 1
 
     def _step_by_core(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -644,21 +657,25 @@ class _ListTrainer(Trainer):
         chunks = inputs["chunks"]
         seeds = torch.randint(2**62, (len(chunks),)).tolist()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        with core_pool(min(self.cores, len(chunks))) as pool:
+        cores = min(self.cores, len(chunks))
+        with core_pool(cores) as pool:
             parts = list(pool.map(partial(_forward, model), chunks, seeds))
             loss, above = self._at_the_scores(parts, inputs)
 
             def downwards(scores: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
                 return torch.autograd.grad(scores, trained, gradient, allow_unused=True)
 
-            for gradients in pool.map(downwards, parts, above):
-                for parameter, gradient in zip(trained, gradients, strict=True):
-                    if gradient is None:
-                        continue
-                    if parameter.grad is None:
-                        parameter.grad = gradient.clone()  # else two parameters might have one tensor in common
-                    else:
-                        parameter.grad.add_(gradient)
+            for start in range(0, len(chunks), cores):  # since all that is done waits with its gradients
+                now = slice(start, start + cores)
+                for gradients in pool.map(downwards, parts[now], above[now]):
+                    for parameter, gradient in zip(trained, gradients, strict=True):
+                        if gradient is None:
+                            continue
+                        if parameter.grad is None:
+                            parameter.grad = gradient.clone()  # else two parameters might have one tensor in common
+                        else:
+                            parameter.grad.add_(gradient)
+                del gradients
         return loss
 
     def _loss(self, flat: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
@@ -1178,6 +1195,11 @@ def _isolated() -> Iterator[None]:
             for name in os.environ.keys() - environment.keys():
                 if name.startswith(("ACCELERATE_", "FSDP_")):
                     del os.environ[name]
+
+
+def _global_states() -> tuple[Any, Any, np.ndarray]:
+    """Of Python, numpy and torch."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()  # noqa: NPY002
 
 
 def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -330,20 +330,33 @@ def test_a_chunk_a_core_is_reproducible_with_dropout(encoder, groups, backbone, 
     assert len(steps_by_core) > 15
 
 
-@pytest.mark.parametrize("how", ["hooks", "random numbers"])
-def test_not_every_model_learns_by_core(encoder, groups, backbone, steps_by_core, how):
+@pytest.mark.parametrize("how", ["hooks", "random numbers", "numpy's random numbers", "memory"])
+def test_not_every_model_learns_by_core(encoder, groups, backbone, steps_by_core, monkeypatch, how):
     models = [load_model(backbone, seed=1)[0] for _ in range(2)]
-    calls = []
+    calls, number = [], torch.randn if how == "random numbers" else np.random.standard_normal
+    if how == "memory":
+        size = 4 * weights(models[0]).numel()
+        monkeypatch.setattr("pyterrier_msft.training.memory_of_machine", lambda: 8 * size)
     for model in models:
         if how == "hooks":
             model.classifier.bias.register_post_accumulate_grad_hook(calls.append)
-        else:
-            noise = lambda module, inputs, output: output + torch.randn(()) / 10  # noqa: E731
-            model.classifier.register_forward_hook(noise)
+        elif how != "memory":
+            model.classifier.register_forward_hook(lambda module, inputs, output: output + float(number(())) / 10)
         run(model, encoder, groups, FAST)
     assert not steps_by_core
     assert torch.equal(weights(models[0]), weights(models[1]))
     assert bool(calls) == (how == "hooks")
+
+
+def test_a_chunk_a_core_in_bfloat16(encoder, groups, backbone, steps_by_core):
+    models, cached = [load_model(backbone, seed=1)[0] for _ in range(2)], set()
+    for model in models:
+        model.classifier.register_forward_pre_hook(lambda *_: cached.add(torch.is_autocast_cache_enabled()))
+        settings = dataclasses.replace(FAST, max_steps=4)
+        train(model, encoder, groups, losses.ranknet, settings, dtype=torch.bfloat16)
+    assert len(steps_by_core) == 8
+    assert cached == {False}
+    assert torch.equal(weights(models[0]), weights(models[1]))
 
 
 def test_checkpointed_layers_take_the_same_dropout_again(encoder, groups, backbone, steps_by_core, monkeypatch):
