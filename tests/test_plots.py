@@ -62,6 +62,7 @@ CALLS = {
 
 @pytest.fixture(autouse=True)
 def _close():
+    plt.close("all")  # what pages of the documentation have drawn in the same process
     yield
     plt.close("all")
 
