@@ -48,7 +48,7 @@ setup(
         "Topic :: Text Processing :: Indexing",
         "Typing :: Typed",
     ],
-    packages=["pyterrier_msft"],
+    packages=["pyterrier_msft", "pyterrier_msft.data", "pyterrier_msft.model", "pyterrier_msft.training"],
     package_data={"pyterrier_msft": ["py.typed", "pt_docs/*.rst"]},
     python_requires=">=3.11",
     install_requires=[
@@ -94,7 +94,7 @@ setup(
     },
     entry_points={
         "pyterrier.artifact": ["cross_encoder.hf = pyterrier_msft.reranker:MonoCE.load"],
-        "pyterrier.artifact.url_protocol_resolver": ["hf-model = pyterrier_msft.hub:resolve"],
+        "pyterrier.artifact.url_protocol_resolver": ["hf-model = pyterrier_msft.model.hub:resolve"],
         "pyterrier.dataset_provider": ["pydocs = pyterrier_msft.pydocs:PyDocsProvider"],
     },
 )

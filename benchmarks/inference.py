@@ -24,7 +24,7 @@ from sentence_transformers import CrossEncoder
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, ElectraConfig
 
 from pyterrier_msft import Contrastive, MonoCE
-from pyterrier_msft.scoring import resolve_device, resolve_dtype
+from pyterrier_msft.model.precision import resolve_device, resolve_dtype
 
 OURS = "MonoCE"
 

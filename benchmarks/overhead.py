@@ -17,7 +17,8 @@ import torch
 from common import candidates, minilm
 from inference import save_model
 
-from pyterrier_msft import MonoCE, scoring
+from pyterrier_msft import MonoCE
+from pyterrier_msft.model import scoring
 
 
 def main() -> None:

@@ -28,9 +28,10 @@ from transformers import (
 )
 
 from pyterrier_msft import Distillation, MonoCE, losses
-from pyterrier_msft.groups import Group
-from pyterrier_msft.scoring import quiet_transformers, resolve_dtype
-from pyterrier_msft.training import _Batches  # the order in which lists come, for the peers to follow
+from pyterrier_msft.data.groups import Group
+from pyterrier_msft.model.loading import quiet_transformers
+from pyterrier_msft.model.precision import resolve_dtype
+from pyterrier_msft.training.batches import _Batches
 
 OURS = "MonoCE.fit"
 

@@ -15,7 +15,7 @@ from ir_measures import nDCG
 from quickstart import minilm
 
 from pyterrier_msft import Distillation, MonoCE, losses
-from pyterrier_msft.teachers import read_permutations
+from pyterrier_msft.data.permutations import read_permutations
 
 
 def main() -> None:

@@ -31,8 +31,9 @@ from ir_measures import AP, RR, R, nDCG
 from quickstart import BiEncoder, bm25, minilm, save
 from transformers import AutoConfig
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots, runs, teachers
-from pyterrier_msft.scoring import resolve_dtype
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots, teachers
+from pyterrier_msft.data import runs
+from pyterrier_msft.model.precision import resolve_dtype
 from pyterrier_msft.significance import equivalence_table, seed_summary
 
 logger = logging.getLogger("ecir2025")

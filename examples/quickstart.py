@@ -17,8 +17,9 @@ from ir_measures import AP, RR, R, nDCG
 from transformers import AutoModel, AutoTokenizer
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots
+from pyterrier_msft.model.loading import quiet_transformers
+from pyterrier_msft.model.precision import autocast, resolve_dtype
 from pyterrier_msft.pydocs import silenced
-from pyterrier_msft.scoring import autocast, quiet_transformers, resolve_dtype
 
 MEASURES = [nDCG @ 10, RR @ 10, AP, R @ 100]
 SEQUENCES = ["CL", "KD", "CL-KD", "KD-CL"]

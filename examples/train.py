@@ -15,7 +15,8 @@ import pandas as pd
 import pyterrier as pt
 from ir_measures import RR, nDCG
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, processes
+from pyterrier_msft import Contrastive, Distillation, MonoCE
+from pyterrier_msft.training import distributed as processes
 
 
 def main() -> None:

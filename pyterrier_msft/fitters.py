@@ -17,23 +17,17 @@ import pandas as pd
 import pyterrier as pt
 
 from pyterrier_msft import losses, teachers
-from pyterrier_msft.groups import (
-    DataReport,
-    Groups,
-    Rankings,
-    as_ids,
-    bare_ranks,
-    frame_digest,
-    from_qrels,
-    from_teacher,
-    grades_of,
-    mismatch,
-    relevant_of,
-)
+from pyterrier_msft.data.frames import as_ids, frame_digest
+from pyterrier_msft.data.groups import Groups
+from pyterrier_msft.data.labels import bare_ranks, from_qrels, from_teacher, grades_of, mismatch, relevant_of
+from pyterrier_msft.data.permutations import check_unranked
+from pyterrier_msft.data.rankings import Rankings
+from pyterrier_msft.data.report import DataReport
+from pyterrier_msft.data.runs import pieces
+from pyterrier_msft.model.encoding import clean
 from pyterrier_msft.notices import warn
-from pyterrier_msft.runs import pieces
-from pyterrier_msft.scoring import clean
-from pyterrier_msft.training import Hyperparameters, Loss, check_number
+from pyterrier_msft.training.hyperparameters import Hyperparameters, check_number
+from pyterrier_msft.training.trainer import Loss
 
 ENOUGH = 32  # documents without a text, and none with one, after which there is no text to be hoped for
 PACKAGE = __name__.rpartition(".")[0]
@@ -370,7 +364,7 @@ class Distillation(Fitter):
         if self.depth == 1:
             raise ValueError("expected a depth of at least 2, found 1")
         teachers.check(self.teacher)
-        teachers.check_unranked(self.unranked)
+        check_unranked(self.unranked)
         self._check_labels()
         if self._keeps_scores and self.unranked == "last":
             raise ValueError(

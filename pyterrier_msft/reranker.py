@@ -20,49 +20,60 @@ import pandas as pd
 import pyterrier as pt
 import torch
 from huggingface_hub import HfApi
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pyterrier_msft import __version__, adapters, hub, processes
-from pyterrier_msft.fitters import Contrastive, Fitter, FitterSequence, check_fitter
-from pyterrier_msft.groups import (
+from pyterrier_msft import __version__
+from pyterrier_msft.data.frames import (
     PASSAGE,
-    SAMPLED,
-    DataReport,
-    Groups,
     as_ids,
     as_texts,
     frame_digest,
-    grades_of,
-    mismatch,
     ranked,
     require_columns,
     require_ids,
     without_text,
 )
-from pyterrier_msft.notices import warn
-from pyterrier_msft.runs import first_docnos
-from pyterrier_msft.scoring import (
-    PairEncoder,
-    clean,
-    load_model,
-    named_device,
-    quantised,
-    quiet_transformers,
-    resolve_device,
-    resolve_dtype,
-    score_pairs,
-    suit,
-    token_limit,
+from pyterrier_msft.data.groups import SAMPLED, Groups
+from pyterrier_msft.data.labels import grades_of, mismatch
+from pyterrier_msft.data.report import DataReport
+from pyterrier_msft.data.runs import first_docnos
+from pyterrier_msft.fitters import Contrastive, Fitter, FitterSequence, check_fitter
+from pyterrier_msft.model import adapters, hub
+from pyterrier_msft.model.encoding import PairEncoder, clean
+from pyterrier_msft.model.loading import load_model, quiet_transformers, token_limit
+from pyterrier_msft.model.precision import named_device, quantised, resolve_device, resolve_dtype
+from pyterrier_msft.model.scoring import score_pairs
+from pyterrier_msft.model.storage import (
+    ARTIFACT,
+    LEFTOVER_SECONDS,
+    RECORD,
+    _absolute,
+    _beside,
+    _check_folder,
+    _fingerprint,
+    _one_score,
+    _record_in,
+    _tokenizer_of,
+    recover,
 )
-from pyterrier_msft.training import Validation, check_device, check_number, durable, interrupted_training, train
+from pyterrier_msft.notices import warn
+from pyterrier_msft.training import distributed as processes
+from pyterrier_msft.training.hyperparameters import check_number
+from pyterrier_msft.training.trainer import check_device, durable, interrupted_training, train
+from pyterrier_msft.training.validation import Validation
 
-RECORD = "msft.json"
 SAVED = ("text_field", "max_length", "max_query_length", "passages", "seed")  # settings
+
+
 RESULT_COLUMNS = {"qid", "query", "docno", "score", "rank"}
-ARTIFACT = {"type": "cross_encoder", "format": "hf", "package_hint": "pyterrier-msft"}
-LEFTOVER_SECONDS = 86400  # after which a half-written model is nobody's
+
+
 PROBED = 4  # queries, and documents of each, whose scores tell whether training changed any
+
+
 HARDLY = 0.01  # of the scores' spread: what training changes at the least, if it does anything
+
+
 TRUNCATION_SAMPLE = 1000  # pairs tokenised to tell what share is cut
 
 
@@ -913,74 +924,6 @@ class CachedMonoCE(pt.Estimator):
                 with contextlib.suppress(OSError):  # another process was faster
                     (Path(partial) / "new").rename(path)
         return Sqlite3ScorerCache(path, pt.apply.generic(self.reranker._scored))
-
-
-def _beside(path: Path, what: str) -> Path:
-    """Where `save` puts the model before, or the one after, for the moment of the change."""
-    return path.with_name(f".{path.name}.{what}")
-
-
-def recover(path: Path) -> None:
-    """Put back the model that a save had moved aside when it was killed."""
-    old = _beside(path, "old")
-    if old.is_dir() and not path.exists():
-        os.replace(old, path)
-
-
-def _check_folder(model: str) -> None:
-    """Say at once that a folder is not there or holds no model; a hub name can't be told before it is asked for."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if (path / adapters.CONFIG).is_file():
-            raise ValueError(f"expected a model's folder, found an adapter's: give it to MonoCE.load({model!r})")
-        if not (path / "config.json").is_file():
-            raise ValueError(f"expected a model's folder with config.json, found {model!r} without it")
-    elif path.is_file() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise ValueError(f"expected a model's folder or a name on the Hugging Face hub, found {model!r}")
-
-
-def _absolute(model: str) -> str:
-    """A folder from wherever it is looked for; a hub name as it is."""
-    return str(Path(model).absolute()) if Path(model).is_dir() else model
-
-
-def _record_in(model: str | Path) -> dict[str, Any]:
-    """What `save` recorded in a folder; empty where it didn't."""
-    record = Path(model) / RECORD
-    return json.loads(record.read_text()) if record.is_file() else {}
-
-
-def _fingerprint(network: PreTrainedModel, settings: dict[str, Any] | None = None) -> str:
-    state = network.state_dict()
-    digest = hashlib.sha256(b"" if settings is None else json.dumps(settings, sort_keys=True, default=str).encode())
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _one_score(model: PreTrainedModel) -> PreTrainedModel:
-    kind = type(model)
-    if kind.__module__.startswith("transformers.") and "ForSequenceClassification" not in kind.__name__:
-        raise ValueError(f"expected a model loaded by AutoModelForSequenceClassification, found {kind.__name__}")
-    if model.config.num_labels != 1:
-        raise ValueError(f"expected a model with one label (a score), found {model.config.num_labels}")
-    # In float32, whatever it was saved in: in half precision most of AdamW's steps would be rounded away.
-    return model.float().eval()
-
-
-def _tokenizer_of(network: PreTrainedModel) -> PreTrainedTokenizerBase:
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(network.name_or_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"expected a tokenizer beside the loaded model, found none at {network.name_or_path!r}: save both to a "
-            "folder and give MonoCE the folder"
-        ) from error
-    suit(tokenizer, network, network.name_or_path)
-    return tokenizer
 
 
 def _sample(groups: Groups) -> tuple[list[str], list[str]]:

@@ -13,16 +13,17 @@ from typing import Any, overload
 import pandas as pd
 from safetensors import SafetensorError
 
-from pyterrier_msft import processes
+from pyterrier_msft.data.frames import frame_digest
 from pyterrier_msft.fitters import Fitter, check_fitter
-from pyterrier_msft.groups import frame_digest
-from pyterrier_msft.reranker import MonoCE, recover
-from pyterrier_msft.training import writable
+from pyterrier_msft.model.storage import recover
+from pyterrier_msft.reranker import MonoCE
+from pyterrier_msft.training import distributed as processes
+from pyterrier_msft.training.trainer import writable
 
 logger = logging.getLogger(__name__)
 
 # The rooms whose code decides what weights come out.
-CODE = ("processes", "losses", "groups", "runs", "scoring", "teachers", "training", "fitters")
+CODE = ("losses.py", "teachers.py", "fitters.py", "data/*.py", "model/*.py", "training/*.py")
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,9 @@ def _find(before: MonoCE, folder: Path) -> MonoCE | None:
 def _context(reranker: MonoCE, validation: tuple[pd.DataFrame, pd.DataFrame] | None) -> list[Any]:
     """What decides the weights besides start, fitter and data."""
     source = hashlib.sha256()
-    for room in CODE:
-        source.update(Path(__file__).with_name(f"{room}.py").read_bytes())
+    for pattern in CODE:
+        for path in sorted(Path(__file__).parent.glob(pattern)):
+            source.update(path.read_bytes())
     frames = [] if validation is None else [frame_digest(frame) for frame in validation]
     return [source.hexdigest(), frames, reranker.scoring_settings()]
 

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from pyterrier_msft import MonoCE
-from pyterrier_msft.scoring import PairEncoder, quiet_transformers
+from pyterrier_msft.model.encoding import PairEncoder
+from pyterrier_msft.model.loading import quiet_transformers
 
 # The models are tiny: a second thread only waits for the first, for ever if something else runs on the machine.
 torch.set_num_threads(1)

@@ -12,8 +12,10 @@ import torch
 from conftest import make_part
 from ir_measures import RR
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, processes, training
-from pyterrier_msft.training import _ListTrainer
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences
+from pyterrier_msft.training import distributed as processes
+from pyterrier_msft.training import trainer as training
+from pyterrier_msft.training.trainer import _ListTrainer
 
 SGD = {"optim": "sgd"}  # where weights are compared: AdamW turns gradients that are 0 but for rounding into steps
 QUERIES = 37  # neither the processes nor the batches divide them

@@ -18,8 +18,9 @@ import torch
 from conftest import make_part
 from ir_measures import RR
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, training
-from pyterrier_msft.training import _ListTrainer
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences
+from pyterrier_msft.training import trainer as training
+from pyterrier_msft.training.trainer import _ListTrainer
 
 KILLS = 20
 MOMENTS = {"replace": 6, "weights": 9, "state": 20}  # calls of each, in one of which the process dies

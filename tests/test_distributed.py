@@ -13,8 +13,9 @@ import pytest
 import torch
 from conftest import make_part
 
-from pyterrier_msft import MonoCE, processes
-from pyterrier_msft.scoring import resolve_device
+from pyterrier_msft import MonoCE
+from pyterrier_msft.model.precision import resolve_device
+from pyterrier_msft.training import distributed as processes
 
 HERE = Path(__file__).parent
 

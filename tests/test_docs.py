@@ -54,14 +54,15 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 import pyterrier_msft
-from pyterrier_msft import MonoCE, pydocs, reranker, training
+from pyterrier_msft import MonoCE, pydocs, reranker
+from pyterrier_msft.training import trainer as training
 
 pytest.importorskip("pyterrier_pisa")
 
 ROOT = Path(__file__).parents[1]
 FOUND = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("pyterrier_msft/pt_docs/*.rst")]
 PAGES = sorted(path for path in FOUND if "_build" not in path.parts)
-MODULES = sorted(ROOT.glob("pyterrier_msft/*.py"))
+MODULES = sorted(ROOT.glob("pyterrier_msft/**/*.py"))
 SKIPPED = 5  # blocks, at most: of other packages, of the hub, that start processes
 
 QUERIES = 8  # of a part of PyDocs
@@ -332,7 +333,7 @@ def test_documented_messages_are_said() -> None:
 # ---- docstrings
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
 @pytest.mark.filterwarnings("ignore")
 def test_docstrings(path: Path, small: None) -> None:
     parser = rest.DocTestParser(doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)

@@ -5,16 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 
-from pyterrier_msft.groups import (
-    DataReport,
-    bare_ranks,
-    frame_digest,
-    from_qrels,
-    from_teacher,
-    mismatch,
-    order_key,
-    top_documents,
-)
+from pyterrier_msft.data.frames import frame_digest, order_key
+from pyterrier_msft.data.labels import bare_ranks, from_qrels, from_teacher, mismatch
+from pyterrier_msft.data.rankings import top_documents
+from pyterrier_msft.data.report import DataReport
 
 
 def results(text: str, **columns: list) -> pd.DataFrame:

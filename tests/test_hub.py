@@ -14,7 +14,8 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, hub
+from pyterrier_msft import Contrastive, Distillation, MonoCE
+from pyterrier_msft.model import hub
 
 FAST = {"learning_rate": 1e-2, "batch_size": 8, "max_steps": 4}
 
@@ -122,7 +123,7 @@ def test_a_card_takes_what_the_hub_knows(trained, tmp_path):
 
 
 def test_one_of_several_processes_publishes(trained, online, monkeypatch):
-    monkeypatch.setattr("pyterrier_msft.processes.rank", lambda: 1)
+    monkeypatch.setattr("pyterrier_msft.training.distributed.rank", lambda: 1)
     assert trained.push_to_hub("user/model") == "https://huggingface.co/user/model"
     assert online.created == []
 

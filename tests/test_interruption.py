@@ -16,8 +16,9 @@ from ir_measures import RR
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, losses, training
-from pyterrier_msft.training import PARTIAL, _ListTrainer
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, losses
+from pyterrier_msft.training import trainer as training
+from pyterrier_msft.training.trainer import PARTIAL, _ListTrainer
 
 HERE = Path(__file__).parent
 CL = Contrastive(

@@ -11,8 +11,10 @@ from conftest import WORDS, Part
 from ir_measures import RR
 
 from pyterrier_msft import Contrastive, MonoCE
-from pyterrier_msft.scoring import PairEncoder, forward, load_model, pad, score_pairs
-from pyterrier_msft.training import _Collator
+from pyterrier_msft.model.encoding import PairEncoder, pad
+from pyterrier_msft.model.loading import load_model
+from pyterrier_msft.model.scoring import forward, score_pairs
+from pyterrier_msft.training.batches import _Collator
 
 FAST = {"learning_rate": 1e-2, "epochs": 6, "batch_size": 8, "dropout": 0.0}
 
@@ -133,7 +135,7 @@ def test_as_pyterriers_own_passages(ce, long_part):
 
 
 def test_each_window_is_sent_to_its_document(windowed, train_part):
-    from pyterrier_msft.groups import Group
+    from pyterrier_msft.data.groups import Group
 
     labels = np.array([1, 0], dtype=np.float32)
     groups = [Group("a", "w1", [words(10, 40), "w5"], labels), Group("b", "w2", ["w6", words(10, 40)], labels)]

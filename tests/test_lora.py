@@ -12,8 +12,11 @@ import torch
 from ir_measures import RR
 from transformers import AutoModelForSequenceClassification
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, adapters, fit_sequences
-from pyterrier_msft.scoring import CPU_ATTENTION, first_token_only, forward, pad
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences
+from pyterrier_msft.model import adapters
+from pyterrier_msft.model.encoding import pad
+from pyterrier_msft.model.first_token import CPU_ATTENTION, first_token_only
+from pyterrier_msft.model.scoring import forward
 
 peft = pytest.importorskip("peft")
 
@@ -138,7 +141,7 @@ def test_the_best_weights_remain_and_a_training_is_resumed(backbone, train_part,
     best = pt.Evaluate(whole(dev_part.results), dev_part.qrels, ["ndcg_cut_10"])["ndcg_cut_10"]
     assert best == pytest.approx(whole.history["nDCG@10"].max())
 
-    from pyterrier_msft.training import _ListTrainer
+    from pyterrier_msft.training.trainer import _ListTrainer
 
     original = _ListTrainer.training_step
 

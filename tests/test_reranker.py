@@ -15,7 +15,7 @@ from pandas.testing import assert_frame_equal
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE
-from pyterrier_msft.training import check_device
+from pyterrier_msft.training.trainer import check_device
 
 FAST = {"learning_rate": 1e-2, "epochs": 3, "batch_size": 8}
 CL = Contrastive(n_negatives=3, **FAST)

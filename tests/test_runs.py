@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, losses, runs
-from pyterrier_msft.groups import DataReport, Groups
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, losses
+from pyterrier_msft.data import runs
+from pyterrier_msft.data.groups import Groups
+from pyterrier_msft.data.report import DataReport
 
 pl = pytest.importorskip("polars")
 FAST = {"learning_rate": 1e-2, "epochs": 2, "batch_size": 8}

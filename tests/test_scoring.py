@@ -11,22 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pyterrier_msft.scoring import (
-    PairEncoder,
-    clean,
-    first_token_only,
-    forward,
-    length_batches,
-    load_model,
-    memory_of_machine,
-    pad,
-    resolve_device,
-    resolve_dtype,
-    score_pairs,
-    shared_out,
-    token_limit,
-    tokens_that_fit,
-)
+from pyterrier_msft.model.encoding import PairEncoder, clean, length_batches, pad, shared_out
+from pyterrier_msft.model.first_token import first_token_only
+from pyterrier_msft.model.loading import load_model, token_limit
+from pyterrier_msft.model.precision import resolve_device, resolve_dtype
+from pyterrier_msft.model.scoring import forward, memory_of_machine, score_pairs, tokens_that_fit
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +92,7 @@ def test_order_of_pairs_does_not_matter(model, encoder):
 def test_windows_join(model, encoder, monkeypatch):
     queries, texts = pairs(50)
     whole = score_pairs(model, encoder, queries, texts, dtype=torch.float32)
-    monkeypatch.setattr("pyterrier_msft.scoring.WINDOW", 16)
+    monkeypatch.setattr("pyterrier_msft.model.scoring.WINDOW", 16)
     steps: list[int] = []
     parts = score_pairs(model, encoder, queries, texts, dtype=torch.float32, progress=steps.append)
     np.testing.assert_allclose(parts, whole, atol=1e-5)
@@ -121,7 +110,7 @@ def test_out_of_memory_halves_the_pass(model, encoder, monkeypatch, caplog):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(model, batch)
 
-    monkeypatch.setattr("pyterrier_msft.scoring.forward", tight)
+    monkeypatch.setattr("pyterrier_msft.model.scoring.forward", tight)
     done = []
     scores = score_pairs(model, encoder, queries, texts, dtype=torch.float32, batch_size=100, progress=done.append)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
@@ -203,7 +192,7 @@ def test_an_error_in_a_thread_is_raised(model, encoder, monkeypatch):
     def broken(model, batch):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("pyterrier_msft.scoring.forward", broken)
+    monkeypatch.setattr("pyterrier_msft.model.scoring.forward", broken)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     with pytest.raises(RuntimeError, match="a bug"):
         score_pairs(model, encoder, *pairs(60), dtype=torch.float32, batch_size=7)
@@ -213,7 +202,7 @@ def test_a_pair_that_does_not_fit_is_an_error(model, encoder, monkeypatch):
     def full(model, batch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr("pyterrier_msft.scoring.forward", full)
+    monkeypatch.setattr("pyterrier_msft.model.scoring.forward", full)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         score_pairs(model, encoder, *pairs(8), dtype=torch.float32)
 
@@ -390,7 +379,7 @@ def test_dtypes(monkeypatch):
     cpu = torch.device("cpu")
     assert resolve_dtype("bfloat16", cpu) == resolve_dtype(torch.bfloat16, cpu) == torch.bfloat16
     for found in (True, False):
-        monkeypatch.setattr("pyterrier_msft.scoring._has_bfloat16", lambda device, found=found: found)
+        monkeypatch.setattr("pyterrier_msft.model.precision._has_bfloat16", lambda device, found=found: found)
         assert resolve_dtype("auto", cpu) == (torch.bfloat16 if found else torch.float32)
     with pytest.raises(ValueError, match=r"expected dtype 'auto' or one of .* found 'int4'"):
         resolve_dtype("int4", cpu)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences
-from pyterrier_msft.training import _ListTrainer
+from pyterrier_msft.training.trainer import _ListTrainer
 
 NAMES = ["CL", "KD", "CL-KD", "KD-CL"]
 CL = Contrastive(n_negatives=3, learning_rate=1e-2, max_steps=4, batch_size=8)

@@ -12,6 +12,7 @@ from ir_measures import RR
 from pandas.testing import assert_frame_equal
 
 from pyterrier_msft import Contrastive, Distillation, losses, teachers
+from pyterrier_msft.data.permutations import text_id
 
 COLUMNS = ["qid", "query", "docno", "text", "rank", "score"]
 A, B, C = "text of a", "text of b", "text of c"
@@ -104,7 +105,7 @@ def test_ids_are_made_of_texts(file):
     )
     assert out["qid"].nunique() == 2
     assert out.groupby("text")["docno"].nunique().tolist() == [1, 1]
-    assert docnos(out) == [teachers.text_id(text) for text in (B, A, A)]
+    assert docnos(out) == [text_id(text) for text in (B, A, A)]
 
 
 def test_gz_blank_lines_and_unicode(tmp_path):
@@ -241,7 +242,7 @@ def test_texts_alone_and_queries_over_lines(file):
     with pytest.warns(UserWarning, match="1 passages are both positive and negative"):
         results, qrels = teachers.read_labelled_passages(file)
     assert results["text"].tolist() == [A, B, C]
-    assert qrels["docno"].tolist() == [teachers.text_id(A), teachers.text_id(B)]
+    assert qrels["docno"].tolist() == [text_id(A), text_id(B)]
 
 
 @pytest.mark.parametrize(

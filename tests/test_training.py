@@ -12,18 +12,15 @@ import torch
 from ir_measures import RR
 
 from pyterrier_msft import losses
-from pyterrier_msft.groups import from_qrels
-from pyterrier_msft.scoring import CPU_ATTENTION, forward, load_model, pad
-from pyterrier_msft.training import (
-    STATE_FILE,
-    Hyperparameters,
-    Validation,
-    _Batches,
-    _Collator,
-    _dropout_of,
-    _ListTrainer,
-    train,
-)
+from pyterrier_msft.data.labels import from_qrels
+from pyterrier_msft.model.encoding import pad
+from pyterrier_msft.model.first_token import CPU_ATTENTION
+from pyterrier_msft.model.loading import load_model
+from pyterrier_msft.model.scoring import forward
+from pyterrier_msft.training.batches import _Batches, _Collator
+from pyterrier_msft.training.hyperparameters import Hyperparameters
+from pyterrier_msft.training.trainer import STATE_FILE, _dropout_of, _ListTrainer, train
+from pyterrier_msft.training.validation import Validation
 
 # A listwise loss gives some biases no gradient, which AdamW turns into noise: where weights are compared, SGD.
 SGD = {"optim": "sgd"}
@@ -74,7 +71,7 @@ def test_training_raises_the_metric_on_other_queries(model, encoder, groups, val
 def test_a_documents_best_passage_counts_in_validation(model, encoder, monkeypatch):
     results = pd.DataFrame({"qid": "q", "query": "w1", "docno": ["a", "a", "b"], "text": "w2"})
     qrels = pd.DataFrame({"qid": ["q"], "docno": ["a"], "label": [1]})
-    monkeypatch.setattr("pyterrier_msft.training.score_pairs", lambda *_, **__: np.array([3.0, 0.0, 1.0]))
+    monkeypatch.setattr("pyterrier_msft.training.trainer.score_pairs", lambda *_, **__: np.array([3.0, 0.0, 1.0]))
     assert Validation(results, qrels, RR @ 10).measure(model, encoder, torch.float32) == 1
 
 
@@ -252,7 +249,7 @@ def test_dropout_keeps_the_right_share_and_its_gradient():
 
 def test_dropout_of_the_backbone_is_ours_too(model, encoder, groups, monkeypatch):
     calls = []
-    monkeypatch.setattr("pyterrier_msft.training._dropout_of", lambda module, x: calls.append(module) or x)
+    monkeypatch.setattr("pyterrier_msft.training.trainer._dropout_of", lambda module, x: calls.append(module) or x)
     run(model, encoder, groups, dataclasses.replace(FAST, max_steps=1))
     assert calls
 
@@ -289,8 +286,8 @@ def steps_by_core(monkeypatch):
         return original(self, model, inputs)
 
     monkeypatch.setattr(_ListTrainer, "_step_by_core", counted)
-    monkeypatch.setattr("pyterrier_msft.training.FEWEST_TOKENS", 50)
-    monkeypatch.setattr("pyterrier_msft.training.TOKENS_PER_PASS", {"cpu": 120})
+    monkeypatch.setattr("pyterrier_msft.training.batches.FEWEST_TOKENS", 50)
+    monkeypatch.setattr("pyterrier_msft.training.trainer.TOKENS_PER_PASS", {"cpu": 120})
     torch.set_num_threads(2)
     yield steps
     assert torch.get_num_threads() == 2
@@ -336,7 +333,7 @@ def test_not_every_model_learns_by_core(encoder, groups, backbone, steps_by_core
     calls, number = [], torch.randn if how == "random numbers" else np.random.standard_normal
     if how == "memory":
         size = 4 * weights(models[0]).numel()
-        monkeypatch.setattr("pyterrier_msft.training.memory_of_machine", lambda: 8 * size)
+        monkeypatch.setattr("pyterrier_msft.training.trainer.memory_of_machine", lambda: 8 * size)
     for model in models:
         if how == "hooks":
             model.classifier.bias.register_post_accumulate_grad_hook(calls.append)
@@ -383,7 +380,7 @@ def test_an_error_on_one_core_comes_up_when_no_other_is_at_work(model, encoder, 
         at_work.pop()
         return scores
 
-    monkeypatch.setattr("pyterrier_msft.training.forward", fails)
+    monkeypatch.setattr("pyterrier_msft.training.trainer.forward", fails)
     before = threading.active_count()
     with pytest.raises(RuntimeError, match="nothing to do"):
         run(model, encoder, groups)
@@ -445,8 +442,8 @@ def test_a_step_too_large_for_the_memory_is_bounded_by_itself(encoder, groups, b
         grad.append(torch.is_grad_enabled())
         return forward(model, chunk)
 
-    monkeypatch.setattr("pyterrier_msft.training.forward", watched)
-    monkeypatch.setattr("pyterrier_msft.training.tokens_that_fit", lambda *args, **options: 100)
+    monkeypatch.setattr("pyterrier_msft.training.trainer.forward", watched)
+    monkeypatch.setattr("pyterrier_msft.training.trainer.tokens_that_fit", lambda *args, **options: 100)
     run(models[1], encoder, groups, settings)
     assert max(tokens) < 200  # parts are cut before they are padded to a multiple of 8; a step has 32 pairs
     assert grad.count(False) == grad.count(True) > 2  # each part twice
@@ -479,7 +476,7 @@ def test_out_of_memory_halves_the_pass_at_the_same_gradient(
         raise torch.OutOfMemoryError
 
     sizes: list[int] = []
-    monkeypatch.setattr("pyterrier_msft.training.forward", tight)
+    monkeypatch.setattr("pyterrier_msft.training.trainer.forward", tight)
     run(models[1], encoder, groups, settings)
     assert min(sizes) <= limit < max(sizes)
     torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
@@ -492,7 +489,7 @@ def test_another_error_or_a_single_pair_is_not_tried_again(model, encoder, group
         def forward(model, chunk):
             raise error
 
-        monkeypatch.setattr("pyterrier_msft.training.forward", forward)
+        monkeypatch.setattr("pyterrier_msft.training.trainer.forward", forward)
 
     fails(RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):

@@ -11,27 +11,22 @@ import logging
 import math
 import os
 import pickle
-import queue
 import random
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import ir_measures
 import numpy as np
-import pandas as pd
 import pyterrier as pt
 import torch
 import torch.distributed as dist
 from accelerate import AutocastKwargs
-from ir_measures import nDCG
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
@@ -50,140 +45,45 @@ from transformers.integrations.integration_utils import TensorBoardCallback, def
 from transformers.masking_utils import eager_mask
 from transformers.trainer_callback import TrainerState
 
-from pyterrier_msft import processes
-from pyterrier_msft.groups import Group, Groups
+from pyterrier_msft.data.groups import Groups
+from pyterrier_msft.model.encoding import PairEncoder
+from pyterrier_msft.model.first_token import CPU_ATTENTION, FIRST_TOKEN_HEADS, first_token_only
+from pyterrier_msft.model.loading import quiet_transformers
+from pyterrier_msft.model.scoring import core_pool, forward, memory_of_machine, out_of_memory, tokens_that_fit
 from pyterrier_msft.notices import warn
-from pyterrier_msft.scoring import (
-    CPU_ATTENTION,
-    FIRST_TOKEN_HEADS,
-    PairEncoder,
-    core_pool,
-    first_token_only,
-    forward,
-    length_batches,
-    memory_of_machine,
-    out_of_memory,
-    pad,
-    quiet_transformers,
-    score_pairs,
-    shared_out,
-    tokens_that_fit,
-)
+from pyterrier_msft.training import distributed as processes
+from pyterrier_msft.training.batches import _Batches, _Collator, _ReadAhead
+from pyterrier_msft.training.hyperparameters import Hyperparameters
+from pyterrier_msft.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
+
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 # Tokens whose activations are computed together: more than in scoring, for the sake of the backward pass.
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 65536}
-FEWEST_TOKENS = 512  # a core, for less of which threads aren't worth their while
+
+
 CORES = 8  # at most that learn apart, since each has gradients of its own; they take an eighth of the memory at most
-AHEAD = 2  # batches made before they are needed
-# Batches sorted by length together: longer windows save padding and make batches less random.
-SORTED_BATCHES = 16
+
+
 # A resumed run may lose this much work; a step count alone would say nothing about time.
 SECONDS_BETWEEN_CHECKPOINTS = 900
+
+
 ENOUGH = 16  # batches, to tell a model that learns from one that guesses
+
+
 STATE_FILE, BEST_FILE = "msft_training.json", "msft_best.safetensors"
+
+
 PARTIAL = "partial"  # the folder in which a checkpoint is written before it takes its place
+
+
 # What a failed write raises: torch and safetensors have errors of their own.
 UNWRITTEN = (OSError, RuntimeError, SafetensorError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hyperparameters:
-    """What every fitter takes.
-
-    Args:
-        learning_rate: AdamW's, at its highest; it falls linearly to 0.
-        epochs: Times that each query is learnt from.
-        max_steps: Updates of the weights; in place of `epochs` if given.
-        batch_size: Queries a step (over all processes, so that their number changes no result, but for dropout's
-            random numbers).
-        gradient_accumulation: Steps that are summed for one update.
-        pairs_per_pass: Bounds memory: query-document pairs whose activations are held at once. The gradient is the
-            same, at the price of a second forward pass (Gao et al., RepL4NLP 2021). None: all of a step's pairs, or
-            as many as fit the memory by an estimate.
-        warmup: Updates in which the learning rate rises from 0; below 1, a share of all updates.
-        weight_decay: AdamW's.
-        clip_norm: The gradient's largest norm. None: any.
-        dropout: In place of the backbone's own probabilities while training. None: the backbone's own.
-        max_length: Tokens a pair while training. None: the re-ranker's.
-        freeze_position_embeddings: Whether the position embeddings stay as they are.
-        metric: The `ir_measures` measure that validation computes. None: no validation.
-        eval_every: Updates between validations. None: a tenth of the training.
-        patience: Validations without a new best after which training stops. None: never.
-        seed: Decides the order of queries, the sampled documents and dropout.
-        trainer_args: Any further argument of `transformers.TrainingArguments`, such as `{"report_to": "tensorboard"}`.
-    """
-
-    learning_rate: float = 1e-5
-    epochs: float = 1
-    max_steps: int | None = None
-    batch_size: int = 16
-    gradient_accumulation: int = 1
-    pairs_per_pass: int | None = None
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    clip_norm: float | None = 10.0
-    dropout: float | None = None
-    max_length: int | None = None
-    freeze_position_embeddings: bool = False
-    metric: Any = field(default=nDCG @ 10)
-    eval_every: int | None = None
-    patience: int | None = None
-    seed: int = 42
-    trainer_args: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "gradient_accumulation", "pairs_per_pass", "max_length", "eval_every",
-                     "patience"):  # fmt: skip
-            check_number(name, getattr(self, name), whole=True)
-        for name in ("learning_rate", "epochs", "clip_norm"):
-            check_number(name, getattr(self, name))
-        for name in ("warmup", "weight_decay"):
-            check_number(name, getattr(self, name), zero=True)
-        check_number("dropout", self.dropout, zero=True)
-        check_number("seed", self.seed, whole=True, zero=True)
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ValueError(f"expected dropout from 0 to below 1, found {self.dropout!r}")
-        if isinstance(self.metric, str):
-            object.__setattr__(self, "metric", ir_measures.parse_measure(self.metric))
-
-
-def check_number(name: str, value: Any, *, whole: bool = False, zero: bool = False) -> None:
-    """Raise a ValueError if a setting is neither None nor a finite number above 0 (or of at least 0)."""
-    least = "of at least 0" if zero else "above 0"
-    if value is None:
-        return
-    if not isinstance(value, Integral if whole else Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"expected {name} as a {'whole ' * whole}number {least}, found {value!r}")
-    if float(value) < 0 or (value == 0 and not zero):
-        raise ValueError(f"expected {name} {least}, found {value!r}")
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Results to re-rank, judged: how good a model is on queries that it doesn't learn from."""
-
-    results: pd.DataFrame  # qid, query, docno, text, ids as strings
-    qrels: pd.DataFrame  # qid, docno, label, ids as strings
-    metric: Any
-
-    def measure(self, model: PreTrainedModel, encoder: PairEncoder, dtype: torch.dtype) -> float:
-        """The metric's mean over the judged queries. Several processes score a part each."""
-        own = self.results.iloc[processes.rank() :: processes.count()]
-        parts = processes.each(
-            lambda: score_pairs(model, encoder, own["query"].tolist(), own["text"].tolist(), dtype=dtype)
-        )
-        scores = np.empty(len(self.results), dtype=np.float32)
-        for number, part in enumerate(parts):
-            scores[number :: len(parts)] = part
-        run = self.results[["qid", "docno"]].assign(score=scores.astype(np.float64))
-        run.columns = pd.Index(["query_id", "doc_id", "score"])
-        run = run.groupby(["query_id", "doc_id"])["score"].max().reset_index()  # of a document's passages
-        qrels = self.qrels.rename(columns={"qid": "query_id", "docno": "doc_id", "label": "relevance"})
-        return float(ir_measures.calc_aggregate([self.metric], qrels, run)[self.metric])
 
 
 def train(
@@ -302,150 +202,6 @@ def interrupted_training(checkpoint_dir: str | Path | None) -> dict[str, str]:
     """The identity of the training whose checkpoints are in a folder; empty if there are none."""
     newest = None if checkpoint_dir is None else _newest_checkpoint(Path(checkpoint_dir))
     return {} if newest is None else json.loads((newest / STATE_FILE).read_text())["identity"]
-
-
-# ---- batches
-
-# In place of an epoch: for a process that a short batch has no query for. It scores one text that has no label and no
-# place in the loss, since all processes must take part in a step.
-FILLER = -1
-
-
-class _Batches:
-    """All batches of a training, by number: what the n-th holds depends on the seed and n alone.
-
-    So a resumed run goes on exactly, and the negatives of an epoch are new ones without anyone being told of epochs.
-    """
-
-    def __init__(self, groups: Groups, settings: Hyperparameters) -> None:
-        self.groups, self.seed, self.batch_size = groups, settings.seed, settings.batch_size
-        self.lengths = groups.lengths()
-        self.per_epoch = math.ceil(len(groups) / settings.batch_size)
-        accumulation = settings.gradient_accumulation
-        self.updates = settings.max_steps or max(1, math.ceil(self.per_epoch * settings.epochs / accumulation))
-        self.total = self.updates * accumulation
-        if settings.max_steps is None:
-            self.total = min(self.total, max(1, math.ceil(self.per_epoch * settings.epochs)))
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """This process's share of each batch, as (query's index, epoch)."""
-        rank, count = processes.rank(), processes.count()
-        for number in range(self.total):
-            epoch, place = divmod(number, self.per_epoch)
-            if place == 0:
-                batches = self._epoch(epoch)
-            share = [(index, epoch) for index in batches[place][rank::count]]
-            yield share or [(batches[place][0], FILLER)]
-
-    def __getitems__(self, wanted: list[tuple[int, int]]) -> list[Group]:
-        """A batch at once, as DataLoader asks for it: where texts are looked up, in one look-up."""
-        groups = self.groups.draw_all([(index, max(epoch, 0)) for index, epoch in wanted], seed=self.seed)
-        return [
-            replace(group, texts=group.texts[:1], labels=group.labels[:0]) if epoch == FILLER else group
-            for group, (_, epoch) in zip(groups, wanted, strict=True)
-        ]
-
-    def __getitem__(self, index_and_epoch: tuple[int, int]) -> Group:
-        return self.__getitems__([index_and_epoch])[0]
-
-    def _epoch(self, epoch: int) -> list[np.ndarray]:
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.groups))
-        window = self.batch_size * SORTED_BATCHES
-        order = np.concatenate(
-            [
-                part[np.argsort(self.lengths[part], kind="stable")]
-                for part in np.split(order, range(window, len(order), window))
-            ]
-        )
-        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
-        # The short batch, if there is one, must not become the first of a window by shuffling alone: any place will do.
-        return [batches[i] for i in rng.permutation(len(batches))]
-
-
-@dataclass(frozen=True)
-class _Collator:
-    """Groups to what one step needs: chunks of padded pairs, and where their scores belong in [G, L].
-
-    Several windows of a document belong to one place.
-    """
-
-    encoder: PairEncoder
-    max_tokens: int
-    max_pairs: int | None
-    cores: int = 1  # that shall have chunks of like size
-
-    def __call__(self, groups: list[Group]) -> dict[str, Any]:
-        width = max(len(group.texts) for group in groups)
-        labels = torch.zeros(len(groups), width)  # (G, L)
-        mask = torch.zeros(len(groups), width, dtype=torch.bool)  # (G, L)
-        scored = mask.clone()
-        for row, group in enumerate(groups):
-            labels[row, : len(group.labels)] = torch.from_numpy(group.labels)
-            mask[row, : len(group.labels)] = True
-            scored[row, : len(group.texts)] = True  # as the mask, but for a filler
-        encoded, pair = self.encoder.windows(
-            [group.query for group in groups for _ in group.texts], [text for group in groups for text in group.texts]
-        )
-        lengths = np.array([len(ids) for ids in encoded["input_ids"]])
-        parts = length_batches(lengths, max_tokens=self.max_tokens, max_pairs=self.max_pairs)
-        cores = min(self.cores, int(lengths.sum()) // FEWEST_TOKENS)
-        if cores > 1 and self.max_pairs is None:
-            parts = shared_out(parts, lengths, self.max_tokens, cores)
-        places = scored.flatten().nonzero().squeeze(-1)  # (pairs,) where the n-th pair stands in the flattened [G, L]
-        places = places[torch.from_numpy(pair)]  # (windows,)
-        return {
-            "chunks": [pad(self.encoder.tokenizer, encoded, part) for part in parts],
-            "places": places[torch.from_numpy(np.concatenate(parts))],
-            "labels": labels,
-            "mask": mask,
-            "qids": [group.qid for group in groups],
-        }
-
-
-class _ReadAhead:
-    """An iterator that makes the next items in a thread, while the model is at work."""
-
-    def __init__(self, items: Iterator[Any]) -> None:
-        self._items = items
-        self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=AHEAD)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        item, error = self._ready.get()
-        if error is not None:
-            self._put((None, error))  # once more, should one ask again
-            raise error
-        return item
-
-    def _read(self) -> None:
-        try:
-            for item in self._items:
-                if not self._put((item, None)):
-                    return
-            raise StopIteration
-        except BaseException as error:  # whatever it is, it is raised where the item is taken
-            self._put((None, error))
-
-    def _put(self, item: tuple[Any, BaseException | None]) -> bool:
-        while not self._stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                self._ready.put(item, timeout=0.1)
-                return True
-        return False
-
-    def close(self) -> None:
-        """End the thread, also before the end of the items."""
-        self._stopped.set()
-        self._thread.join()
 
 
 # ---- the loop
@@ -1175,6 +931,8 @@ def _attention(
 
 
 AttentionInterface.register(CPU_ATTENTION, _attention)
+
+
 AttentionMaskInterface.register(CPU_ATTENTION, eager_mask)
 
 

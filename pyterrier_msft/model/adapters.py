@@ -9,9 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from pyterrier_msft.scoring import isolated_rng
+from pyterrier_msft.model.loading import isolated_rng
 
 CONFIG = "adapter_config.json"
+
+
 # What of a configuration says where it came from, and not what it computes.
 ORIGIN = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 

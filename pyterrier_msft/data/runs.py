@@ -12,25 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pyterrier_msft.groups import (
-    PASSAGE,
-    ByQuery,
-    Rankings,
-    as_ids,
-    as_texts,
-    best_first,
-    check_numbers,
-    number,
-    parent_numbers,
-    places,
-    require_columns,
-    starts,
-)
+from pyterrier_msft.data.frames import PASSAGE, as_ids, as_texts, check_numbers, require_columns
+from pyterrier_msft.data.rankings import ByQuery, Rankings, best_first, number, parent_numbers, places, starts
 
 if TYPE_CHECKING:
     import polars as pl
 
 ROWS = 1_000_000  # of the file, at a time
+
+
 TREC = ["qid", "Q0", "docno", "rank", "score", "tag"]
 
 

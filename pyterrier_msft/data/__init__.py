@@ -1,0 +1,1 @@
+"""Result frames, qrels and rankings to groups that a listwise loss learns from."""

@@ -1,0 +1,1 @@
+"""A cross-encoder: its weights, its tokenizer, its scores."""
