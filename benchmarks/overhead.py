@@ -53,7 +53,8 @@ def main() -> None:
                 peak[0] = max(peak[0], process.memory_info().rss - before)
 
             start = time.perf_counter()
-            scoring.score_pairs(*ce._load(), frame["query"].tolist(), frame["text"].tolist(), dtype=torch.float32,
+            scoring.score_pairs(ce.cross_encoder.network, ce.pair_encoder(), frame["query"].tolist(),
+                                frame["text"].tolist(), dtype=torch.float32,
                                 progress=watch)  # fmt: skip
             scored = time.perf_counter() - start
             start = time.perf_counter()

@@ -263,7 +263,7 @@ def msmarco(args: argparse.Namespace, scale: Scale, out: Path) -> Data:
     labelled = qrels[qrels["qid"].isin(topics["qid"]) & ~qrels["qid"].isin(held_out["qid"])]
     validation = None
     if len(held_out):
-        pieces = runs.pieces(run_file, depth=DEPTH, topics=held_out)
+        pieces = runs.read_run(run_file, depth=DEPTH, topics=held_out)
         candidates = pd.concat([piece.frame() for piece in pieces]).merge(held_out, on="qid")
         validation = train.text_loader()(candidates), qrels[qrels["qid"].isin(held_out["qid"])]
     candidates_file, answers = rankgpt(downloads)

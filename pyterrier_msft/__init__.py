@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Where each public name lives. Resolved at first use, so that `import pyterrier_msft` (and PyTerrier's
-# listing of datasets, which imports this package) doesn't pay for torch and transformers.
-_HOMES = {
+# The module of each public name. Imported at first use, so that `import pyterrier_msft` (and PyTerrier's list of
+# datasets, which imports this package) doesn't load torch and transformers.
+_MODULE_OF = {
     "Contrastive": "fitters",
     "Distillation": "fitters",
     "MonoCE": "reranker",
@@ -31,8 +31,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

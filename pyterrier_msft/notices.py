@@ -1,20 +1,20 @@
-"""Warnings that point at the user's line, however deep in a pipeline or a training they come up."""
+"""Warnings that point at the user's line of code, however deep in a pipeline or a training run they are raised."""
 
 import sys
 import warnings
 
-# What may stand between the user's call and the warning.
-BETWEEN = {
+# Packages that may be called by the user's code and issue our warnings.
+INTERNAL_PACKAGES = {
     "pyterrier_msft", "pyterrier", "pyterrier_alpha", "pyterrier_caching",
     "pandas", "torch", "transformers", "accelerate",
 } | sys.stdlib_module_names  # fmt: skip
 
 
 def warn(message: str) -> None:
-    """Warn at the innermost line that is neither ours nor a library's that calls us."""
+    """Warn at the innermost calling line outside this package and the libraries it works with."""
     frame, level = sys._getframe(1), 2  # `warnings.warn` counts its own caller, this function, as 1
-    while frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
-        if frame.f_back is None:  # a thread of our own
+    while frame.f_globals.get("__name__", "").partition(".")[0] in INTERNAL_PACKAGES:
+        if frame.f_back is None:  # in a thread of this package
             level = 2
             break
         frame, level = frame.f_back, level + 1

@@ -1,6 +1,6 @@
-"""A teacher in any of its forms to a ranking with an order: a frame of qid, docno and score or rank.
+"""Teachers for `Distillation`: each form of a teacher gives a ranking (qid, docno, and score or rank).
 
-Files of rankings and of labelled passages are read here too.
+Files of permutations and of labelled passages are read here too.
 """
 
 import hashlib
@@ -15,42 +15,38 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_msft.data.frames import as_ids, order_key, ranked, require_columns
-from pyterrier_msft.data.permutations import _suffix, read_labelled_passages, read_permutations
-from pyterrier_msft.data.rankings import top_documents
+from pyterrier_msft.data.frames import as_ids, order_key, require_columns, with_scores
+from pyterrier_msft.data.permutations import read_labelled_passages, read_permutations, uncompressed_suffix
+from pyterrier_msft.data.rankings import clean_ranking, query_offsets, top_documents
 
-__all__ = ["Cached", "cached", "check", "fuse", "ranking", "read_labelled_passages", "read_permutations"]
+__all__ = [
+    "Cached", "cached", "check_teacher", "fuse", "get_ranking", "read_labelled_passages", "read_permutations",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
-
-BATCH = 8  # queries a call of a teacher: fixed, since a cross-encoder's last digits depend on what is padded together
-
-
-# ---- a teacher's ranking
+# Queries per call of a teacher. Constant, because padding, and so a cross-encoder's last digits, depend on it.
+QUERIES_PER_CALL = 8
 
 
-def check(teacher: Any) -> None:
-    """Raise a ValueError for what can't be a teacher, before anything is read or run."""
+def check_teacher(teacher: Any) -> None:
+    """Raise a ValueError for what can't be a teacher, without reading or running it."""
     if teacher is None or isinstance(teacher, pd.DataFrame | pt.Transformer):
         return
     if isinstance(teacher, str | Path):
         if not Path(teacher).is_file():
-            raise ValueError(
-                f"expected the path of a TREC run or of permutations as teacher, found no file {str(teacher)!r}"
-            )
-        return
-    if isinstance(teacher, Mapping) and teacher:
+            raise ValueError(f"teacher must be a TREC run or permutations; there is no file {str(teacher)!r}")
+    elif isinstance(teacher, Mapping) and teacher:
         for part in teacher.values():
-            check(part)
-        return
-    raise ValueError(
-        "expected a teacher that is a frame, the path of a TREC run or of permutations (.jsonl), a transformer, a "
-        f"mapping of names to these, or None, found {teacher!r}"
-    )
+            check_teacher(part)
+    else:
+        raise ValueError(
+            "teacher must be a frame, the path of a TREC run or of permutations (.jsonl), a transformer, a mapping of "
+            f"names to these, or None; got {teacher!r}"
+        )
 
 
-def ranking(
+def get_ranking(
     teacher: Any,
     results: pd.DataFrame,
     *,
@@ -58,121 +54,109 @@ def ranking(
     text_field: str = "text",
     verbose: bool = False,
 ) -> pd.DataFrame | None:
-    """The teacher's ranking of the results' queries; None where the results are the teacher's own.
+    """Return a teacher's ranking; None if the teacher is None: then the results are the ranking.
 
     Args:
         teacher: See `Distillation`.
         results: qid, query, docno, text, and score or rank.
-        depth: Documents a query, from the top of the results, that a transformer is run on. None: all.
-        text_field: The results' column of text.
+        depth: Documents per query, from the top of the results, to apply a transformer to. None: all.
+        text_field: The text column of the results.
         verbose: Whether to show the progress of a transformer.
 
     Raises:
-        ValueError: If a file has another form, or one of several teachers knows none of the queries.
+        ValueError: If a file has another format, or one of several teachers ranked none of the documents.
     """
     if isinstance(teacher, pt.Transformer):
-        return _run(teacher, top_documents(results, depth=depth, text_field=text_field), verbose=verbose)
+        return _apply(teacher, top_documents(results, depth=depth, text_field=text_field), verbose=verbose)
     if isinstance(teacher, str | Path):
         return _read_ranking(Path(teacher))
     if isinstance(teacher, Mapping):
         rankings = {}
         for name, part in teacher.items():
-            found = ranking(part, results, depth=depth, text_field=text_field, verbose=verbose)
+            found = get_ranking(part, results, depth=depth, text_field=text_field, verbose=verbose)
             rankings[name] = results if found is None else found
-            if not _in_common(rankings[name], results):
-                raise ValueError(
-                    f"expected the teacher {name!r} to share queries and documents with the results, found none in "
-                    "common"
-                )
+            require_columns(rankings[name], ["qid", "docno"], f"teacher {name!r}")
+            if not _pairs(results).isin(_pairs(rankings[name])).any():
+                raise ValueError(f"teacher {name!r} must rank documents of the results; got none in common")
         return fuse(rankings)
     frame: pd.DataFrame | None = teacher
     return frame
 
 
 def fuse(rankings: Mapping[Any, pd.DataFrame], *, k: float = 60) -> pd.DataFrame:
-    """Rankings fused by reciprocal rank (Cormack, Clarke and Büttcher, SIGIR 2009).
+    """Fuse rankings by reciprocal rank (Cormack, Clarke and Büttcher, SIGIR 2009).
 
-    A document's score is the sum of 1/(k + rank) over the rankings that have it, with ranks from 1 and equal ranks
-    for equal scores.
+    A document's score is the sum of 1/(k + rank) over the rankings that have it; ranks start at 1 and are equal for
+    equal scores.
 
     Args:
         rankings: Frames of qid, docno, and score or rank, by name.
-        k: How little the first ranks count; 60 is theirs.
+        k: Constant that reduces the weight of the first ranks; 60 in the paper.
 
     Returns:
         qid, docno, score.
 
     Raises:
-        ValueError: If a ranking has no order.
+        ValueError: If a ranking has neither score nor rank.
     """
     shares = []
     for name, frame in rankings.items():
-        require_columns(frame, ["qid", "docno"], f"the ranking of teacher {name!r}")
-        key = order_key(frame)
-        if key is None:
-            raise ValueError(
-                f"expected a score or a rank in the ranking of teacher {name!r}, found columns "
-                f"{list(map(str, frame.columns))}"
-            )
-        pairs = pd.MultiIndex.from_arrays([as_ids(frame["qid"]), as_ids(frame["docno"])], names=["qid", "docno"])
-        best = pd.Series(key, index=pairs).groupby(level=[0, 1]).max()  # of a document ranked twice the better place
-        shares.append(1 / (k + best.groupby(level=0).rank(ascending=False, method="min")))
+        key = clean_ranking(frame, f"teacher {name!r}").set_index(["qid", "docno"])["key"].sort_index()
+        shares.append(1 / (k + key.groupby(level=0).rank(ascending=False, method="min")))
     table = pd.concat(shares, axis=1).fillna(0.0)
-    # Summed in order of size: the same ranks from other teachers must give the same score to the last bit.
+    # Summed in sorted order, so that the same ranks from different teachers give exactly the same score.
     scores = np.sort(table.to_numpy(dtype=np.float64), axis=1).sum(axis=1)
     return table.index.to_frame(index=False).assign(score=scores)
 
 
-def _in_common(frame: pd.DataFrame, results: pd.DataFrame) -> bool:
-    require_columns(frame, ["qid", "docno"], "a teacher's ranking")
-    known = pd.MultiIndex.from_arrays([as_ids(frame["qid"]), as_ids(frame["docno"])])
-    return bool(pd.MultiIndex.from_arrays([as_ids(results["qid"]), as_ids(results["docno"])]).isin(known).any())
+def _pairs(frame: pd.DataFrame) -> pd.MultiIndex:
+    return pd.MultiIndex.from_arrays([as_ids(frame["qid"]), as_ids(frame["docno"])])
 
 
 def _read_ranking(path: Path) -> pd.DataFrame:
-    """A file's ranking: permutations if its name says so, else a TREC run."""
-    if _suffix(path) in {".jsonl", ".json"}:
+    """Read permutations (.jsonl or .json) or a TREC run."""
+    if uncompressed_suffix(path) in {".jsonl", ".json"}:
         return read_permutations(path)
     try:
         frame: pd.DataFrame = pt.io.read_results(str(path))
         if frame["score"].isna().any():
-            raise ValueError(f"{int(frame['score'].isna().sum()):,} lines without a score")
+            raise ValueError(f"{int(frame['score'].isna().sum()):,} lines have no score")
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(
-            f"expected a TREC run (qid Q0 docno rank score name) as teacher, or permutations by the suffix .jsonl, "
-            f"found {path}: {error}"
+            "teacher must be a TREC run (qid Q0 docno rank score name), or permutations with the suffix .jsonl; got "
+            f"{path}: {error}"
         ) from error
     return frame
 
 
-def _run(teacher: pt.Transformer, candidates: pd.DataFrame, *, verbose: bool) -> pd.DataFrame:
-    """What a transformer makes of candidates whose queries stand together."""
-    starts = [*np.flatnonzero(~candidates["qid"].duplicated().to_numpy()), len(candidates)]
+def _apply(teacher: pt.Transformer, candidates: pd.DataFrame, *, verbose: bool) -> pd.DataFrame:
+    """Apply a transformer to candidates, grouped by query, a few queries at a time."""
+    offsets = [*query_offsets(pd.factorize(candidates["qid"])[0]), len(candidates)]
     parts = []
-    with pt.tqdm(total=len(starts) - 1, desc="teacher", unit="query", disable=not verbose) as bar:
+    with pt.tqdm(total=len(offsets) - 1, desc="teacher", unit="query", disable=not verbose) as bar:
         if isinstance(teacher, Cached) and len(candidates):
             return teacher.rank(candidates, bar.update)
-        for start in range(0, len(starts) - 1, BATCH):
-            end = min(start + BATCH, len(starts) - 1)
-            parts.append(teacher(candidates.iloc[starts[start] : starts[end]].reset_index(drop=True)))
-            bar.update(end - start)
+        for first in range(0, len(offsets) - 1, QUERIES_PER_CALL):
+            end = min(first + QUERIES_PER_CALL, len(offsets) - 1)
+            parts.append(teacher(candidates.iloc[offsets[first] : offsets[end]].reset_index(drop=True)))
+            bar.update(end - first)
     return pd.concat([part for part in parts if len(part)] or parts[:1] or [candidates], ignore_index=True)
 
 
-# ---- a teacher's work, kept
+# ---- caching
 
 
 def cached(teacher: pt.Transformer, folder: str | Path, *, batch_size: int = 1, verbose: bool = False) -> "Cached":
-    """A re-ranker whose rankings are kept on disk as soon as they are there: an interrupted run goes on.
+    """Cache a re-ranker's rankings on disk, so that an interrupted run can be resumed.
 
-    A ranking is found again for the same query with the same documents, in the same order and with the same texts
-    and other columns (score and rank count by the order that they make). A `fingerprint` of the teacher's counts too,
-    such as that of a `MonoCE`; nothing else of a teacher can be told, so give each model and prompt its own folder.
+    A ranking is cached for a query with its documents in their order, with their texts and other columns; scores and
+    ranks count only by the order that they give. The key has the teacher's `fingerprint` if it has one, as a
+    `MonoCE` does. Other properties of a teacher can't be detected, so use one folder per model and prompt.
 
     Args:
-        teacher: Any transformer or pipeline that re-ranks results, such as an LLM.
-        folder: Where the rankings are kept, in `rankings.jsonl`, which `read_permutations` reads as well.
-        batch_size: Queries a call of the teacher, and so what an interruption can lose.
+        teacher: A transformer or pipeline that re-ranks results, e.g. an LLM.
+        folder: The folder for the rankings; they are in `rankings.jsonl`, which `read_permutations` can read.
+        batch_size: Queries per call of the teacher; an interruption loses at most one call.
         verbose: Whether to show progress.
 
     Example:
@@ -185,7 +169,7 @@ def cached(teacher: pt.Transformer, folder: str | Path, *, batch_size: int = 1, 
 class Cached(pt.Transformer):
     """A re-ranker with its rankings on disk, see `cached`.
 
-    Gives the input's rows with score and rank set anew, without the documents that the teacher left out.
+    Sets score and rank of the input's rows, without the documents that the teacher dropped.
     """
 
     __hash__ = object.__hash__
@@ -196,29 +180,29 @@ class Cached(pt.Transformer):
     ) -> None:
         super().__init__()
         if not isinstance(teacher, pt.Transformer):
-            raise ValueError(f"expected a transformer to keep the rankings of, found {teacher!r}")
+            raise ValueError(f"teacher must be a transformer; got {teacher!r}")
         if not (isinstance(batch_size, int) and batch_size > 0):
-            raise ValueError(f"expected batch_size as a whole number above 0, found {batch_size!r}")
+            raise ValueError(f"batch_size must be a positive integer; got {batch_size!r}")
         self.teacher = teacher
         self.folder = Path(folder)
         self.batch_size = batch_size
         self.verbose = verbose
-        self._known: dict[str, dict[str, float]] = {}
-        self._read_to = 0  # bytes of the file that are in _known
+        self._scores: dict[str, dict[str, float]] = {}  # by key: docno -> score
+        self._position = 0  # bytes of the file that are in _scores
 
     def __repr__(self) -> str:
         return f"teachers.cached({self.teacher!r}, {str(self.folder)!r})"
 
     @property
     def path(self) -> Path:
-        """The file of rankings: a JSON line each, with the docnos best first as `permutation`."""
+        """The file of rankings: one JSON line per query, with docnos best first as `permutation`."""
         return self.folder / "rankings.jsonl"
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Re-rank each query's documents, asking the teacher for what isn't known yet.
+        """Re-rank each query's documents, with the teacher if there is no cached ranking.
 
         Raises:
-            ValueError: If the teacher gives documents that it wasn't given, or a score that is not a number.
+            ValueError: If the teacher returns documents that weren't in its input, or an invalid score.
         """
         pt.validate.result_frame(inp, extra_columns=["query"], context=self)
         if not len(inp):
@@ -228,53 +212,43 @@ class Cached(pt.Transformer):
             return self.rank(inp, bar.update)
 
     def rank(self, inp: pd.DataFrame, progress: Callable[[int], Any]) -> pd.DataFrame:
-        """As `transform`, for checked results; `progress` is told how many queries were done."""
-        frame = inp.reset_index(drop=True).assign(qid=as_ids(inp["qid"]), docno=as_ids(inp["docno"]))
-        key = order_key(frame)
-        if key is not None:
-            frame = frame.iloc[np.argsort(-key, kind="stable")]
-        by_query = {str(qid): rows for qid, rows in frame.groupby("qid", sort=False)}
+        """Re-rank valid results; `progress` gets the number of queries done."""
         qids, docnos = as_ids(inp["qid"]), as_ids(inp["docno"])
-        lists = {qid: by_query[qid] for qid in qids.unique()}  # asked in the order of the results
+        frame = inp.reset_index(drop=True).assign(qid=qids, docno=docnos)
+        order = order_key(frame)
+        if order is not None:
+            frame = frame.iloc[np.argsort(-order, kind="stable")]
+        by_query = dict(tuple(frame.groupby("qid", sort=False)))
         fingerprint = str(getattr(self.teacher, "fingerprint", ""))
-        keys = {qid: _key(rows, fingerprint) for qid, rows in lists.items()}
+        keys = {qid: _cache_key(by_query[qid], fingerprint) for qid in qids.unique()}  # in the order of the results
         self._refresh()
-        missing = [qid for qid, key in keys.items() if key not in self._known]
-        progress(len(lists) - len(missing))
+        missing = [qid for qid, key in keys.items() if key not in self._scores]
+        progress(len(keys) - len(missing))
         for start in range(0, len(missing), self.batch_size):
-            chunk = missing[start : start + self.batch_size]
-            self._ask({keys[qid]: lists[qid] for qid in chunk})
-            progress(len(chunk))
-        empty: dict[str, float] = {}
+            batch = missing[start : start + self.batch_size]
+            self._rank_and_store({keys[qid]: by_query[qid] for qid in batch})
+            progress(len(batch))
         scores = np.array(
-            [self._known.get(keys[qid], empty).get(docno, np.nan) for qid, docno in zip(qids, docnos, strict=True)],
+            [self._scores.get(keys[qid], {}).get(docno, np.nan) for qid, docno in zip(qids, docnos, strict=True)],
             dtype=np.float64,
         )
-        known = ~np.isnan(scores)
-        return ranked(inp[known], scores[known])
+        ranked = ~np.isnan(scores)
+        return with_scores(inp[ranked], scores[ranked])
 
-    def _ask(self, lists: dict[str, pd.DataFrame]) -> None:
-        """Have the teacher rank some queries' documents, and keep what it says."""
-        out = self.teacher(pd.concat(list(lists.values()), ignore_index=True))
-        require_columns(out, ["qid", "docno"], "what the teacher gives")
-        key = order_key(out)
-        if key is None:
-            raise ValueError(
-                f"expected a score or a rank from the teacher, found columns {list(map(str, out.columns))}"
-            )
-        said = pd.DataFrame({"qid": as_ids(out["qid"]), "docno": as_ids(out["docno"]), "score": key})
-        said = said.sort_values("score", ascending=False, kind="stable").drop_duplicates(["qid", "docno"])
-        by_query = dict(tuple(said.groupby("qid", sort=False)))
+    def _rank_and_store(self, candidates: dict[str, pd.DataFrame]) -> None:
+        """Apply the teacher to the documents of some queries, given by cache key, and store its rankings."""
+        out = self.teacher(pd.concat(list(candidates.values()), ignore_index=True))
+        by_query = dict(tuple(clean_ranking(out, "teacher's output").groupby("qid", sort=False)))
         lines = []
-        for name, rows in lists.items():
+        for name, rows in candidates.items():
             qid = rows["qid"].iloc[0]
             if qid not in by_query:
-                continue  # not kept: a failure of the moment may be why there is nothing
-            docnos, scores = by_query[qid]["docno"].tolist(), by_query[qid]["score"].tolist()
-            if strange := set(docnos) - set(rows["docno"]):
+                continue  # not stored, because the cause may be temporary
+            docnos, scores = by_query[qid]["docno"].tolist(), by_query[qid]["key"].tolist()
+            if unknown := sorted(set(docnos) - set(rows["docno"])):
                 raise ValueError(
-                    f"expected the teacher to re-rank the documents that it is given, found {len(strange)} others for "
-                    f"query {qid!r}, such as {sorted(strange)[0]!r}"
+                    f"teacher must only re-rank its input; got {len(unknown)} other documents for query {qid!r}, e.g. "
+                    f"{unknown[0]!r}"
                 )
             record = {"key": name, "qid": qid, "query": str(rows["query"].iloc[0]), "permutation": docnos}
             lines.append(json.dumps({**record, "scores": scores}) + "\n")
@@ -282,42 +256,41 @@ class Cached(pt.Transformer):
             self._append("".join(lines))
 
     def _append(self, lines: str) -> None:
-        """Write whole lines at the end of the file, through to the disk."""
+        """Append whole lines to the file, and flush them to disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._refresh()
-        torn = self.path.is_file() and self.path.stat().st_size > self._read_to
+        ends_in_partial_line = self.path.is_file() and self.path.stat().st_size > self._position
         with self.path.open("ab") as file:
-            file.write((("\n" if torn else "") + lines).encode())
+            file.write((("\n" if ends_in_partial_line else "") + lines).encode())
             file.flush()
             os.fsync(file.fileno())
         self._refresh()
 
     def _refresh(self) -> None:
-        """Read what was written since the last time; a line that was torn off counts for nothing."""
+        """Read the lines that were added since the last call; a partial last line is ignored."""
         size = self.path.stat().st_size if self.path.is_file() else 0
-        if size < self._read_to:  # removed or begun anew
-            self._known, self._read_to = {}, 0
-        if size == self._read_to:
+        if size < self._position:  # the file was deleted or replaced
+            self._scores, self._position = {}, 0
+        if size == self._position:
             return
         with self.path.open("rb") as file:
-            file.seek(self._read_to)
+            file.seek(self._position)
             whole = file.read().rpartition(b"\n")[0]
         for line in whole.split(b"\n") if whole else []:
             try:
                 record = json.loads(line)
-                self._known[record["key"]] = dict(zip(record["permutation"], record["scores"], strict=True))
+                self._scores[record["key"]] = dict(zip(record["permutation"], record["scores"], strict=True))
             except (ValueError, KeyError, TypeError):
-                logger.warning("%s: a damaged line is left out", self.path)
-        self._read_to += len(whole) + bool(whole)
+                logger.warning("%s: ignored a damaged line", self.path)
+        self._position += len(whole) + bool(whole)
 
 
-def _key(rows: pd.DataFrame, fingerprint: str) -> str:
-    """A digest of a query with its documents in order: of all columns but score and rank."""
+def _cache_key(rows: pd.DataFrame, fingerprint: str) -> str:
+    """Digest a query with its documents in order: all columns but score and rank."""
     columns = sorted((column for column in rows.columns if column not in {"score", "rank"}), key=str)
     content = [[str(column), rows[column].tolist()] for column in columns]
-    return hashlib.sha256(json.dumps([fingerprint, content], default=_plain, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([fingerprint, content], default=_to_json, sort_keys=True).encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
-    """A cell that JSON doesn't know, as something that it does."""
+def _to_json(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else repr(value)

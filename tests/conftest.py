@@ -1,4 +1,4 @@
-"""What the tests share: a tiny random BERT, and a collection that it can learn."""
+"""Shared fixtures: a tiny random BERT, and a collection that it can learn."""
 
 import os
 
@@ -19,7 +19,7 @@ from pyterrier_msft import MonoCE
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.loading import quiet_transformers
 
-# The models are tiny: a second thread only waits for the first, for ever if something else runs on the machine.
+# For such tiny models a second thread costs more than it computes.
 torch.set_num_threads(1)
 
 WORDS = [f"w{i}" for i in range(100)]
@@ -70,9 +70,9 @@ class Part:
 
 
 def make_part(name: str, *, n_queries: int, n_docs: int = 8, seed: int) -> Part:
-    """Queries whose relevant document, and nothing else, has words from the first ten: easy to learn, and general.
+    """Queries whose only relevant document is the only one with words from the first ten: easy to learn.
 
-    The first stage's order says nothing. The document's `quality` is how many of those words it has.
+    The first stage's order is uninformative. A document's `quality` is how many of those words it has.
     """
     rng = np.random.default_rng(seed)
     rows, judged = [], []

@@ -1,24 +1,22 @@
-"""What test_distributed.py runs in two processes by torchrun, and in one: each case writes what it found."""
+"""Run by test_distributed.py in two processes with torchrun, and in one; each case writes what it gave to a file."""
 
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
 
 import torch
 from conftest import make_part
+from interruptions import interrupted_at, interruptible_lce
 from ir_measures import RR
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences
-from pyterrier_msft.training import distributed as processes
-from pyterrier_msft.training import trainer as training
-from pyterrier_msft.training.trainer import _ListTrainer
+from pyterrier_msft.training import batches, distributed
 
-SGD = {"optim": "sgd"}  # where weights are compared: AdamW turns gradients that are 0 but for rounding into steps
-QUERIES = 37  # neither the processes nor the batches divide them
+SGD = {"optim": "sgd"}  # AdamW turns gradients that are 0 up to rounding into steps
+QUERIES = 37  # divisible by neither the number of processes nor the batch size
 FIT = {"learning_rate": 0.3, "batch_size": 5, "epochs": 2, "dropout": 0.0, "warmup": 0, "clip_norm": None}
 CASES = {
     "lce": Contrastive(n_negatives=3, trainer_args=SGD, **FIT),
@@ -26,26 +24,14 @@ CASES = {
     "ranknet": Distillation(depth=8, trainer_args=SGD, **{**FIT, "learning_rate": 3.0}),
     "accumulated": Distillation(depth=8, gradient_accumulation=3, trainer_args=SGD, **{**FIT, "learning_rate": 3.0}),
     "bounded": Contrastive(n_negatives=3, gradient_accumulation=2, pairs_per_pass=3, trainer_args=SGD, **FIT),
-    # batches of one query: one of the processes never has any
+    # batches of one query, so that rank 1 has none
     "alone": Contrastive(n_negatives=3, trainer_args=SGD, **{**FIT, "batch_size": 1, "epochs": 1}),
     "adamw": Contrastive(n_negatives=3, **{**FIT, "learning_rate": 1e-2, "clip_norm": 10.0}),
 }
 
 
 class Stopped(BaseException):
-    """As if the processes had been killed."""
-
-
-def stopped_at(step: int):
-    original = _ListTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == step:
-            raise Stopped
-        return original(self, *args, **kwargs)
-
-    _ListTrainer.training_step = training_step
-    return original
+    """Stands for killed processes."""
 
 
 def main(backbone: str, out: Path) -> None:
@@ -58,94 +44,72 @@ def main(backbone: str, out: Path) -> None:
     def data(fitter):
         return (uneven, None) if isinstance(fitter, Distillation) else (part.results, part.qrels)
 
-    def kept(name: str, model: MonoCE, **more) -> None:
-        scores = model(dev.results)["score"].tolist()
-        found = {
+    def write(name: str, model: MonoCE, **more) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            scores = model(dev.results)["score"].tolist()
+        result = {
             "scores": scores,
             "fingerprint": model.fingerprint,
             "loss": model.history["loss"].tolist(),
             "metric": model.history["RR@10"].dropna().tolist() if "RR@10" in model.history else [],
-            "head_is_new": model._head_is_new,
+            "head_is_new": any("random" in str(warning.message) for warning in caught),
             **more,
         }
-        (out / f"{name}.{processes.rank()}.json").write_text(json.dumps(found))
+        (out / f"{name}.{distributed.rank()}.json").write_text(json.dumps(result))
 
     for name, fitter in CASES.items():
-        kept(name, ce.clone().fit(*data(fitter), fitter=fitter))
+        write(name, ce.clone().fit(*data(fitter), fitter=fitter))
 
-    # Several passes a step, and not equally many in both processes
-    training.TOKENS_PER_PASS["cpu"], before = 100, training.TOKENS_PER_PASS["cpu"]
-    kept("passes", ce.clone().fit(*data(CASES["ranknet"]), fitter=CASES["ranknet"]))
-    training.TOKENS_PER_PASS["cpu"] = before
+    # Several passes per step, a different number on each rank
+    batches.TOKENS_PER_PASS["cpu"], before = 100, batches.TOKENS_PER_PASS["cpu"]
+    write("passes", ce.clone().fit(*data(CASES["ranknet"]), fitter=CASES["ranknet"]))
+    batches.TOKENS_PER_PASS["cpu"] = before
 
     # Validation, and patience that runs out
     stopping = dataclasses.replace(
         CASES["adamw"], metric=RR @ 10, eval_every=1, patience=2, epochs=9, learning_rate=0.1
     )
-    kept("stopping", ce.clone().fit(part.results, part.qrels, dev.results, dev.qrels, fitter=stopping))
+    write("stopping", ce.clone().fit(part.results, part.qrels, dev.results, dev.qrels, fitter=stopping))
 
-    # Dropout, a checkpoint, and the same once more after an interruption in a later epoch
-    dropping = dataclasses.replace(CASES["adamw"], metric=RR @ 10, eval_every=2, dropout=0.2, epochs=3)
+    # Dropout and checkpoints, resumed after an interruption in a later epoch
+    dropping = dataclasses.replace(
+        CASES["adamw"], metric=RR @ 10, eval_every=2, dropout=0.2, epochs=3, loss=interruptible_lce
+    )
     arguments = (part.results, part.qrels, dev.results, dev.qrels)
-    kept("whole", ce.clone().fit(*arguments, fitter=dropping))
-    original = stopped_at(19)
-    with contextlib.suppress(Stopped):
+    write("whole", ce.clone().fit(*arguments, fitter=dropping))
+    with contextlib.suppress(Stopped), interrupted_at(19, error=Stopped):
         ce.clone().fit(*arguments, fitter=dropping, checkpoint_dir=out / "checkpoints")
-    _ListTrainer.training_step = original
     files = sorted(file.name for file in (out / "checkpoints").glob("*/rng_state*"))
-    processes.wait()
+    distributed.wait_for_everyone()
     resumed = ce.clone().fit(*arguments, fitter=dropping, checkpoint_dir=out / "checkpoints")
-    kept("resumed", resumed, rng_states=files)
+    write("resumed", resumed, rng_states=files)
 
-    # What is wrong in one process is said in all, and what differs between them too
-    if processes.count() > 1:
-        other = part.results.iloc[: len(part.results) - 8 * processes.rank()]
+    # Data that differ between the ranks
+    if distributed.world_size() > 1:
+        other = part.results.iloc[: len(part.results) - 8 * distributed.rank()]
         try:
             ce.clone().fit(other, part.qrels, fitter=CASES["lce"])
         except ValueError as error:
-            (out / f"differs.{processes.rank()}.txt").write_text(str(error))
+            (out / f"differs.{distributed.rank()}.txt").write_text(str(error))
 
-    # Stages: one process writes, and a second call finds them
+    # Stages: rank 0 saves them, and a second call reuses them
     stages = {"CL": Stage(CASES["lce"], *data(CASES["lce"])), "KD": Stage(CASES["ranknet"], *data(CASES["ranknet"]))}
-    for name in ("sequence", "found"):
+    for name in ("sequence", "reused"):
         rerankers = fit_sequences(ce, stages, ["CL", "CL-KD"], save_dir=out / "models")
-        kept(name, rerankers["CL-KD"])
-    processes.wait()
-    if processes.rank() == 0:
+        write(name, rerankers["CL-KD"])
+    distributed.wait_for_everyone()
+    if distributed.rank() == 0:
         (out / "models.json").write_text(
             json.dumps(sorted(path.name.rpartition("-")[0] for path in (out / "models").iterdir()))
         )
 
-    # Warnings once
+    # One warning, on rank 0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ce.clone().fit(part.results, part.qrels.head(30), fitter=dataclasses.replace(CASES["lce"], max_steps=1))
-    said = [str(warning.message) for warning in caught if "leaves out" in str(warning.message)]
-    (out / f"warnings.{processes.rank()}.json").write_text(json.dumps(said))
-
-    if processes.count() > 1:
-        fully_sharded(ce, (part.results, part.qrels), (dev.results, dev.qrels), kept, out)
-
-
-def fully_sharded(ce: MonoCE, part: tuple, dev: tuple, kept, out: Path) -> None:
-    """FSDP by a stand-in: accelerate has it on GPUs alone, so it's told that gloo joins some."""
-    import accelerate.state
-    from accelerate.utils import DistributedType
-
-    accelerate.state.PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    sharded = dataclasses.replace(CASES["bounded"], trainer_args={**SGD, "fsdp": True, "use_cpu": False})
-    kept("fsdp-bounded", ce.clone().fit(*part, fitter=sharded))
-    validated = dataclasses.replace(
-        CASES["adamw"], metric=RR @ 10, eval_every=2, dropout=0.2, trainer_args={"fsdp": True, "use_cpu": False}
-    )
-    kept("fsdp-whole", ce.clone().fit(*part, *dev, fitter=validated))
-    original = stopped_at(11)
-    with contextlib.suppress(Stopped):
-        ce.clone().fit(*part, *dev, fitter=validated, checkpoint_dir=out / "sharded")
-    _ListTrainer.training_step = original
-    kept("fsdp-resumed", ce.clone().fit(*part, *dev, fitter=validated, checkpoint_dir=out / "sharded"))
-    assert not any(name.startswith("FSDP_") for name in os.environ)
+    messages = [str(warning.message) for warning in caught if "dropped" in str(warning.message)]
+    (out / f"warnings.{distributed.rank()}.json").write_text(json.dumps(messages))
 
 
 if __name__ == "__main__":

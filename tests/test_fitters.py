@@ -13,10 +13,10 @@ def a_loss(scores, labels, mask):
     return scores.sum()
 
 
-# ---- declared
+# ---- declarations
 
 
-def test_repr_is_what_was_written():
+def test_the_repr_can_be_evaluated():
     assert repr(Contrastive()) == "Contrastive()"
     fitter = Contrastive(n_negatives=3, loss=losses.ranknet, trainer_args={"report_to": "wandb"})
     assert eval(repr(fitter)) == fitter
@@ -24,13 +24,10 @@ def test_repr_is_what_was_written():
     assert repr(Distillation(teacher=frame, depth=5)) == "Distillation(teacher=<1 rows>, depth=5)"
 
 
-def test_fitters_are_values():
+def test_fitters_are_immutable_keyword_only_values():
     assert Contrastive(seed=1) == Contrastive(seed=1) != Contrastive(seed=2)
     with pytest.raises(dataclasses.FrozenInstanceError):
         Contrastive().seed = 2
-
-
-def test_options_are_keywords_alone():
     with pytest.raises(TypeError):
         Contrastive(7)
 
@@ -43,37 +40,37 @@ def test_sequences():
     assert repr(cl >> kd) == "Contrastive() >> Distillation()"
 
 
-def test_a_transformer_after_a_fitter_is_refused():
-    with pytest.raises(ValueError, match=r"a fitter goes into MonoCE\(\.\.\., fitter=\.\.\.\)"):
+def test_a_transformer_cannot_follow_a_fitter():
+    with pytest.raises(ValueError, match=r"Pass fitters to MonoCE\(\.\.\., fitter=\.\.\.\)"):
         Contrastive() >> pt.Transformer.identity()
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Contrastive(n_negatives=0), "expected n_negatives above 0, found 0"),
-        (lambda: Contrastive(n_positives=0), "expected n_positives above 0, found 0"),
-        (lambda: Contrastive(min_relevance=0), "expected min_relevance above 0, found 0"),
-        (lambda: Contrastive(loss="ranknet"), "expected a loss function such as losses.ranknet, found 'ranknet'"),
+        (lambda: Contrastive(n_negatives=0), "n_negatives must be a positive integer or None; got 0"),
+        (lambda: Contrastive(n_positives=0), "n_positives must be a positive integer or None; got 0"),
+        (lambda: Contrastive(min_relevance=0), "min_relevance must be a positive number or None; got 0"),
+        (lambda: Contrastive(loss="ranknet"), r"loss must be a function, e\.g\. losses\.ranknet; got 'ranknet'"),
         (lambda: Contrastive(loss=losses.margin_mse), "needs scores labels"),
-        (lambda: Distillation(depth=1), "expected a depth of at least 2, found 1"),
+        (lambda: Distillation(depth=1), "depth must be at least 2; got 1"),
         (lambda: Distillation(loss=losses.localized_contrastive), "needs binary labels"),
-        (lambda: Distillation(teacher="nowhere.trec"), "found no file 'nowhere.trec'"),
-        (lambda: Distillation(teacher=3), "found 3"),
-        (lambda: Distillation(unranked="first"), "expected unranked='drop' or 'last', found 'first'"),
+        (lambda: Distillation(teacher="nowhere.trec"), "there is no file 'nowhere.trec'"),
+        (lambda: Distillation(teacher=3), "teacher must be .*; got 3"),
+        (lambda: Distillation(unranked="first"), "unranked must be 'drop' or 'last'; got 'first'"),
         (
             lambda: Distillation(unranked="last", loss=losses.margin_mse),
-            "expected unranked='drop' with losses.margin_mse",
+            "unranked must be 'drop' with losses.margin_mse",
         ),
-        (lambda: MonoCE("x/y", fitter=MonoCE("x/y")), "expected a fitter such as"),
+        (lambda: MonoCE("x/y", fitter=MonoCE("x/y")), r"fitter must be e\.g\. Contrastive\(\)"),
     ],
 )
-def test_mistakes_are_said_at_once(make, message):
+def test_invalid_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_a_digest_knows_what_a_function_captured():
+def test_a_digest_includes_what_a_function_captures():
     def scaled(k):
         def loss(scores, labels, mask):
             return losses.ranknet(scores, labels, mask) * k
@@ -89,22 +86,22 @@ def test_a_digest_knows_what_a_function_captured():
 
     assert Contrastive(loss=scaled(1)).digest() == Contrastive(loss=scaled(1)).digest()
     assert Contrastive(loss=scaled(1)).digest() != Contrastive(loss=scaled(9)).digest()
-    by_partial = [Contrastive(loss=functools.partial(a_loss, k=k)).digest() for k in (1, 1, 2)]
-    assert by_partial[0] == by_partial[1] != by_partial[2]
-    by_object = [Contrastive(loss=Loss(k)).digest() for k in (1, 1, 2)]
-    assert by_object[0] == by_object[1] != by_object[2]
+    with_partials = [Contrastive(loss=functools.partial(a_loss, k=k)).digest() for k in (1, 1, 2)]
+    assert with_partials[0] == with_partials[1] != with_partials[2]
+    with_objects = [Contrastive(loss=Loss(k)).digest() for k in (1, 1, 2)]
+    assert with_objects[0] == with_objects[1] != with_objects[2]
 
 
-# ---- what is learnt from
+# ---- sampling
 
 
-def test_contrastive_takes_as_many_relevant_documents_as_asked():
+def test_the_number_of_relevant_documents_in_a_group():
     frame = pd.DataFrame({"qid": "q", "query": "x", "docno": list("abcde"), "text": list("abcde"), "rank": range(5)})
     rel = pd.DataFrame({"qid": "q", "docno": ["a", "c", "d"], "label": [1, 2, 1]})
 
     def labels(**options):
         groups, _ = Contrastive(n_negatives=1, **options).groups(frame, rel)
-        return sorted(groups.draw(0, seed=1, epoch=0).labels.tolist(), reverse=True)
+        return sorted(groups.draw_all([(0, 0)], seed=1)[0].labels.tolist(), reverse=True)
 
     assert len(labels()) == 2
     assert len(labels(n_positives=2)) == 3
@@ -114,7 +111,7 @@ def test_contrastive_takes_as_many_relevant_documents_as_asked():
 # ---- digests
 
 
-def test_a_digest_knows_what_decides_the_result(tmp_path):
+def test_a_digest_includes_what_determines_the_result(tmp_path):
     frame = pd.DataFrame({"qid": ["1", "1"], "docno": ["a", "b"], "score": [1.0, 2.0]})
     runs = [tmp_path / name for name in ("run", "same", "other")]
     for path, score in zip(runs, (1, 1, 2), strict=True):
@@ -140,22 +137,22 @@ def test_a_digest_knows_what_decides_the_result(tmp_path):
 # ---- groups
 
 
-def test_contrastive_without_qrels_names_distillation(train_part):
-    with pytest.raises(ValueError, match=r"expected qrels .*Distillation"):
+def test_contrastive_without_qrels(train_part):
+    with pytest.raises(ValueError, match=r"qrels is required by Contrastive; got None.*Distillation"):
         Contrastive().groups(train_part.results, None)
 
 
-def test_qids_that_do_not_match_are_shown(train_part):
+def test_qids_that_do_not_match(train_part):
     other = train_part.qrels.assign(qid="x" + train_part.qrels["qid"])
-    with pytest.raises(ValueError, match="the qids don't match, such as 'tr0' in the results and 'xtr0' in the qrels"):
+    with pytest.raises(ValueError, match=r"the qids don't match, e\.g\. 'tr0' in the results and 'xtr0' in the qrels"):
         Contrastive().groups(train_part.results, other)
 
 
-def test_missing_positives_are_loaded(train_part):
+def test_missing_positives_are_looked_up(train_part):
     relevant = train_part.results["docno"].isin(train_part.qrels["docno"])
     texts = train_part.results.set_index("docno")["text"]
     fitter = Contrastive(add_missing_positives=True)
-    with pytest.raises(ValueError, match=r"expected MonoCE\(\.\.\., text=dataset\)"):
+    with pytest.raises(ValueError, match=r"text is required by add_missing_positives=True.*text=dataset"):
         fitter.groups(train_part.results[~relevant], train_part.qrels)
     groups, report = fitter.groups(
         train_part.results[~relevant], train_part.qrels, load_text=lambda f: f.assign(text=texts[f["docno"]].to_numpy())
@@ -165,7 +162,7 @@ def test_missing_positives_are_loaded(train_part):
     assert [groups.texts[d[y > 0][0]] for d, y in zip(groups.documents, groups.labels, strict=True)] == wanted
 
 
-def test_distillation_labels_by_what_the_loss_needs(train_part):
+def test_distillation_gives_the_labels_that_the_loss_needs(train_part):
     teacher = train_part.results.assign(score=train_part.results["quality"] * 0.7)
     ranks, _ = Distillation(teacher=teacher).groups(train_part.results, None)
     assert set(ranks.labels[0]) == {0, 7}
@@ -175,7 +172,7 @@ def test_distillation_labels_by_what_the_loss_needs(train_part):
         Distillation(teacher=train_part.results, loss=losses.margin_mse).groups(train_part.results, None)
 
 
-def test_teacher_from_a_run_file(train_part, tmp_path):
+def test_a_run_file_as_teacher(train_part, tmp_path):
     path = tmp_path / "teacher.trec"
     pt.io.write_results(train_part.results.assign(score=train_part.results["quality"].astype(float)), str(path))
     groups, report = Distillation(teacher=path).groups(train_part.results, None)
@@ -183,7 +180,7 @@ def test_teacher_from_a_run_file(train_part, tmp_path):
     assert set(groups.labels[0]) == {0, 7}
 
 
-def test_what_the_teacher_left_out(train_part):
+def test_documents_that_the_teacher_did_not_rank(train_part):
     teacher = train_part.results[train_part.results["rank"] < 3]
     dropped, report = Distillation(teacher=teacher).groups(train_part.results, None)
     assert (report.unranked_by_teacher, report.ranked_last, report.documents) == (64 * 5, 0, 64 * 3)
@@ -194,7 +191,7 @@ def test_what_the_teacher_left_out(train_part):
     assert Distillation(unranked="last").digest() != Distillation().digest()
 
 
-def test_a_teacher_upside_down_is_warned_of(train_part):
+def test_a_warning_if_the_teacher_looks_upside_down(train_part):
     upside_down = train_part.results.assign(score=-train_part.results["score"])
     with pytest.warns(UserWarning, match="looks upside down"):
         Distillation(teacher=upside_down).groups(train_part.results, None)

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 
+from pyterrier_msft.data.diagnosis import explain_mismatch
 from pyterrier_msft.data.frames import frame_digest, order_key
-from pyterrier_msft.data.labels import bare_ranks, from_qrels, from_teacher, mismatch
+from pyterrier_msft.data.labels import from_qrels, from_teacher, has_only_ranks
 from pyterrier_msft.data.rankings import top_documents
 from pyterrier_msft.data.report import DataReport
 
@@ -52,25 +53,20 @@ def contrastive(res, rel, **options):
 # ---- from qrels
 
 
-def test_labels_and_order():
+def test_labels_are_grades_in_the_order_of_the_ranking():
     groups, report = contrastive(results(RESULTS), qrels(QRELS))
     assert lists(groups) == {"q1": [("a", 0), ("b", 1), ("c", 0)], "q2": [("a", 0), ("d", 2)]}
     assert groups.queries == ["query of q1", "query of q2"]
     assert (report.queries, report.groups, report.documents, report.dropped()) == (2, 2, 5, "")
 
 
-def test_order_of_rows_does_not_matter():
-    shuffled = results(RESULTS).sample(frac=1, random_state=3)
-    assert lists(contrastive(shuffled, qrels(QRELS))[0]) == lists(contrastive(results(RESULTS), qrels(QRELS))[0])
-
-
-def test_index_that_is_not_unique():
-    frame = results(RESULTS)
+def test_the_order_and_the_index_of_rows_do_not_matter():
+    frame = results(RESULTS).sample(frac=1, random_state=3)
     frame.index = [0] * len(frame)
     assert lists(contrastive(frame, qrels(QRELS))[0]) == lists(contrastive(results(RESULTS), qrels(QRELS))[0])
 
 
-def test_ids_as_integers():
+def test_integer_ids():
     frame = results(RESULTS).replace({"qid": {"q1": 1, "q2": 2}}).assign(docno=lambda f: f["docno"].map(ord))
     relevant = (
         qrels(QRELS).replace({"qid": {"q1": "1", "q2": "2"}}).assign(docno=lambda f: f["docno"].map(ord).map(str))
@@ -83,7 +79,7 @@ def test_minimum_relevance():
     groups, report = contrastive(results(RESULTS), qrels(QRELS), min_relevance=2)
     assert lists(groups) == {"q2": [("a", 0), ("d", 2)]}
     assert report.without_relevant == 1
-    assert report.dropped() == "1 queries without a relevant document"
+    assert report.dropped() == "1 of 2 queries without a relevant document"
 
 
 def test_negative_and_float_grades():
@@ -92,7 +88,7 @@ def test_negative_and_float_grades():
     assert lists(groups) == {"q1": [("a", 0), ("b", 0), ("c", 1.5)]}
 
 
-def test_depth_bounds_negatives_but_not_positives():
+def test_depth_limits_negatives_only():
     groups, _ = contrastive(results(RESULTS), qrels("q1 c 1"), depth=1)
     assert lists(groups) == {"q1": [("a", 0), ("c", 1)]}
 
@@ -113,47 +109,51 @@ def test_duplicates_and_missing_text_are_counted():
     assert (report.duplicates, report.without_text) == (1, 3)
 
 
-def test_passages_have_their_documents_label():
+def test_passages_get_the_label_of_their_document():
     groups, report = contrastive(results("q1 a%p0 3\nq1 a%p1 2\nq1 b%p0 1"), qrels("q1 a 1"))
     assert lists(groups) == {"q1": [("a%p0", 1), ("a%p1", 1), ("b%p0", 0)]}
     assert report.without_relevant == 0
 
 
-def test_missing_positives():
-    asked = []
+def test_missing_positives_are_added():
+    requests = []
 
     def load(frame):
-        asked.append(frame[["qid", "docno", "query"]])
+        requests.append(frame[["qid", "docno", "query"]])
         return ["text of z", "text of a", None]
 
     relevant = qrels(QRELS + "q1 z 1\nq2 x 2\nq9 z 1\nq2 y 0\nq2 w 1")
     groups, report = contrastive(results(RESULTS), relevant, depth=1, load_missing=load)
     expected = pd.DataFrame([("q1", "z"), ("q2", "w"), ("q2", "x")], columns=["qid", "docno"])
-    assert_frame_equal(asked[0], expected.assign(query="query of " + expected["qid"]), check_dtype=False)
+    assert_frame_equal(requests[0], expected.assign(query="query of " + expected["qid"]), check_dtype=False)
     assert lists(groups) == {"q1": [("a", 0), ("b", 1), ("z", 1)], "q2": [("a", 0), ("d", 2), ("a", 1)]}
-    assert groups.texts == ["text of a", "text of b", "text of z", "text of d"]  # each once
+    assert groups.texts == ["text of a", "text of b", "text of z", "text of d"]  # without duplicates
     assert report.without_text == 1
 
 
 @pytest.mark.parametrize("column", ["qid", "query", "docno", "text"])
 def test_a_missing_column_is_named(column):
-    with pytest.raises(ValueError, match=f"expected columns .*'{column}'.* found"):
+    with pytest.raises(ValueError, match=f"training results must have the columns .*'{column}'.*; got"):
         contrastive(results(RESULTS).drop(columns=column), qrels(QRELS))
 
 
-def test_scores_must_be_numbers():
+def test_scores_must_be_numeric():
     frame = results(RESULTS)
     frame.loc[1, "score"] = np.nan
-    with pytest.raises(ValueError, match="found 1 NaN"):
+    with pytest.raises(ValueError, match=r"scores must be numeric; 1 of 5 isn't, e\.g\. nan"):
         contrastive(frame, qrels(QRELS))
 
 
-def test_rank_orders_where_there_is_no_score():
+def test_rank_is_used_without_a_score():
     frame = results(RESULTS).drop(columns="score").assign(rank=[3, 2, 1, 1, 2])
     assert [text for text, _ in lists(contrastive(frame, qrels(QRELS))[0])["q1"]] == ["c", "b", "a"]
 
 
-# ---- drawing
+# ---- sampling
+
+
+def draw(groups, index: int = 0, *, seed: int = 0, epoch: int = 0):
+    return groups.draw_all([(index, epoch)], seed=seed)[0]
 
 
 def many(n: int = 50):
@@ -161,84 +161,79 @@ def many(n: int = 50):
     return contrastive(frame, qrels("q1 d3 1\nq1 d40 2"), n_negatives=5)[0]
 
 
-def test_a_draw_is_one_positive_and_distinct_negatives():
-    group = many().draw(0, seed=1, epoch=0)
+def test_a_group_has_one_positive_and_distinct_negatives():
+    group = draw(many(), seed=1)
     assert len(group.texts) == len(set(group.texts)) == 6
     assert np.count_nonzero(group.labels) == 1
     assert group.labels.dtype == np.float32
 
 
-def test_draws_depend_on_seed_and_epoch_alone():
-    first = many().draw(0, seed=1, epoch=2)
-    assert first.texts == many().draw(0, seed=1, epoch=2).texts
-    assert first.texts != many().draw(0, seed=1, epoch=3).texts
-    assert first.texts != many().draw(0, seed=2, epoch=2).texts
+def test_samples_depend_only_on_seed_and_epoch():
+    first = draw(many(), seed=1, epoch=2)
+    assert first.texts == draw(many(), seed=1, epoch=2).texts
+    assert first.texts != draw(many(), seed=1, epoch=3).texts
+    assert first.texts != draw(many(), seed=2, epoch=2).texts
 
 
-def test_epochs_reach_every_negative_and_every_positive():
+def test_all_documents_are_sampled_over_many_epochs():
     groups = many()
-    seen = {text for epoch in range(100) for text in groups.draw(0, seed=0, epoch=epoch).texts}
+    seen = {text for epoch in range(100) for text in draw(groups, epoch=epoch).texts}
     assert seen == set(groups.texts)
-
-
-def test_fewer_negatives_than_wanted():
-    group = contrastive(results(RESULTS), qrels(QRELS))[0].draw(0, seed=0, epoch=0)
-    assert sorted(group.labels) == [0, 0, 1]
 
 
 # ---- from a teacher
 
 
-def test_incoming_ranking_as_teacher():
+def test_the_incoming_ranking_is_the_default_teacher():
     groups, report = from_teacher(results(RESULTS), None, depth=2)
     assert lists(groups) == {"q1": [("a", 1), ("b", 0)], "q2": [("a", 1), ("d", 0)]}
     assert report.agreement is None
 
 
-def test_teacher_orders_the_first_stages_top():
+def test_a_teacher_reorders_the_first_stage():
     teacher = results("q1 c 9\nq1 b 8\nq1 a 7\nq1 x 99")
     groups, report = from_teacher(results(RESULTS), teacher, depth=None)
     assert lists(groups) == {"q1": [("a", 0), ("b", 1), ("c", 2)]}
     assert report.without_teacher == 1
     assert report.agreement == pytest.approx(-1)
-    assert report.upside_down()
+    assert report.teacher_looks_inverted()
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_ranks_from_zero_or_one(first):
+def test_ranks_may_start_at_zero_or_one(first):
     teacher = results("q1 c 0\nq1 a 0\nq1 b 0").drop(columns="score").assign(rank=[first, first + 1, first + 2])
     assert lists(from_teacher(results(RESULTS), teacher, depth=None)[0]) == {"q1": [("a", 1), ("b", 0), ("c", 2)]}
 
 
-def test_ties_of_the_teacher_stay_ties():
+def test_tied_documents_have_equal_labels():
     groups, report = from_teacher(results(RESULTS), results("q1 a 1\nq1 b 1\nq1 c 5"), depth=None)
     assert lists(groups) == {"q1": [("a", 0), ("b", 0), ("c", 2)]}
     assert report.tied_labels == pytest.approx(1 / 3)
 
 
-def test_teachers_scores_as_labels():
+def test_scores_as_labels():
     groups, _ = from_teacher(results(RESULTS), results("q1 a 1.5\nq1 b -2\nq1 c 5"), depth=None, keep_scores=True)
     assert lists(groups) == {"q1": [("a", 1.5), ("b", -2), ("c", 5)]}
 
 
-def test_unranked_documents_are_left_out_and_counted():
+def test_unranked_documents_are_dropped_and_counted():
     groups, report = from_teacher(results(RESULTS), results("q1 a 1\nq1 c 5"), depth=None)
     assert lists(groups) == {"q1": [("a", 0), ("c", 1)]}
     assert report.unranked_by_teacher == 1
 
 
-def test_unranked_documents_last():
+def test_unranked_documents_ranked_last():
     groups, report = from_teacher(results(RESULTS), results("q1 a 1\nq2 x 1"), depth=None, unranked="last")
     assert lists(groups) == {"q1": [("a", 2), ("b", 0), ("c", 0)]}
     assert (report.unranked_by_teacher, report.ranked_last, report.without_teacher) == (0, 2, 1)
     assert report.tied_labels == pytest.approx(1 / 3)
-    assert "2 documents that the teacher did not rank: placed below all others" in repr(report)
-    assert report.dropped() == "1 queries without the teacher's ranking"
-    with pytest.raises(ValueError, match="expected unranked='drop' with the teacher's scores as labels"):
+    assert "placed 2 documents last that the teacher didn't rank" in repr(report)
+    assert report.dropped() == "1 of 2 queries that the teacher didn't rank"
+    with pytest.raises(ValueError, match="unranked must be 'drop' where labels are the teacher's scores; got 'last'"):
         from_teacher(results(RESULTS), results("q1 a 1"), depth=None, unranked="last", keep_scores=True)
 
 
-def test_top_documents_are_those_to_learn_from():
+def test_top_documents_are_those_to_train_on():
     frame = results(RESULTS + "q0 z 99").assign(extra=range(6)).drop(columns="text").sample(frac=1, random_state=4)
     frame["body"] = "text of " + frame["docno"]
     frame.loc[frame["docno"] == "a", "body"] = ""
@@ -249,35 +244,43 @@ def test_top_documents_are_those_to_learn_from():
     assert top["qid"].tolist() == frame["qid"].unique().tolist()
 
 
-def test_a_teacher_must_say_an_order_and_share_queries():
-    with pytest.raises(ValueError, match="expected a score or a rank"):
+def test_a_teacher_needs_an_order_and_common_queries():
+    with pytest.raises(ValueError, match="teacher's ranking must have a score or a rank"):
         from_teacher(results(RESULTS).drop(columns="score"), None, depth=None)
     with pytest.raises(ValueError, match="none in common"):
         from_teacher(results(RESULTS), results("other a 1"), depth=None)
 
 
-def test_bare_ranks():
+def test_scores_that_only_restate_ranks():
     lists_of_two = "q1 a {}\nq1 b {}\nq2 a {}\nq2 b {}\nq2 c {}"
-    assert bare_ranks(results(lists_of_two.format(2, 1, 3, 2, 1)))
-    assert bare_ranks(results(lists_of_two.format(1, 1 / 2, 1, 1 / 2, 1 / 3)))
-    assert bare_ranks(results(RESULTS).drop(columns="score").assign(rank=0))
-    assert not bare_ranks(results(lists_of_two.format(2.5, 1, 3, 2, -1)))
+    assert has_only_ranks(results(lists_of_two.format(2, 1, 3, 2, 1)))
+    assert has_only_ranks(results(lists_of_two.format(1, 1 / 2, 1, 1 / 2, 1 / 3)))
+    assert has_only_ranks(results(RESULTS).drop(columns="score").assign(rank=0))
+    assert not has_only_ranks(results(lists_of_two.format(2.5, 1, 3, 2, -1)))
 
 
 # ---- reports and digests
 
 
-def test_report_reads_well():
-    report = DataReport(queries=1200, groups=1000, documents=5000, without_relevant=200, truncated_documents=0.031)
+def test_the_repr_of_a_report():
+    report = DataReport(
+        queries=1200, groups=1000, documents=5000, without_relevant=199, without_teacher=1, without_text=1,
+        judged_twice=2, several_queries=1, truncated_documents=0.031, agreement=0.5,
+    )  # fmt: skip
     assert repr(report).splitlines() == [
         "DataReport:",
-        "  1,000 of 1,200 queries to learn from, with 5,000 documents",
-        "  200 queries without a relevant document: left out",
-        "  3.1% of the documents are cut to fit (max_length)",
+        "  1,000 of 1,200 queries to train on, with 5,000 documents",
+        "  dropped 199 of 1,200 queries without a relevant document",
+        "  dropped 1 of 1,200 queries that the teacher didn't rank",
+        "  dropped 1 document without text",
+        "  2 documents with two labels in the qrels: the higher one is used",
+        "  1 qid with several queries: the best-ranked document's is used",
+        "  3.1% of the documents are truncated (max_length)",
+        "  rank correlation of the teacher with the first stage: 0.50",
     ]
 
 
-def test_digest_knows_content_alone():
+def test_a_frames_digest_depends_on_its_content():
     frame = results(RESULTS)
     assert frame_digest(frame) == frame_digest(frame[frame.columns[::-1]].set_index(pd.Index([5] * len(frame))))
     assert frame_digest(frame) != frame_digest(frame.assign(score=frame["score"] + 1))
@@ -289,23 +292,23 @@ def test_digest_knows_content_alone():
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("uvwxyz"), st.floats(-5, 5)), min_size=1, max_size=30)
 )
-def test_any_results_give_groups_that_can_be_drawn(rows):
+def test_any_results_give_valid_groups(rows):
     frame = pd.DataFrame(rows, columns=["qid", "docno", "score"]).assign(query="q", text=lambda f: f["docno"])
     groups, report = contrastive(frame, qrels("a u 1\nb v 2\nb w 1"), n_negatives=2)
     assert (
         report.groups + report.without_relevant + report.without_negatives == report.queries == frame["qid"].nunique()
     )
     for index in range(len(groups)):
-        group = groups.draw(index, seed=0, epoch=0)
+        group = draw(groups, index)
         assert np.count_nonzero(group.labels) == 1
         assert 2 <= len(group.texts) <= 3
-    taught, _ = from_teacher(frame, None, depth=None)
-    for documents, labels in zip(taught.documents, taught.labels, strict=True):
+    distilled, _ = from_teacher(frame, None, depth=None)
+    for documents, labels in zip(distilled.documents, distilled.labels, strict=True):
         assert len(documents) == len(labels) > 1
-        assert (np.diff(labels) <= 0).all()  # the best-ranked first
+        assert (np.diff(labels) <= 0).all()  # best-ranked first
 
 
-def test_digest_of_groups():
+def test_a_groups_digest_depends_on_its_content():
     def digest(frame, **options):
         return contrastive(frame, qrels(QRELS), **options)[0].digest()
 
@@ -323,10 +326,10 @@ def test_order_key():
     assert order_key(pd.DataFrame({"rank": [0, 1], "score": ["2.5", "1"]})).tolist() == [2.5, 1]
 
 
-def test_zeros_that_were_lost():
+def test_leading_zeros_that_were_lost():
     first, qrels = (pd.DataFrame({"qid": qids, "docno": "d"}) for qids in (["001", "016"], [1, 16]))
-    assert mismatch(first, qrels, "the qrels") == (
-        "the qids don't match, such as '001' in the results and '1' in the qrels; zeros at the beginning are lost "
-        "where ids are read as numbers: dtype=str"
+    assert explain_mismatch(first, qrels, "the qrels") == (
+        "the qids don't match, e.g. '001' in the results and '1' in the qrels. Leading zeros are lost when ids are "
+        "read as numbers: read them with dtype=str"
     )
-    assert mismatch(first, qrels.assign(qid=[2, 3]), "the qrels").endswith("and '2' in the qrels")
+    assert explain_mismatch(first, qrels.assign(qid=[2, 3]), "the qrels").endswith("and '2' in the qrels")

@@ -1,4 +1,4 @@
-"""Documents longer than the model reads at once."""
+"""Documents longer than `max_length`, read in windows."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from pyterrier_msft import Contrastive, MonoCE
 from pyterrier_msft.model.encoding import PairEncoder, pad
 from pyterrier_msft.model.loading import load_model
 from pyterrier_msft.model.scoring import forward, score_pairs
-from pyterrier_msft.training.batches import _Collator
+from pyterrier_msft.training.batches import Collator
 
 FAST = {"learning_rate": 1e-2, "epochs": 6, "batch_size": 8, "dropout": 0.0}
 
@@ -29,7 +29,7 @@ def windowed(encoder) -> PairEncoder:
 
 
 def lengthened(part: Part) -> Part:
-    """The part's documents behind words that say nothing: what is relevant is never in the first 24 tokens."""
+    """The part's documents behind uninformative words: what is relevant is never in the first 24 tokens."""
     rng = np.random.default_rng(0)
     before = [" ".join(rng.choice(WORDS[10:], 24)) for _ in range(len(part.results))]
     texts = [f"{a} {b}" for a, b in zip(before, part.results["text"], strict=True)]
@@ -44,7 +44,7 @@ def long_part(train_part) -> Part:
 # ---- windows
 
 
-def test_windows_begin_with_the_end_of_the_one_before(windowed):
+def test_windows_overlap(windowed):
     # Beside [CLS] w1 w2 [SEP] and a last [SEP], 11 of the 16 tokens are left; an eighth of 16 is 2.
     encoded, pair = windowed.windows(["w1 w2", "w3"], [words(10, 30), "w5"])
     decoded = [windowed.tokenizer.decode(ids) for ids in encoded["input_ids"]]
@@ -78,23 +78,23 @@ def test_windows_of_few_tokens(encoder, max_length, query):
     assert {len(ids) for ids in encoded["input_ids"]} == {max_length}
 
 
-def test_the_beginning_of_a_very_long_text_is_enough(windowed):
+def test_a_very_long_text_is_read_as_if_all_of_it_were_tokenized(windowed, monkeypatch):
     text = " ".join(WORDS[i % 100] for i in range(5000))
     blanks = "w1" + " " * 5000 + "w2 " + text  # few tokens in many characters
-    expected = windowed._encode_windows(["w9"], [blanks])[0]["input_ids"][:3]
-    assert windowed.windows(["w9"], [blanks])[0]["input_ids"] == expected
-    assert len(windowed._beginning(text)) < len(text) / 10
+    found = [windowed.windows(["w9"], [long])[0] for long in (text, blanks)]
+    monkeypatch.setattr("pyterrier_msft.model.encoding.CHARACTERS_PER_TOKEN", 10**6)
+    assert found == [windowed.windows(["w9"], [long])[0] for long in (text, blanks)]
 
 
 def test_a_slow_tokenizer_is_refused(windowed, monkeypatch):
     monkeypatch.setattr(type(windowed.tokenizer), "is_fast", False)
-    with pytest.raises(ValueError, match="expected a fast tokenizer with passages=3"):
+    with pytest.raises(ValueError, match="passages=3 needs a fast tokenizer"):
         windowed.windows(["w1"], ["w2"])
 
 
 def test_the_share_that_is_cut(windowed):
     texts = [words(0, 11), words(0, 29), words(0, 30)]  # one window, three windows, one token more
-    assert windowed.truncated(["w1 w2"] * 3, texts) == (0.0, pytest.approx(1 / 3))
+    assert windowed.truncation_rates(["w1 w2"] * 3, texts) == (0.0, pytest.approx(1 / 3))
 
 
 # ---- scoring
@@ -116,15 +116,13 @@ def test_a_documents_score_is_its_best_windows(windowed, backbone):
 
 
 def test_as_pyterriers_own_passages(ce, long_part):
-    """A window a passage: MaxP by PyTerrier's transformers and by ours."""
+    """MaxP with PyTerrier's transformers and with ours."""
     results = long_part.results.head(80)
     sliding = pt.text.sliding(text_attr="text", length=8, stride=8, prepend_attr=None)
-    ce.fingerprint  # noqa: B018 loads the model
-    ce._head_is_new = False
+    ce.cross_encoder.head_is_new, network = False, ce.cross_encoder.network
     theirs = (sliding >> ce >> pt.text.max_passage())(results)
-    encoder = ce._load()[1]
     passages = sliding(results)
-    scores = score_pairs(ce._network, encoder, [*passages["query"]], [*passages["text"]], dtype=torch.float32)
+    scores = score_pairs(network, ce.pair_encoder(), [*passages["query"]], [*passages["text"]], dtype=torch.float32)
     best = passages.assign(score=scores, docno=passages["docno"].str.replace(r"%p\d+$", "", regex=True))
     expected = best.groupby(["qid", "docno"])["score"].max()
     found = theirs.set_index(["qid", "docno"])["score"]
@@ -134,17 +132,17 @@ def test_as_pyterriers_own_passages(ce, long_part):
 # ---- training
 
 
-def test_each_window_is_sent_to_its_document(windowed, train_part):
+def test_batches_map_each_window_to_its_document(windowed, train_part):
     from pyterrier_msft.data.groups import Group
 
     labels = np.array([1, 0], dtype=np.float32)
     groups = [Group("a", "w1", [words(10, 40), "w5"], labels), Group("b", "w2", ["w6", words(10, 40)], labels)]
-    batch = _Collator(windowed, max_tokens=10_000, max_pairs=None)(groups)
-    assert sorted(batch["places"].tolist()) == [0, 0, 0, 1, 2, 3, 3, 3]
+    batch = Collator(windowed, max_tokens=10_000, max_pairs=None)(groups)
+    assert sorted(batch["slots"].tolist()) == [0, 0, 0, 1, 2, 3, 3, 3]
     assert batch["mask"].all()
 
 
-def test_documents_that_fit_train_as_ever(backbone, train_part):
+def test_passages_do_not_change_training_if_documents_fit(backbone, train_part):
     prints = [
         MonoCE(backbone, max_length=24, device="cpu", passages=passages)
         .fit(train_part.results, train_part.qrels, fitter=Contrastive(max_steps=4, learning_rate=1e-2))
@@ -180,7 +178,7 @@ def test_bounded_memory_gives_the_same_weights(backbone, long_part):
         )
         ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu", passages=3)
         ce.fit(long_part.results, long_part.qrels, fitter=fitter)
-        return torch.cat([p.flatten() for p in ce._network.state_dict().values()])
+        return torch.cat([p.flatten() for p in ce.cross_encoder.network.state_dict().values()])
 
     torch.testing.assert_close(weights(None), weights(5), atol=1e-5, rtol=0)
 
@@ -188,7 +186,7 @@ def test_bounded_memory_gives_the_same_weights(backbone, long_part):
 # ---- settings
 
 
-def test_passages_belong_to_what_a_reranker_is(ce, backbone, train_part, long_part, tmp_path):
+def test_passages_are_saved_and_part_of_the_cache_key(ce, backbone, train_part, long_part, tmp_path):
     long = MonoCE(backbone, max_length=24, dtype="float32", device="cpu", passages=3)
     long.fit(long_part.results.head(80), long_part.qrels, fitter=Contrastive(max_steps=1))
     long.save(tmp_path / "model")
@@ -205,7 +203,7 @@ def test_passages_belong_to_what_a_reranker_is(ce, backbone, train_part, long_pa
 
 @pytest.mark.parametrize("wrong", [0, 1.5, None])
 def test_wrong_passages(wrong):
-    with pytest.raises(ValueError, match="expected passages"):
+    with pytest.raises(ValueError, match="passages must be"):
         MonoCE(passages=wrong)
 
 

@@ -1,4 +1,4 @@
-"""Adapters by peft: few weights are trained, the rest stays as it is."""
+"""Adapters of peft: few weights are trained, the others are frozen."""
 
 import json
 import pickle
@@ -9,6 +9,7 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 import torch
+from interruptions import interrupted_at, interruptible_lce
 from ir_measures import RR
 from transformers import AutoModelForSequenceClassification
 
@@ -39,10 +40,10 @@ def trained(fitted) -> MonoCE:
     return fitted.clone()
 
 
-def test_the_adapter_and_the_head_learn_and_nothing_else(backbone, trained, test_part):
-    before, after = (ce._load()[0].state_dict() for ce in (new(backbone), trained))
+def test_only_the_adapter_and_the_head_are_trained(backbone, trained, test_part):
+    before, after = (ce.cross_encoder.network.state_dict() for ce in (new(backbone), trained))
     changed = {name for name in after if not torch.equal(before[name], after[name])}
-    assert changed == {name for name, p in trained._network.named_parameters() if p.requires_grad}
+    assert changed == {name for name, p in trained.cross_encoder.network.named_parameters() if p.requires_grad}
     assert {name.split(".")[0] for name in changed if "lora" not in name} == {"bert", "classifier"}
     assert all("lora" in name or "modules_to_save" in name for name in changed)
     assert any("pooler" in name for name in changed)  # it may be new, as the classifier is
@@ -55,12 +56,12 @@ def test_equal_seeds_give_equal_adapters(backbone):
     assert new(backbone).fingerprint != new(backbone, seed=1).fingerprint
 
 
-def test_the_fingerprint_knows_how_strong_an_adapter_is(backbone):
+def test_the_fingerprint_depends_on_the_scale_of_an_adapter(backbone):
     strong = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["query", "value"])
     assert new(backbone).fingerprint != new(backbone, adapter=strong).fingerprint
 
 
-def test_saved_merged_it_is_an_ordinary_model(trained, test_part, tmp_path):
+def test_a_merged_model_is_an_ordinary_one(trained, test_part, tmp_path):
     trained.save(tmp_path / "model")
     assert not (tmp_path / "model" / adapters.CONFIG).exists()
     expected = trained(test_part.results)
@@ -68,14 +69,14 @@ def test_saved_merged_it_is_an_ordinary_model(trained, test_part, tmp_path):
     pd.testing.assert_frame_equal(loaded(test_part.results), expected, atol=1e-5)
     record = json.loads((tmp_path / "model" / "msft.json").read_text())
     assert record["fingerprint"] == loaded.fingerprint
-    assert not [name for name in loaded._network.state_dict() if "lora" in name]
-    assert all(p.requires_grad for p in loaded._network.parameters())
-    # What was saved goes on as it was.
+    assert not [name for name in loaded.cross_encoder.network.state_dict() if "lora" in name]
+    assert all(p.requires_grad for p in loaded.cross_encoder.network.parameters())
+    # Saving doesn't change the re-ranker.
     pd.testing.assert_frame_equal(trained(test_part.results), expected)
-    assert any("lora" in name for name in trained._network.state_dict())
+    assert any("lora" in name for name in trained.cross_encoder.network.state_dict())
 
 
-def test_saved_apart_it_goes_on_learning(trained, train_part, test_part, tmp_path):
+def test_a_saved_adapter_can_be_trained_further(trained, train_part, test_part, tmp_path):
     trained.save(tmp_path / "adapter", merged=False)
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     loaded = MonoCE.load(tmp_path / "adapter", dtype="float32", device="cpu")
@@ -87,15 +88,15 @@ def test_saved_apart_it_goes_on_learning(trained, train_part, test_part, tmp_pat
     assert loaded.fingerprint == trained.fingerprint
     loaded.save(tmp_path / "adapter", merged=False)  # over itself
     assert MonoCE.load(tmp_path / "adapter").fingerprint == trained.fingerprint
-    with pytest.raises(ValueError, match=r"found an adapter's: give it to MonoCE\.load"):
+    with pytest.raises(ValueError, match=r"got an adapter's. Load it with MonoCE\.load"):
         MonoCE(tmp_path / "adapter")
 
 
-def test_peft_alone_reads_it(backbone, trained, test_part, tmp_path):
+def test_peft_loads_a_saved_adapter(backbone, trained, test_part, tmp_path):
     trained.save(tmp_path / "adapter", merged=False)
     model = peft.AutoPeftModelForSequenceClassification.from_pretrained(str(tmp_path / "adapter"), num_labels=1).eval()
     frame = test_part.results.head(16)
-    encoder = trained._load()[1]
+    encoder = trained.pair_encoder()
     with torch.inference_mode():
         scores = [
             model(**pad(encoder.tokenizer, encoder([q], [t]), [0])).logits.item()
@@ -116,14 +117,12 @@ def test_clones_pickles_and_int8(trained, train_part, test_part):
     again = pickle.loads(pickle.dumps(trained))
     pd.testing.assert_frame_equal(again(test_part.results), expected)
     assert again.fingerprint == trained.fingerprint
-    assert again._peft.get_base_model() is again._network
     rounded = trained.apply_attributes(dtype="int8")(test_part.results)["score"]
     assert 0 < np.abs(rounded - expected["score"]).max() < 0.1 * np.ptp(expected["score"])
 
 
-def test_a_last_layer_with_an_adapter_is_computed_whole(trained, test_part):
-    """The short cut reads the weights of a plain layer."""
-    model, encoder = trained._load()
+def test_a_last_layer_with_an_adapter_is_not_patched(trained, test_part):
+    model, encoder = trained.cross_encoder.network, trained.pair_encoder()
     frame = test_part.results.head(16)
     batch = pad(encoder.tokenizer, encoder([*frame["query"]], [*frame["text"]]), range(16))
     for attention in ("sdpa", "eager", CPU_ATTENTION):
@@ -134,30 +133,21 @@ def test_a_last_layer_with_an_adapter_is_computed_whole(trained, test_part):
                 torch.testing.assert_close(forward(model, batch), whole, atol=1e-5, rtol=0)
 
 
-def test_the_best_weights_remain_and_a_training_is_resumed(backbone, train_part, dev_part, tmp_path, monkeypatch):
+def test_the_best_weights_remain_and_training_is_resumed(backbone, train_part, dev_part, tmp_path):
     data = train_part.results, train_part.qrels, dev_part.results, dev_part.qrels
-    fitter = Contrastive(n_negatives=3, learning_rate=2e-2, max_steps=8, batch_size=8, eval_every=2)
+    fitter = Contrastive(
+        n_negatives=3, learning_rate=2e-2, max_steps=8, batch_size=8, eval_every=2, loss=interruptible_lce
+    )
     whole = new(backbone).fit(*data, fitter=fitter)
     best = pt.Evaluate(whole(dev_part.results), dev_part.qrels, ["ndcg_cut_10"])["ndcg_cut_10"]
     assert best == pytest.approx(whole.history["nDCG@10"].max())
-
-    from pyterrier_msft.training.trainer import _ListTrainer
-
-    original = _ListTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(_ListTrainer, "training_step", training_step)
+    with interrupted_at(5), pytest.raises(KeyboardInterrupt):
         new(backbone).fit(*data, fitter=fitter, checkpoint_dir=tmp_path / "ck")
     resumed = new(backbone).fit(*data, fitter=fitter, checkpoint_dir=tmp_path / "ck")
     assert resumed.fingerprint == whole.fingerprint
 
 
-def test_sequences_go_on_with_the_adapter(backbone, train_part, tmp_path):
+def test_sequences_continue_with_the_adapter(backbone, train_part, tmp_path):
     teacher = train_part.results[["qid", "docno"]].assign(score=train_part.results["quality"].astype(float))
     stages = {
         "CL": Stage(Contrastive(**BRIEF), train_part.results, train_part.qrels),
@@ -168,7 +158,7 @@ def test_sequences_go_on_with_the_adapter(backbone, train_part, tmp_path):
     )
     assert first[1]["CL-KD"].fingerprint == again[1]["CL-KD"].fingerprint
     assert len(list(tmp_path.iterdir())) == 2
-    assert any("lora" in name for name in again[1]["CL-KD"]._network.state_dict())
+    assert any("lora" in name for name in again[1]["CL-KD"].cross_encoder.network.state_dict())
     assert again[1]["CL-KD"].history["stage"].max() == 2
     sent = pickle.loads(pickle.dumps(again[1]["CL-KD"]))
     assert sent.fingerprint == first[1]["CL-KD"].fingerprint
@@ -179,36 +169,36 @@ def test_a_trained_cross_encoder_as_the_backbone(backbone, ce, train_part, tmp_p
     ce.save(tmp_path / "ce")
     with_adapter = new(str(tmp_path / "ce"))
     frame = train_part.results.head(16)
-    pd.testing.assert_frame_equal(with_adapter(frame), ce(frame), atol=1e-6)  # an adapter starts as nothing
+    pd.testing.assert_frame_equal(with_adapter(frame), ce(frame), atol=1e-6)  # a new adapter has no effect
     with_adapter.fit(train_part.results, train_part.qrels, fitter=Contrastive(**BRIEF))
     with_adapter.save(tmp_path / "adapter", merged=False)
     assert MonoCE.load(tmp_path / "adapter").fingerprint == with_adapter.fingerprint
 
 
-def test_an_adapter_knows_its_backbones_revision(backbone, train_part, tmp_path):
+def test_an_adapter_records_its_backbones_revision(backbone, train_part, tmp_path):
     ce = new(backbone, revision="v1").fit(train_part.results, train_part.qrels, fitter=Contrastive(**BRIEF))
     ce.save(tmp_path / "adapter", merged=False)
     assert MonoCE.load(tmp_path / "adapter").revision == "v1"
 
 
-def test_an_adapter_does_not_take_its_backbones_place(backbone, ce, train_part, tmp_path):
+def test_an_adapter_is_not_saved_over_its_backbone(backbone, ce, train_part, tmp_path):
     ce.fit(train_part.results, train_part.qrels, fitter=Contrastive(**BRIEF)).save(tmp_path / "ce")
-    with pytest.raises(ValueError, match="expected another folder than the backbone's"):
+    with pytest.raises(ValueError, match="another folder than that of the adapter's backbone"):
         new(str(tmp_path / "ce")).save(tmp_path / "ce", merged=False)
     assert MonoCE.load(tmp_path / "ce").fingerprint == ce.fingerprint
 
 
-def test_a_loaded_model_takes_an_adapter(backbone, test_part):
+def test_an_adapter_for_a_model_in_memory(backbone, test_part):
     network = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1)
     ce = MonoCE(network, adapter=LORA, max_length=24, device="cpu", dtype="float32")
-    assert any("lora" in name for name in ce._load()[0].state_dict())
+    assert any("lora" in name for name in ce.cross_encoder.network.state_dict())
 
 
 @pytest.mark.parametrize(
     "wrong", ["lora", {"r": 8}, peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)]
 )
-def test_what_is_no_adapter(backbone, wrong):
-    with pytest.raises(ValueError, match=r"expected an adapter such as peft\.LoraConfig"):
+def test_wrong_adapters(backbone, wrong):
+    with pytest.raises(ValueError, match=r"adapter must be a peft configuration"):
         MonoCE(backbone, adapter=wrong)
 
 

@@ -11,17 +11,17 @@ from torch.nn.functional import cross_entropy
 from pyterrier_msft import losses
 from pyterrier_msft.losses import ADRMSE, KLDivergence, LambdaLoss, combine
 
-LN = [log(3), log(1), log(4)]  # scores whose exp are 3, 1 and 4
+LN = [log(3), log(1), log(4)]  # scores with the exponentials 3, 1 and 4
 
 
 def _tensors(scores, labels):
-    """One list, or several of one length, without padding."""
+    """One list, or several of the same length, without padding."""
     scores, labels = torch.tensor(scores), torch.tensor(labels, dtype=torch.float32)
     scores, labels = (x if x.ndim == 2 else x.unsqueeze(0) for x in (scores, labels))
     return scores, labels, torch.ones(scores.shape, dtype=torch.bool)
 
 
-# Arithmetic by hand: loss, scores, labels, value.
+# Values computed by hand: loss, scores, labels, value.
 BY_HAND = [
     (losses.localized_contrastive, LN, [1, 0, 0], -log(3 / (3 + 1 + 4))),
     (losses.localized_contrastive, LN, [1, 0, 2], (-log(3 / (3 + 1)) - log(4 / (4 + 1))) / 2),
@@ -31,7 +31,7 @@ BY_HAND = [
     (losses.binary_cross_entropy, LN, [0.5, 0, -1], (-log(3 / 4) - log(1 - 1 / 2) - log(1 - 4 / 5)) / 3),
     (losses.ranknet, LN, [3, 1, 2], (log(1 + 1 / 3) + log(1 + 4 / 3) + log(1 + 1 / 4)) / 3),
     (losses.ranknet, LN, [2, 1, 2], (log(1 + 1 / 3) + log(1 + 1 / 4)) / 2),  # a tie is no pair
-    # The mean is over the pairs of the batch, here 2 and 1 and 0, not over lists.
+    # The mean is over the pairs of the batch (2, 0 and 0), not over lists.
     (losses.ranknet, [[0.0, 0.0, log(3)], [0.0, 5.0, 5.0], [1.0, 2.0, 3.0]], [[1, 0, 0], [0, 0, 0], [7, 7, 7]],
      (log(2) + log(1 + 3)) / 2),
     # Ranks by LN are 2, 3, 1.
@@ -41,11 +41,11 @@ BY_HAND = [
     (losses.lambda_loss, LN, [2, 0, 1],
      (3 * (1 / log2(3) - 1 / 2) * log(1 + 1 / 3) + 2 * (1 - 1 / log2(3)) * log(1 + 4 / 3)
       + 1 * (1 - 1 / 2) * log(1 + 1 / 4)) / (3 + 1 / log2(3))),
-    # Of the first place alone: discounts 0, 0, 1.
+    # Only the first rank counts: discounts 0, 0, 1.
     (LambdaLoss(k=1), LN, [2, 0, 1], (2 * 1 * log(1 + 4 / 3) + 1 * 1 * log(1 + 1 / 4)) / 3),
     (losses.list_mle, LN, [3, 1, 2], -log(3 / (3 + 4 + 1)) - log(4 / (4 + 1)) - log(1 / 1)),
-    (losses.list_mle, LN, [2, 1, 2], -log(3 / (3 + 1)) - log(4 / (4 + 1))),  # tied ones don't compete
-    # Weights 2^2 - 1, 2^1 - 1, 2^0 - 1, over their sum.
+    (losses.list_mle, LN, [2, 1, 2], -log(3 / (3 + 1)) - log(4 / (4 + 1))),  # tied documents don't compete
+    # Weights 2^2 - 1, 2^1 - 1, 2^0 - 1, divided by their sum.
     (losses.position_aware_list_mle, LN, [3, 1, 2], (3 * -log(3 / 8) + 1 * -log(4 / 5) + 0) / 4),
     (losses.position_aware_list_mle, LN, [2, 1, 2], (3 * -log(3 / 4) + 3 * -log(4 / 5) + 0) / 6),
     # Probabilities 1/4, 1/2, 1/4 by the labels and 3/8, 1/8, 4/8 by the scores.
@@ -56,11 +56,11 @@ BY_HAND = [
      2**2 * (log((1 / 4) / (3 / 8)) / 4 + log((1 / 2) / (1 / 8)) / 2 + log((1 / 4) / (4 / 8)) / 4)),
     # Margins 2, -1, -3, the teacher's 0, 2, 2.
     (losses.margin_mse, [3.0, 1.0, 4.0], [2, 2, 0], ((2 - 0) ** 2 + (-1 - 2) ** 2 + (-3 - 2) ** 2) / 3),
-    # Ranks 1, 3, 2; approximated by 1 and the sigmoids of the other two.
+    # Ranks 1, 3, 2, approximated by 1 plus the sigmoids of the other two.
     (losses.adr_mse, LN, [3, 1, 2],
      ((1 - (1 + 1 / 4 + 4 / 7)) ** 2 / 1 + (3 - (1 + 3 / 4 + 4 / 5)) ** 2 / 2
       + (2 - (1 + 3 / 7 + 1 / 5)) ** 2 / log2(3)) / 3),
-    # Tied for the ranks 1 and 2: both 1.5.
+    # Tied documents at ranks 1 and 2 both have rank 1.5.
     (ADRMSE(temperature=0.5), [s / 2 for s in LN], [2, 1, 2],
      ((1.5 - (1 + 1 / 4 + 4 / 7)) ** 2 / log2(2.5) + (3 - (1 + 3 / 4 + 4 / 5)) ** 2 / 2
       + (1.5 - (1 + 3 / 7 + 1 / 5)) ** 2 / log2(2.5)) / 3),
@@ -74,7 +74,7 @@ def test_value_by_hand(loss, scores, labels, value):
     assert loss(*_tensors(scores, labels)).item() == pytest.approx(value, rel=1e-6)
 
 
-# The same losses as loops over documents, in Python's floats. A batch is a list of lists of (score, label).
+# Reference implementations as loops over documents. A batch is a list of lists of (score, label).
 
 
 def _average(values):
@@ -103,16 +103,16 @@ def _softmax(values):
 
 
 def _present_ranks(docs):
-    by_score = sorted(range(len(docs)), key=lambda i: (-docs[i][0], docs[i][1], i))
-    return {i: place for place, i in enumerate(by_score, start=1)}
+    order = sorted(range(len(docs)), key=lambda i: (-docs[i][0], docs[i][1], i))
+    return {i: rank for rank, i in enumerate(order, start=1)}
 
 
 def _lists(batch):
     return [docs for docs in batch if _pairs(docs)]
 
 
-def _choice(docs, i, rest):
-    """-log of the probability of choosing i out of itself and the rest."""
+def _nll(docs, i, rest):
+    """-log of the probability of i among itself and the rest."""
     return -_log_softmax([docs[i][0], *(docs[j][0] for j in rest)])[0]
 
 
@@ -122,7 +122,7 @@ def _localized_contrastive(batch):
         negatives = [j for j, (_, y) in enumerate(docs) if y <= 0]
         positives = [i for i, (_, y) in enumerate(docs) if y > 0]
         if negatives and positives:
-            values.append(_average(_choice(docs, i, negatives) for i in positives))
+            values.append(_average(_nll(docs, i, negatives) for i in positives))
     return _average(values)
 
 
@@ -168,7 +168,7 @@ def _lambda_loss(batch, k=None):
 
 
 def _likelihood_terms(docs):
-    return [_choice(docs, i, [j for j in range(len(docs)) if docs[j][1] < docs[i][1]]) for i in range(len(docs))]
+    return [_nll(docs, i, [j for j in range(len(docs)) if docs[j][1] < docs[i][1]]) for i in range(len(docs))]
 
 
 def _list_mle(batch):
@@ -178,8 +178,8 @@ def _list_mle(batch):
 def _position_aware_list_mle(batch):
     values = []
     for docs in _lists(batch):
-        places = [1 + sum(other > y for _, other in docs) for _, y in docs]
-        weights = [2 ** (len(docs) - place) - 1 for place in places]
+        ranks = [1 + sum(other > y for _, other in docs) for _, y in docs]
+        weights = [2 ** (len(docs) - rank) - 1 for rank in ranks]
         values.append(sum(w / sum(weights) * t for w, t in zip(weights, _likelihood_terms(docs), strict=True)))
     return _average(values)
 
@@ -244,8 +244,8 @@ LOSSES = {
         0.5 * _ranknet(batch) + 2 * _lambda_loss(batch)
     ),
 }
-# Those that say something of lists whose labels are all equal.
-WITHOUT_ORDER = {losses.binary_cross_entropy, losses.listnet, losses.margin_mse}
+# Losses that are positive even if all labels of a list are equal.
+POSITIVE_FOR_TIES = {losses.binary_cross_entropy, losses.listnet, losses.margin_mse}
 
 
 def _name(loss):
@@ -256,13 +256,13 @@ every_loss = pytest.mark.parametrize("loss", LOSSES, ids=_name)
 
 
 def _batch(loss, *, groups=5, length=7, seed=0):
-    """Lists of several lengths, with ties in the labels; NaN and infinity where there's no document."""
+    """Lists of several lengths with ties in the labels, and NaN and infinity where there is no document."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(groups, length, generator=generator)
     labels = torch.randint(0, 4, (groups, length), generator=generator).float()
     if loss.labels == "scores":
         labels = torch.randn(groups, length, generator=generator)
-    lengths = torch.arange(groups) * length // max(groups - 1, 1)  # from 0 to all
+    lengths = torch.arange(groups) * length // max(groups - 1, 1)  # from 0 to length
     mask = torch.arange(length) < lengths.flip(0).unsqueeze(-1)
     mask = mask[:, torch.randperm(length, generator=generator)]
     garbage = torch.tensor([math.nan, math.inf, -math.inf])[torch.randint(0, 3, scores.shape, generator=generator)]
@@ -278,7 +278,7 @@ def _as_lists(scores, labels, mask):
 
 def _value_and_gradient(loss, scores, labels, mask):
     scores = scores.detach().clone().requires_grad_()
-    with torch.autograd.set_detect_anomaly(True):  # fails at a NaN on the way, even one that is masked later
+    with torch.autograd.set_detect_anomaly(True):  # fails at any intermediate NaN, even if it is masked later
         value = loss(scores, labels, mask)
         value.backward()
     return value.detach(), scores.grad
@@ -298,13 +298,13 @@ def test_every_loss_of_the_module_is_tested():
 
 @every_loss
 @pytest.mark.parametrize("seed", range(5))
-def test_agrees_with_a_loop(loss, seed):
+def test_agrees_with_the_reference(loss, seed):
     batch = _batch(loss, seed=seed)
     assert loss(*batch).item() == pytest.approx(LOSSES[loss](_as_lists(*batch)), rel=1e-6, abs=1e-6)
 
 
 @every_loss
-def test_gradient_agrees_with_differences_of_the_loop(loss):
+def test_gradient_agrees_with_finite_differences_of_the_reference(loss):
     scores, labels, mask = _batch(loss, groups=3, length=5)
     _, gradient = _value_and_gradient(loss, scores, labels, mask)
 
@@ -350,7 +350,7 @@ def test_any_shape_mask_and_tie(loss, batch):
 
 
 @every_loss
-def test_masking_is_dropping(loss):
+def test_masked_documents_are_as_if_dropped(loss):
     scores, labels, mask = (x[1:2] for x in _batch(loss, groups=4, length=9))
     assert 1 < mask.sum() < 9
     value, gradient = _value_and_gradient(loss, scores, labels, mask)
@@ -361,14 +361,14 @@ def test_masking_is_dropping(loss):
 
 
 @every_loss
-def test_lists_without_documents_change_nothing(loss):
+def test_empty_lists_have_no_influence(loss):
     scores, labels, mask = _batch(loss)
     more = [torch.cat([x, torch.zeros_like(x[:2])]) for x in (scores, labels, mask)]
     torch.testing.assert_close(loss(*more), loss(scores, labels, mask))
 
 
 @every_loss
-def test_what_is_masked_changes_nothing(loss):
+def test_masked_values_have_no_influence(loss):
     scores, labels, mask = _batch(loss)
     expected = _value_and_gradient(loss, *(torch.where(mask, x, 0) for x in (scores, labels)), mask)
     for garbage in (1e30, math.nan, math.inf, -math.inf):
@@ -378,7 +378,7 @@ def test_what_is_masked_changes_nothing(loss):
 
 
 @every_loss
-def test_arrangement_does_not_matter(loss):
+def test_the_order_of_documents_and_lists_has_no_influence(loss):
     scores, labels, mask = _batch(loss)
     scores = (2 * scores).round() / 2  # ties in the scores too
     value, gradient = _value_and_gradient(loss, scores, labels, mask)
@@ -393,7 +393,7 @@ def test_arrangement_does_not_matter(loss):
 
 @every_loss
 @pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0), (1, 1), (2, 4)])
-def test_nothing_to_learn_from(loss, shape):
+def test_no_documents_at_all(loss, shape):
     nothing = torch.zeros(shape, dtype=torch.bool)
     value, gradient = _value_and_gradient(loss, torch.full(shape, math.nan), torch.full(shape, math.nan), nothing)
     assert value == 0
@@ -419,12 +419,12 @@ def test_all_labels_equal(loss, label):
     value, gradient = _value_and_gradient(loss, *_tensors([[0.5, -1.0, 2.0]], [[label] * 3]))
     assert value.isfinite()
     assert gradient.isfinite().all()
-    says_something = loss in WITHOUT_ORDER or isinstance(loss, KLDivergence)
-    assert bool(value > 0) == bool(gradient.any()) == says_something
+    is_positive = loss in POSITIVE_FOR_TIES or isinstance(loss, KLDivergence)
+    assert bool(value > 0) == bool(gradient.any()) == is_positive
 
 
 @every_loss
-def test_all_scores_equal_is_no_dead_end(loss):
+def test_equal_scores_have_a_gradient(loss):
     _, gradient = _value_and_gradient(loss, *_tensors([[0.0] * 4], [[0, 2, 0, 1]]))
     assert gradient[0, 1] < 0, "the best document's score must rise"
     assert gradient.isfinite().all()
@@ -463,7 +463,7 @@ def test_computes_in_float32(loss, dtype):
 
 
 @every_loss
-def test_autocast_changes_nothing(loss):
+def test_autocast_has_no_influence(loss):
     batch = _batch(loss)
     expected = loss(*batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -471,7 +471,7 @@ def test_autocast_changes_nothing(loss):
 
 
 @every_loss
-def test_only_differences_of_scores_count(loss):
+def test_only_differences_of_scores_matter(loss):
     scores, labels, mask = _batch(loss)
     moved = loss(scores + torch.tensor([[-5.0], [-2.0], [0.0], [3.0], [7.0]]), labels, mask)
     if loss is losses.binary_cross_entropy:
@@ -503,7 +503,7 @@ def test_descent_finds_the_order(loss):
         assert scores[0].argsort(descending=True).tolist() == [1, 3, 2, 0]
 
 
-def test_contrastive_losses_are_cross_entropy_for_a_single_relevant_document():
+def test_contrastive_losses_equal_cross_entropy_for_a_single_relevant_document():
     scores = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     labels, mask = torch.zeros_like(scores), torch.ones_like(scores, dtype=torch.bool)
     labels[:, 2] = 1
@@ -512,7 +512,7 @@ def test_contrastive_losses_are_cross_entropy_for_a_single_relevant_document():
         torch.testing.assert_close(loss(scores, labels, mask), expected)
 
 
-def test_listnet_is_cross_entropy_and_kl_divergence_but_for_a_constant():
+def test_listnet_equals_cross_entropy_and_kl_divergence_up_to_a_constant():
     scores, labels = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(scores, dtype=torch.bool)
     target = labels.softmax(-1)
@@ -530,14 +530,14 @@ def test_a_perfect_student_has_no_loss():
         assert loss(100 * labels, labels, mask).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_order_losses_read_the_order_alone():
+def test_order_losses_depend_only_on_the_order():
     scores, ranks, mask = torch.tensor([[0.1, -0.4, 0.7]]), torch.tensor([[3.0, 1.0, 2.0]]), torch.ones(1, 3).bool()
     for loss in LOSSES:
         if loss.labels == "order":
             torch.testing.assert_close(loss(scores, 1 - 1 / ranks, mask), loss(scores, ranks, mask))
 
 
-def test_binary_losses_read_whether_a_label_is_above_0():
+def test_binary_losses_depend_only_on_the_sign():
     scores, labels, mask = torch.tensor([[0.1, -0.4, 0.7]]), torch.tensor([[3.0, 0.0, 1.0]]), torch.ones(1, 3).bool()
     for loss in LOSSES:
         if loss.labels == "binary":
@@ -552,28 +552,28 @@ def test_lambda_loss_counts_labels_below_0_as_0():
 
 
 @every_loss
-def test_says_which_labels_it_needs(loss):
+def test_declares_the_labels_it_needs(loss):
     assert loss.labels in {"order", "binary", "graded", "scores"}
 
 
-def test_labels_of_a_user_s_function():
+def test_labels_of_a_users_function():
     @losses.needs("scores")
     def mine(scores, labels, mask):
         return (scores - labels).square()[mask].mean()
 
     assert mine.labels == "scores"
-    with pytest.raises(ValueError, match=r"expected labels among .*found 'ranks'"):
+    with pytest.raises(ValueError, match=r"labels must be one of .*got 'ranks'"):
         losses.needs("ranks")
 
 
 @every_loss
-def test_is_a_value(loss):
+def test_can_be_pickled_and_compared(loss):
     assert pickle.loads(pickle.dumps(loss)) == loss
     assert hash(pickle.loads(pickle.dumps(loss))) == hash(loss)
     assert "0x" not in _name(loss)
 
 
-def test_repr_is_as_written():
+def test_repr_can_be_evaluated():
     assert repr(KLDivergence(temperature=2.0)) == "KLDivergence(temperature=2.0)"
     assert repr(LambdaLoss(k=10)) == "LambdaLoss(k=10)"
     mixture = combine((losses.ranknet, 0.5), (losses.localized_contrastive, 1.0), (losses.adr_mse, 0.1))
@@ -593,21 +593,21 @@ def test_repr_is_as_written():
         ((combine((losses.listnet, 1)), losses.binary_cross_entropy), "graded"),
     ],
 )
-def test_labels_that_serve_all_parts(parts, labels):
+def test_combined_labels_suit_all_parts(parts, labels):
     assert combine(*((part, 1) for part in parts)).labels == labels
 
 
-def test_wrong_parameters():
+def test_invalid_parameters_are_rejected():
     for parts in [(losses.margin_mse, losses.localized_contrastive), (losses.kl_divergence, losses.listnet)]:
-        with pytest.raises(ValueError, match=r"expected losses that can share their labels, found combine.*'scores'"):
+        with pytest.raises(ValueError, match=r"losses must be able to share labels; got combine.*'scores'"):
             combine(*((part, 1) for part in parts))
     for wrong in [("ranknet", 1), (losses.ranknet, math.nan), losses.ranknet, (losses.ranknet,)]:
-        with pytest.raises(ValueError, match=r"expected \(loss, weight\) with a callable and a finite number, found"):
+        with pytest.raises(ValueError, match=r"\(loss, weight\) must be a callable and a finite number; got"):
             combine(wrong)
-    with pytest.raises(ValueError, match="expected at least one"):
+    with pytest.raises(ValueError, match="combine needs at least one"):
         combine()
-    with pytest.raises(ValueError, match="expected a k of at least 1, found 0"):
+    with pytest.raises(ValueError, match="k must be at least 1; got 0"):
         LambdaLoss(k=0)
     for loss in (KLDivergence, ADRMSE):
-        with pytest.raises(ValueError, match="expected a temperature above 0, found 0"):
+        with pytest.raises(ValueError, match="temperature must be a finite number > 0; got 0"):
             loss(temperature=0)

@@ -1,4 +1,4 @@
-"""Families of backbones, made tiny from their configurations, and the real weights that need no hub."""
+"""Model families, made tiny from their configurations, and real weights that need no hub."""
 
 import json
 import warnings
@@ -83,18 +83,18 @@ def test_families_score_as_plain_hugging_face_and_train(family, train_part):
     assert np.isfinite(ce(results)["score"]).all()
 
 
-def test_the_longest_pair_that_a_family_has_positions_for(family):
+def test_the_longest_pair_fits_the_positions(family):
     long = pd.DataFrame([("q", "w1", "d", " ".join(["w2"] * 200))], columns=["qid", "query", "docno", "text"])
     assert np.isfinite(MonoCE(family, max_length=64, device="cpu")(long)["score"]).all()
-    with pytest.raises(ValueError, match="expected max_length of at most 64"):
+    with pytest.raises(ValueError, match="max_length must be at most 64"):
         MonoCE(family, max_length=65, device="cpu")(long)
 
 
-# ---- published models: their layouts, with tiny random weights
+# ---- published models: their configurations, with tiny random weights
 
 
 def write_published(folder: Path, name: str) -> None:
-    """A folder laid out as that of a published re-ranker, as its config.json has it."""
+    """A folder configured like a published re-ranker's."""
     activation = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity", "version": "4.1.0"}}
     common = {"vocab_size": len(VOCABULARY), "pad_token_id": 1, "num_labels": 1, "id2label": {0: "LABEL_0"}}
     config = {
@@ -130,7 +130,7 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_layouts_keep_their_scores(tmp_path, name, train_part):
+def test_published_models_keep_their_scores(tmp_path, name, train_part):
     write_published(tmp_path, name)
     results = train_part.results.head(24)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
@@ -167,7 +167,7 @@ class OwnForSequenceClassification(BertForSequenceClassification):
 """
 
 
-def test_code_that_comes_with_a_model_runs_only_when_asked(tmp_path, train_part, monkeypatch):
+def test_code_that_comes_with_a_model_runs_only_if_allowed(tmp_path, train_part, monkeypatch):
     write_published(tmp_path, PUBLISHED[0])
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"model_type": "own", "architectures": ["OwnForSequenceClassification"]}
@@ -180,7 +180,7 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(tmp_path, train_part,
     for where in ("transformers.dynamic_module_utils.HF_MODULES_CACHE", "transformers.utils.hub.HF_MODULES_CACHE"):
         monkeypatch.setattr(where, str(tmp_path / "modules"))
     frame = train_part.results.head(8)
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
+    with pytest.raises(ValueError, match="trust_remote_code must be True"):
         MonoCE(tmp_path, max_length=24, device="cpu")(frame)
     trusted = MonoCE(tmp_path, max_length=24, device="cpu", dtype="float32", trust_remote_code=True)
     assert trusted(frame)["score"].between(80, 120).all()
@@ -191,10 +191,10 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(tmp_path, train_part,
     [
         ("Qwen3ForCausalLM", 2, r"which generates text \(Qwen3ForCausalLM\)"),
         ("T5ForConditionalGeneration", 2, "which generates text"),
-        ("BertForSequenceClassification", 2, "expected a cross-encoder with one label .* found 2 labels"),
+        ("BertForSequenceClassification", 2, "model must have one label .* got 2 labels"),
     ],
 )
-def test_rerankers_that_score_in_another_way_are_refused(tmp_path, architecture, labels, message):
+def test_other_kinds_of_rerankers_are_refused(tmp_path, architecture, labels, message):
     write_published(tmp_path, PUBLISHED[0])
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"architectures": [architecture], "id2label": {str(i): f"LABEL_{i}" for i in range(labels)}}
@@ -212,32 +212,18 @@ def minilm() -> str:
     return str(package.get_model_path())
 
 
+# fmt: off
 CITIES = [
-    "Paris",
-    "Berlin",
-    "Madrid",
-    "Rome",
-    "Vienna",
-    "Lisbon",
-    "Prague",
-    "Athens",
-    "Oslo",
-    "Dublin",
-    "Warsaw",
-    "Cairo",
+    "Paris", "Berlin", "Madrid", "Rome", "Vienna", "Lisbon", "Prague", "Athens", "Oslo", "Dublin", "Warsaw", "Cairo",
 ]
+# fmt: on
 
 
 def questions(cities: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Which passage is about the city asked for?"""
+    passage = "Visitors of {} find warm days in July."
     rows = [
-        (
-            asked,
-            f"what is {asked} like in summer",
-            f"{asked}-{about}",
-            f"Visitors of {about} find warm days in July.",
-            0.0,
-        )
+        (asked, f"what is {asked} like in summer", f"{asked}-{about}", passage.format(about), 0.0)
         for asked in cities
         for about in cities
     ]

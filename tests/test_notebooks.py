@@ -1,4 +1,4 @@
-"""The notebooks: executed on few queries (`pytest -m notebook`), and their outputs as they are committed."""
+"""Execute the notebooks on few queries (`pytest -m notebook`), and check their committed outputs."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ PATHS = re.compile(r"(?<![\w.~…/:-])/(home|root|tmp|usr|opt|var|content|privat
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """PyTerrier's home, with PyDocs built once."""
+    """Return a home folder of PyTerrier in which PyDocs is built once."""
     return tmp_path_factory.mktemp("home")
 
 
@@ -23,8 +23,8 @@ def outputs(notebook):
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
-def written(output) -> str:
-    """All text of an output, pictures aside."""
+def text_of(output) -> str:
+    """Return all text of an output, without images."""
     data = {kind: text for kind, text in output.get("data", {}).items() if not kind.startswith("image/")}
     return "\n".join([output.get("text", ""), *map(str, data.values())])
 
@@ -40,13 +40,14 @@ def test_executes_on_few_queries(path, tmp_path, home, monkeypatch):
         path, folder=tmp_path, MSFT_SMALL="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTERRIER_HOME=str(home)
     )
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
-    said = [output.text for output in outputs(notebook) if output.output_type == "stream" and output.name == "stderr"]
-    assert not said
-    assert [kinds(cell) for cell in notebook.cells] == [kinds(cell) for cell in nbformat.read(path, as_version=4).cells]
+    stderr = [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
+    assert not stderr
+    committed = nbformat.read(path, as_version=4)
+    assert [output_types(cell) for cell in notebook.cells] == [output_types(cell) for cell in committed.cells]
 
 
-def kinds(cell):
-    """The pictures and tables that a cell gives; what it prints may depend on the size."""
+def output_types(cell):
+    """Return the types of a cell's images and tables; printed output may depend on the number of queries."""
     return [] if cell.cell_type != "code" else [sorted(output.data) for output in cell.outputs if "data" in output]
 
 
@@ -55,21 +56,21 @@ def test_committed_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # at one go, from the top
-    kinds = {output.output_type for output in outputs(notebook)}
-    assert "execute_result" in kinds  # a table
-    assert "error" not in kinds
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # executed once, from the top
+    types = {output.output_type for output in outputs(notebook)}
+    assert "execute_result" in types  # a table
+    assert "error" not in types
     for output in outputs(notebook):
         assert output.get("name") != "stderr"
-        text = written(output)
+        text = text_of(output)
         assert not PATHS.search(text), text
         assert "Traceback" not in text
         plain = output.get("text", output.get("data", {}).get("text/plain", ""))
-        assert plain.count("\n") < 40  # no walls of log lines
+        assert plain.count("\n") < 40  # no long logs
     assert path.stat().st_size < 1_000_000
 
 
-def test_paths_and_bars_are_left_out(tmp_path, monkeypatch):
+def test_execute_removes_paths_and_progress_bars(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     from execute import execute
 
@@ -85,7 +86,7 @@ def test_paths_and_bars_are_left_out(tmp_path, monkeypatch):
     assert output.text == "…/site-packages/torch ~/data\n"
 
 
-def test_each_notebook_installs_what_is_missing():
+def test_each_notebook_installs_the_package_if_missing():
     for path in NOTEBOOKS:
         first = next(cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
         assert 'find_spec("pyterrier_msft") is None' in first.source

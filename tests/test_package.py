@@ -1,4 +1,4 @@
-"""What is built is what is used: the wheel and the source distribution, their files, metadata and entry points."""
+"""The wheel and the source distribution: files, metadata and entry points."""
 
 import email
 import os
@@ -22,7 +22,7 @@ PAGES = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("pyterrier_msft
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The wheel and the source distribution, of a copy of the tracked files."""
+    """The wheel and the source distribution, built from a copy of the tracked files."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     files = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CITATION.cff", "constraints.txt"]
     for name in files:
@@ -45,10 +45,10 @@ def test_the_wheel_has_all_modules_and_data(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[0]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == MODULES | PAGES | {"pyterrier_msft/py.typed"}
-    assert "pyterrier_msft/pt_docs/index.rst" in names  # where PyTerrier's documentation looks for a plugin's
+    assert "pyterrier_msft/pt_docs/index.rst" in names  # where PyTerrier's documentation looks for plugins' pages
 
 
-def test_the_wheels_metadata(built: tuple[Path, Path]) -> None:
+def test_the_wheel_has_metadata_and_entry_points(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[0]) as wheel:
         folder = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")).rpartition("/")[0]
         metadata = email.message_from_bytes(wheel.read(f"{folder}/METADATA"))
@@ -59,7 +59,7 @@ def test_the_wheels_metadata(built: tuple[Path, Path]) -> None:
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["Description-Content-Type"] == "text/markdown"
     required = metadata.get_all("Requires-Dist") or []
-    assert all(">=" in requirement for requirement in required), "expected a lower bound of every dependency"
+    assert all(">=" in requirement for requirement in required), "every dependency needs a lower bound"
     lines = [line for line in groups.splitlines() if " = " in line]
     assert len(lines) >= 2
     for line in lines:
@@ -67,7 +67,7 @@ def test_the_wheels_metadata(built: tuple[Path, Path]) -> None:
         assert callable(EntryPoint(name, value, group="").load()), line
 
 
-def test_the_source_distribution_can_be_tested(built: tuple[Path, Path]) -> None:
+def test_the_source_distribution_has_tests_and_examples(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert names >= MODULES | PAGES

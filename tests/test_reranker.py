@@ -1,6 +1,8 @@
 import copy
 import json
+import os
 import pickle
+import shutil
 import warnings
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from pandas.testing import assert_frame_equal
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE
-from pyterrier_msft.training.trainer import check_device
+from pyterrier_msft.model.record import ModelRecord
 
 FAST = {"learning_rate": 1e-2, "epochs": 3, "batch_size": 8}
 CL = Contrastive(n_negatives=3, **FAST)
@@ -30,9 +32,9 @@ def trained(backbone, train_part) -> MonoCE:
 
 @pytest.fixture
 def silent(ce) -> MonoCE:
-    """An untrained re-ranker that doesn't warn of it."""
+    """An untrained re-ranker that doesn't warn about its new head."""
     ce.fingerprint  # noqa: B018 loads the model
-    ce._head_is_new = False
+    ce.cross_encoder.head_is_new = False
     return ce
 
 
@@ -41,7 +43,7 @@ def metric(results: pd.DataFrame, part) -> float:
 
 
 def source(part) -> pt.Transformer:
-    """A first stage and its text loader in one: the part's results for the topics."""
+    """A first stage with a text loader: the part's results for the topics."""
     return pt.Transformer.from_df(part.results)
 
 
@@ -75,7 +77,7 @@ def test_order_and_batches_do_not_matter(silent, test_part, batch_size):
     assert_frame_equal(silent(shuffled).sort_index(), expected, atol=1e-5)
 
 
-def test_int8_is_close_and_never_of_other_weights(trained, test_part, train_part):
+def test_int8_scores_are_close_and_follow_the_weights(trained, test_part, train_part):
     int8 = trained.apply_attributes(dtype="int8")
     assert int8.scoring_settings() != trained.scoring_settings()
     for _ in range(2):
@@ -90,10 +92,10 @@ def test_int8_is_close_and_never_of_other_weights(trained, test_part, train_part
 def test_a_loaded_model_in_half_precision_becomes_float32(backbone, test_part):
     network = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1, dtype=torch.bfloat16)
     ce = MonoCE(network, max_length=24, dtype="float32", device="cpu")
-    assert {p.dtype for p in ce._load()[0].parameters()} == {torch.float32}
+    assert {p.dtype for p in ce.cross_encoder.network.parameters()} == {torch.float32}
 
 
-def test_scoring_in_threads_leaves_the_settings_of_transformers(silent, test_part, monkeypatch):
+def test_scoring_in_threads_restores_the_settings_of_transformers(silent, test_part, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     before = transformers.logging.get_verbosity()
     silent.batch_size = 2
@@ -102,7 +104,7 @@ def test_scoring_in_threads_leaves_the_settings_of_transformers(silent, test_par
     assert transformers.logging.get_verbosity() == before
 
 
-def test_other_columns_and_the_input_stay(silent, test_part):
+def test_other_columns_and_the_input_are_not_changed(silent, test_part):
     frame = test_part.results.assign(extra=[{"x": i} for i in range(len(test_part.results))])
     before = copy.deepcopy(frame)
     out = silent(frame)
@@ -129,7 +131,7 @@ def test_text_field_and_missing_text(silent, test_part):
     silent.text_field = "body"
     assert len(silent(frame)) == 3
     frame["body"] = [None, float("nan"), ""]
-    # One pair, thrice; a matrix's last rows may differ from the others in the last digit.
+    # The same pair three times; rows of a matrix product may differ in the last digit.
     assert np.ptp(silent(frame)["score"]) < 1e-6
 
 
@@ -139,7 +141,7 @@ def test_a_missing_column_is_named(ce, test_part):
 
 
 class Docs:
-    """A text source, as a dataset or an index is one."""
+    """A text source like a dataset or an index."""
 
     def __init__(self, part):
         self.texts = part.results.set_index("docno")[["text"]]
@@ -148,7 +150,7 @@ class Docs:
         return pt.apply.generic(lambda frame: frame.merge(self.texts[fields], left_on="docno", right_index=True))
 
 
-def test_text_from_elsewhere(trained, test_part):
+def test_texts_from_a_source(trained, test_part):
     expected = trained(test_part.results)
     trained.text = Docs(test_part)
     out = trained(test_part.results.drop(columns="text"))
@@ -157,7 +159,7 @@ def test_text_from_elsewhere(trained, test_part):
 
 
 def test_an_untrained_head_warns_and_a_trained_one_does_not(ce, trained, test_part):
-    with pytest.warns(UserWarning, match="scores at random"):
+    with pytest.warns(UserWarning, match="random scores"):
         ce(test_part.results)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -174,10 +176,10 @@ def test_inspection_and_drawing(ce, test_part):
     assert pt.inspect.transformer_inputs(ce) == [["qid", "docno", "query", "text"]]
     pipeline = source(test_part) >> ce
     assert "MonoCE" in pt.schematic.draw(pipeline)
-    assert ce._network is None  # no drawing loads a model
+    assert not ce.cross_encoder.is_loaded  # drawing loads no model
 
 
-def test_inspection_is_complete_with_text_from_elsewhere_and_with_a_cache(silent, test_part, tmp_path):
+def test_inspection_is_complete_with_a_text_source_and_with_a_cache(silent, test_part, tmp_path):
     pytest.importorskip("pyterrier_caching")
     with_text = silent.apply_attributes(text=Docs(test_part))
     columns = ["qid", "query", "docno", "text", "score", "rank"]
@@ -254,31 +256,23 @@ def test_fit_behind_sliding_windows_finds_its_positives(ce, train_part):
     assert ce.data_report.groups == 64
 
 
-def test_an_untrained_head_is_told_from_a_folder_too(ce, train_part, tmp_path):
+def test_an_untrained_head_is_recorded_in_the_folder(ce, train_part, tmp_path):
     ce.save(tmp_path / "untrained")
     folder = str(tmp_path / "untrained")
     for again in (MonoCE(folder, max_length=24, device="cpu"), MonoCE.load(folder, device="cpu")):
-        with pytest.warns(UserWarning, match="scores at random"):
+        with pytest.warns(UserWarning, match="random scores"):
             again(train_part.results.head(2))
-    ce.fit(train_part.results, train_part.qrels, fitter=Contrastive(max_steps=1)).save(tmp_path / "trained")
+    ce.fit(train_part.results, train_part.qrels, fitter=Contrastive(max_steps=2)).save(tmp_path / "trained")
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*scores at random")
+        warnings.filterwarnings("error", message=".*random scores")
         MonoCE.load(tmp_path / "trained", device="cpu")(train_part.results.head(2))
 
 
-def test_a_folder_of_ones_home(ce, tmp_path, monkeypatch):
+def test_a_folder_in_the_home_directory(ce, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     ce.save("~/models/new")
     assert (tmp_path / "models" / "new").is_dir()
     assert MonoCE.load("~/models/new").fingerprint == ce.fingerprint
-
-
-def test_a_gpu_that_trainer_does_not_take(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    check_device(torch.device("cuda:0"))
-    with pytest.raises(ValueError, match=r"expected 'cuda:0', which Trainer takes.*found 'cuda:1'"):
-        check_device(torch.device("cuda:1"))
 
 
 def test_two_fits_are_two_stages(backbone, train_part):
@@ -292,12 +286,12 @@ def test_two_fits_are_two_stages(backbone, train_part):
     twice = fresh().fit(*data, fitter=CL).fit(*data, fitter=kd)
     composed = fresh().fit(*data, fitter=CL >> kd)
     assert twice.fingerprint == composed.fingerprint != start
-    assert [stage["start"] for stage in twice._stages][1] == start
+    assert twice.stages[1].start == start
     assert twice.history["stage"].unique().tolist() == [1, 2]
     assert twice.history["fitter"].unique().tolist() == ["Contrastive", "Distillation"]
 
 
-def test_the_seed_decides_everything(backbone, train_part):
+def test_the_seed_determines_the_weights(backbone, train_part):
     prints = [
         MonoCE(backbone, max_length=24, seed=seed, device="cpu")
         .fit(train_part.results, train_part.qrels, fitter=Contrastive(max_steps=2, seed=seed))
@@ -310,48 +304,55 @@ def test_the_seed_decides_everything(backbone, train_part):
 def test_the_data_report(ce, train_part):
     orphan = train_part.results.head(8).assign(qid="orphan")
     long = pd.concat([train_part.results, orphan]).assign(text=lambda f: f["text"] + " w1" * 50)
-    with pytest.warns(UserWarning, match="Contrastive leaves out: 1 queries without a relevant document"):
+    with pytest.warns(UserWarning, match="Contrastive dropped 1 .*without a relevant document"):
         ce.fit(long, train_part.qrels, fitter=Contrastive(max_steps=1))
     report = ce.data_report
     assert (report.queries, report.groups, report.without_relevant) == (65, 64, 1)
     assert report.truncated_documents == 1.0
     assert report.truncated_queries == 0.0
-    assert "100.0% of the documents are cut" in repr(report)
+    assert "100.0% of the documents are truncated" in repr(report)
 
 
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda r, q: (r.drop(columns="text"), q), r"put dataset\.text_loader\(\) before MonoCE"),
-        (lambda r, q: (r.drop(columns="docno"), q), "the output of a first stage"),
+        (lambda r, q: (r.drop(columns="text"), q), r"Put dataset\.text_loader\(\) before MonoCE"),
+        (lambda r, q: (r.drop(columns="docno"), q), "training results must have the columns"),
         (lambda r, q: (r, None), "Distillation"),
-        (lambda r, q: (r.head(0), q), "found none of 0 queries"),
-        (lambda r, q: ([1, 2], q), "expected a data frame of results to train on, or a run's path, found list"),
-        (lambda r, q: ("run.trec", q), "found no text"),
-        (lambda r, q: (r, q.drop(columns="label")), "in qrels"),
-        (lambda r, q: (r, q, r, None), "expected qrels with the validation results"),
-        (lambda r, q: (r, q, r.head(0), q), "expected judged queries"),
+        (lambda r, q: (r.head(0), q), "the results are empty"),
+        (lambda r, q: ([1, 2], q), "training results must be a data frame or a run's path; got list"),
+        (lambda r, q: ("run.trec", q), "text is required"),
+        (lambda r, q: (r, q.drop(columns="label")), "qrels must have the columns"),
+        (lambda r, q: (r, q, r, None), "validation qrels are required"),
+        (lambda r, q: (r, q, r.head(0), q), "must contain a relevant document"),
     ],
 )
-def test_mistakes_are_said_before_a_model_is_loaded(train_part, break_it, message):
+def test_errors_are_raised_before_a_model_is_loaded(train_part, break_it, message):
     with pytest.raises(ValueError, match=message):
         MonoCE("nobody/nothing").fit(*break_it(train_part.results, train_part.qrels))
 
 
 def test_validation_queries_that_are_training_queries(ce, train_part):
-    with pytest.warns(UserWarning, match="64 validation queries are training queries too"):
+    with pytest.warns(UserWarning, match="64 validation queries are also training queries"):
         ce.fit(
             train_part.results, train_part.qrels, train_part.results, train_part.qrels, fitter=Contrastive(max_steps=1)
         )
+
+
+def test_a_fit_that_changes_nothing_warns_and_leaves_the_head_new(ce, train_part):
+    with pytest.warns(UserWarning, match="changed no weight in 1 updates"):
+        ce.fit(train_part.results, train_part.qrels, fitter=Contrastive(max_steps=1))  # a warm-up starts at 0
+    with pytest.warns(UserWarning, match="random scores"):
+        ce(train_part.results)
 
 
 def test_a_failed_fit_leaves_the_head_new(ce, train_part, test_part):
     def broken(scores, labels, mask):
         return scores.sum() * float("nan")
 
-    with pytest.raises(ValueError, match="finite loss"):
+    with pytest.raises(ValueError, match="loss must be finite"):
         ce.fit(train_part.results, train_part.qrels, fitter=Contrastive(loss=broken))
-    with pytest.warns(UserWarning, match="scores at random"):
+    with pytest.warns(UserWarning, match="random scores"):
         ce(test_part.results)
     assert not len(ce.history)
 
@@ -362,11 +363,11 @@ def test_a_failed_fit_leaves_the_head_new(ce, train_part, test_part):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model": 3}, "found int"),
-        ({"model": "/nowhere/at/all"}, "expected a model's folder"),
-        ({"max_length": 0}, "expected max_length"),
-        ({"batch_size": 1.5}, "expected batch_size"),
-        ({"dtype": "int4"}, "expected dtype"),
+        ({"model": 3}, "got int"),
+        ({"model": "/nowhere/at/all"}, "model must be a model's folder"),
+        ({"max_length": 0}, "max_length must be"),
+        ({"batch_size": 1.5}, "batch_size must be"),
+        ({"dtype": "int4"}, "dtype must be"),
         ({"text": 3}, "text_loader"),
     ],
 )
@@ -381,12 +382,12 @@ def test_a_folder_without_a_model(tmp_path):
 
 
 def test_more_tokens_than_positions(backbone, test_part):
-    with pytest.raises(ValueError, match="expected max_length of at most 64"):
+    with pytest.raises(ValueError, match="max_length must be at most 64"):
         MonoCE(backbone, max_length=65)(test_part.results)
 
 
 def test_a_loaded_model(backbone, silent, test_part):
-    network = copy.deepcopy(silent._network)
+    network = copy.deepcopy(silent.cross_encoder.network)
     ce = MonoCE(network, max_length=24, dtype="float32", device="cpu")
     assert_frame_equal(ce(test_part.results), silent(test_part.results))
 
@@ -400,7 +401,7 @@ def test_two_rerankers_are_never_the_same(backbone, ce, trained):
     assert len({MonoCE(backbone), MonoCE(backbone)}) == 2
 
 
-def test_hash_stays_over_fit(ce, train_part):
+def test_fit_does_not_change_the_hash(ce, train_part):
     before = hash(ce)
     ce.fit(train_part.results, train_part.qrels, fitter=Contrastive(max_steps=1))
     assert hash(ce) == before
@@ -408,7 +409,7 @@ def test_hash_stays_over_fit(ce, train_part):
 
 @pytest.mark.parametrize("options", [{"precompute_prefix": True}, {"plan": "tree", "verbose": False}, {}])
 @pytest.mark.filterwarnings("ignore:precompute_prefix")
-def test_experiments_never_mix_rerankers_up(backbone, trained, silent, test_part, options):
+def test_experiments_do_not_mix_up_rerankers(backbone, trained, silent, test_part, options):
     first_stage = source(test_part)
     table = pt.Experiment(
         [first_stage >> silent, first_stage >> trained],
@@ -426,7 +427,7 @@ def test_fingerprints(ce, trained):
     assert trained.fingerprint in repr(trained)
     before = trained.fingerprint
     with torch.no_grad():
-        next(trained._network.parameters())[0, 0] += 1
+        next(trained.cross_encoder.network.parameters())[0, 0] += 1
     assert trained.fingerprint != before
 
 
@@ -456,8 +457,8 @@ def test_cached_scores_are_those_of_the_reranker(trained, test_part, tmp_path, m
     cached = trained.cached(tmp_path)
     expected = trained(test_part.results)
     assert_frame_equal(cached(test_part.results), expected, atol=1e-6)
-    # A second time nothing is computed.
-    monkeypatch.setattr("pyterrier_msft.reranker.score_pairs", lambda *a, **k: pytest.fail("scored again"))
+    # The second time nothing is computed.
+    monkeypatch.setattr("pyterrier_msft.model.cross_encoder.score_pairs", lambda *a, **k: pytest.fail("scored again"))
     assert_frame_equal(cached(test_part.results), expected, atol=1e-6)
 
 
@@ -512,36 +513,101 @@ def test_as_an_artifact(trained, test_part, tmp_path):
     assert loaded.fingerprint == trained.fingerprint
 
 
-def test_saving_replaces_a_model_and_nothing_else(trained, ce, tmp_path):
-    ce.save(tmp_path / "model")
-    trained.save(tmp_path / "model")
-    assert MonoCE.load(tmp_path / "model").fingerprint == trained.fingerprint
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="expected a new folder or a model's"):
-        trained.save(tmp_path / "other")
+def test_saving_replaces_the_model_and_nothing_else(trained, ce, backbone, train_part, tmp_path):
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+
+    folder = tmp_path / "model"
+    # Checkpoints inside the model's folder, before there is a model and after.
+    fitter = Contrastive(max_steps=2)
+    for model in (ce, MonoCE(backbone, adapter=LoraConfig(target_modules=["query"]), max_length=24, device="cpu")):
+        model.fit(train_part.results, train_part.qrels, fitter=fitter, checkpoint_dir=folder / "checkpoints")
+        model.save(folder, merged=False)
+        shutil.rmtree(folder / "checkpoints")
+    for name in (".git/HEAD", "results/run.txt", "notes.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    trained.save(folder)
+    assert MonoCE.load(folder).fingerprint == trained.fingerprint
+    assert {path.name for path in folder.iterdir()} == {
+        ".git", "results", "notes.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "README.md", "msft.json", "pt_meta.json",
+    }  # fmt: skip
+    assert (folder / ".git" / "HEAD").read_text() == "mine"
+
+
+def test_a_folder_with_other_files_is_not_saved_to(trained, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    for path in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(ValueError, match=r"path must be a new folder or a model's; got .*thesis\.tex"):
+            trained.save(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_failed_save_leaves_the_old_model(trained, ce, tmp_path, monkeypatch):
     trained.save(tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
 
     def full(self, *args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(MonoCE, "_record", full)
-    with pytest.raises(OSError, match="No space"):
-        ce.save(tmp_path / "model")
-    assert MonoCE.load(tmp_path / "model").fingerprint == trained.fingerprint
+    monkeypatch.setattr(ModelRecord, "write", full)
+    for folder in ("model", "new"):
+        with pytest.raises(OSError, match="No space"):
+            ce.save(tmp_path / folder)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_load_of_nothing(tmp_path):
-    with pytest.raises(ValueError, match="expected a model's folder"):
+@pytest.mark.parametrize("moved", range(7))
+def test_a_save_killed_while_moving_files_is_noticed(trained, ce, tmp_path, monkeypatch, moved):
+    trained.save(tmp_path / "model")
+    replace, calls = os.replace, []
+
+    def killed(source, target):
+        calls.append(target)
+        if len(calls) > moved:
+            raise SystemExit
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(os, "replace", killed)
+        ce.save(tmp_path / "model")
+    for load in (MonoCE, MonoCE.load):
+        with pytest.raises(ValueError, match="was interrupted"):
+            load(tmp_path / "model")
+    ce.save(tmp_path / "model")
+    assert MonoCE.load(tmp_path / "model").fingerprint == ce.fingerprint
+
+
+def test_records_of_other_versions(trained, test_part, tmp_path):
+    trained.save(tmp_path / "model")
+    path = tmp_path / "model" / "msft.json"
+    record = json.loads(path.read_text())
+    report = record["stages"][0].pop("data_report")
+    extra = {"of_a_later_version": {"a": [1]}}
+    versions = [
+        {**record, "reports": [report]},  # of the first commits
+        {**record, **extra, "stages": [{**record["stages"][0], **extra, "data_report": {**report, **extra}}]},
+    ]
+    for version in versions:
+        path.write_text(json.dumps(version))
+        loaded = MonoCE.load(tmp_path / "model")
+        assert loaded.data_report == trained.data_report
+        assert_frame_equal(loaded.history, trained.history)
+        loaded.save(tmp_path / "again")
+    path.write_text(json.dumps({"stages": [{"fitter": "Contrastive()"}]}))
+    loaded = MonoCE.load(tmp_path / "model", max_length=24, dtype="float32", device="cpu")
+    assert_frame_equal(loaded(test_part.results), trained(test_part.results))
+    assert loaded.data_report.queries == len(loaded.history) == 0
+
+
+def test_loading_a_missing_folder(tmp_path):
+    with pytest.raises(ValueError, match="must be a model's folder"):
         MonoCE.load(tmp_path / "nothing")
 
 
-def test_a_folder_loads_where_it_was_moved_to(trained, tmp_path):
+def test_a_folder_can_be_moved(trained, tmp_path):
     trained.save(tmp_path / "a")
     Path(tmp_path / "a").rename(tmp_path / "b")
     assert MonoCE.load(tmp_path / "b").fingerprint == trained.fingerprint

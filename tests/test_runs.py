@@ -1,4 +1,4 @@
-"""Results in files: the same groups as from a frame, in pieces, with the text looked up later."""
+"""Results in files: read in chunks, they give the same groups as a frame; texts are looked up later."""
 
 import dataclasses
 import warnings
@@ -20,7 +20,7 @@ FAST = {"learning_rate": 1e-2, "epochs": 2, "batch_size": 8}
 
 
 class Dataset:
-    """What a file lacks: texts and queries."""
+    """Texts and queries for a file that lacks them; counts look-ups."""
 
     def __init__(self, part):
         self.documents = part.results.drop_duplicates("docno").set_index("docno")["text"]
@@ -49,7 +49,7 @@ def write(frame: pd.DataFrame, folder, kind: str):
 
 
 @pytest.fixture(scope="module")
-def ranked(train_part) -> pd.DataFrame:
+def results(train_part) -> pd.DataFrame:
     """The part's results with scores."""
     results = train_part.results.reset_index(drop=True)
     rank = results.groupby("qid").cumcount()
@@ -66,18 +66,18 @@ def read(fitter, source, part, dataset=None):
 @pytest.mark.parametrize("rows", [7, 1_000_000])
 @pytest.mark.parametrize("depth", [3, None])
 @pytest.mark.parametrize("objective", ["labels", "ranking", "teacher"])
-def test_a_file_gives_the_groups_of_the_frame(ranked, train_part, tmp_path, monkeypatch, kind, rows, depth, objective):
-    monkeypatch.setattr(runs, "ROWS", rows)
-    teacher = ranked[["qid", "docno"]].assign(score=np.random.default_rng(0).random(len(ranked)))
+def test_a_file_gives_the_groups_of_the_frame(results, train_part, tmp_path, monkeypatch, kind, rows, depth, objective):
+    monkeypatch.setattr(runs, "CHUNK_ROWS", rows)
+    teacher = results[["qid", "docno"]].assign(score=np.random.default_rng(0).random(len(results)))
     fitter = {
         "labels": Contrastive(n_negatives=4, depth=depth),
         "ranking": Distillation(depth=depth),
         "teacher": Distillation(depth=depth, teacher=teacher),
     }[objective]
     dataset = Dataset(train_part)
-    expected, expected_report = read(fitter, ranked, train_part)
-    groups, report = read(fitter, write(ranked, tmp_path, kind), train_part, dataset)
-    assert dataset.loads == 0  # not before they are needed
+    expected, expected_report = read(fitter, results, train_part)
+    groups, report = read(fitter, write(results, tmp_path, kind), train_part, dataset)
+    assert dataset.loads == 0  # texts are looked up in training
     assert_same(groups, expected)
     assert_same_report(report, expected_report)
 
@@ -85,7 +85,7 @@ def test_a_file_gives_the_groups_of_the_frame(ranked, train_part, tmp_path, monk
 def assert_same(groups: Groups, expected: Groups) -> None:
     assert groups.qids == expected.qids
     for index in range(len(groups)):
-        a, b = (g.draw(index, seed=1, epoch=2) for g in (groups, expected))
+        a, b = (g.draw_all([(index, 2)], seed=1)[0] for g in (groups, expected))
         assert (a.qid, a.query, a.texts) == (b.qid, b.query, b.texts)
         np.testing.assert_array_equal(a.labels, b.labels)
 
@@ -101,7 +101,7 @@ SCORES = st.sampled_from([-1.0, 0.0, 0.5, 2.0, 2.0, 3.0])
 
 @st.composite
 def runs_and_judgments(draw):
-    """Results whose rows stand together by query, with duplicates and ties; labels of all kinds; a teacher."""
+    """Results grouped by query, with duplicates and ties; labels of all kinds; a teacher's ranking."""
     row = st.tuples(st.sampled_from(["1", "2", "10"]), IDS, SCORES)
     rows = sorted(draw(st.lists(row, min_size=1, max_size=25)), key=lambda row: row[0])
     results = pd.DataFrame(rows, columns=["qid", "docno", "score"])
@@ -125,7 +125,7 @@ def runs_and_judgments(draw):
     st.sampled_from([1, 2, 3, None]),
     st.sampled_from([1, 4, 1_000_000]),
 )
-def test_any_file_gives_what_its_frame_gives(tmp_path_factory, data, objective, depth, rows):
+def test_any_file_gives_the_groups_of_its_frame(tmp_path_factory, data, objective, depth, rows):
     results, qrels, teacher = data
     options = {"n_negatives": 2, "depth": depth}
     if objective == "labels":
@@ -147,12 +147,12 @@ def test_any_file_gives_what_its_frame_gives(tmp_path_factory, data, objective, 
         try:
             return fitter.groups(source, qrels, load_text=load)
         except ValueError as error:
-            return str(error).partition(":")[0]  # why, is told by the first piece alone
+            return str(error).partition(":")[0]  # the explanation depends on the first chunk
 
     path = write(results.drop(columns="text"), tmp_path_factory.mktemp("runs"), ".parquet")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a teacher that looks upside down
-        patch.setattr(runs, "ROWS", rows)
+        warnings.simplefilter("ignore")  # the teacher may look upside down
+        patch.setattr(runs, "CHUNK_ROWS", rows)
         by_frame, by_file = outcome(results), outcome(path)
     if isinstance(by_frame, str):
         assert by_file == by_frame
@@ -163,27 +163,27 @@ def test_any_file_gives_what_its_frame_gives(tmp_path_factory, data, objective, 
 
 
 @pytest.mark.parametrize("known", ["some", "none"])
-def test_scores_are_told_by_the_first_piece_with_rows(ranked, train_part, tmp_path, monkeypatch, known):
-    monkeypatch.setattr(runs, "ROWS", 20)
+def test_scores_are_recognized_in_the_first_chunk_with_rows(results, train_part, tmp_path, monkeypatch, known):
+    monkeypatch.setattr(runs, "CHUNK_ROWS", 20)
     dataset, fitter = Dataset(train_part), Distillation(loss=losses.margin_mse)
-    scored = ranked.assign(score=np.random.default_rng(0).random(len(ranked)))
+    scored = results.assign(score=np.random.default_rng(0).random(len(results)))
     path = write(scored.drop(columns=["query", "rank"]), tmp_path, ".parquet")
     dataset.topics = dataset.topics.iloc[40:] if known == "some" else dataset.topics.assign(qid="nobody")
     if known == "some":
         assert len(read(fitter, path, train_part, dataset)[0]) == 24
     else:
-        with pytest.raises(ValueError, match=r"expected .*, found none") as caught:
+        with pytest.raises(ValueError, match="none of 0 queries") as caught:
             read(fitter, path, train_part, dataset)
         assert "restate" not in str(caught.value)
 
 
-def test_an_empty_file(ranked, train_part, tmp_path):
-    with pytest.raises(ValueError, match="expected"):
-        read(Contrastive(), write(ranked.head(0), tmp_path, ".parquet"), train_part, Dataset(train_part))
+def test_an_empty_file(results, train_part, tmp_path):
+    with pytest.raises(ValueError, match="the results are empty"):
+        read(Contrastive(), write(results.head(0), tmp_path, ".parquet"), train_part, Dataset(train_part))
 
 
-def test_other_texts_are_another_training(ranked, train_part, backbone, tmp_path):
-    path, datasets = write(ranked, tmp_path, ".parquet"), [Dataset(train_part), Dataset(train_part)]
+def test_other_texts_give_another_model(results, train_part, backbone, tmp_path):
+    path, datasets = write(results, tmp_path, ".parquet"), [Dataset(train_part), Dataset(train_part)]
     datasets[1].documents = "w1 " + datasets[1].documents
     stage = Stage(Contrastive(n_negatives=3, max_steps=2, batch_size=8), path, train_part.qrels)
     found = [
@@ -195,73 +195,73 @@ def test_other_texts_are_another_training(ranked, train_part, backbone, tmp_path
     assert found[:2] == found[2:]
     assert found[0] != found[1]
     ce = MonoCE(backbone, max_length=24, device="cpu")
-    for results in (path, ranked.drop(columns="text")):
-        digests = {ce.apply_attributes(text=dataset).source_digest(results) for dataset in (*datasets, *datasets)}
+    for source in (path, results.drop(columns="text")):
+        digests = {ce.apply_attributes(text=dataset).source_digest(source) for dataset in (*datasets, *datasets)}
         assert len(digests) == 2
-    assert ce.apply_attributes(text=datasets[0]).source_digest(ranked) == ""
+    assert ce.apply_attributes(text=datasets[0]).source_digest(results) == ""
 
 
-def test_pieces_that_the_teacher_knows_nothing_of(ranked, train_part, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "ROWS", 20)
-    qid = ranked["qid"].iloc[-1]
-    teacher = ranked[ranked["qid"] == qid][["qid", "docno", "score"]]
+def test_chunks_that_the_teacher_did_not_rank(results, train_part, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "CHUNK_ROWS", 20)
+    qid = results["qid"].iloc[-1]
+    teacher = results[results["qid"] == qid][["qid", "docno", "score"]]
     groups, _ = read(
-        Distillation(teacher=teacher), write(ranked, tmp_path, ".parquet"), train_part, Dataset(train_part)
+        Distillation(teacher=teacher), write(results, tmp_path, ".parquet"), train_part, Dataset(train_part)
     )
     assert groups.qids == [qid]
-    stranger = teacher.assign(qid="nobody")
-    with pytest.raises(ValueError, match=r"none in common: the qids don't match, such as 'tr0' .* and 'nobody'"):
-        read(Distillation(teacher=stranger), tmp_path / "run.parquet", train_part, Dataset(train_part))
+    unmatched = teacher.assign(qid="nobody")
+    with pytest.raises(ValueError, match=r"none in common: the qids don't match, e\.g\. 'tr0' .* and 'nobody'"):
+        read(Distillation(teacher=unmatched), tmp_path / "run.parquet", train_part, Dataset(train_part))
 
 
-def test_fit_from_a_file_gives_the_weights_of_the_frame(ranked, train_part, backbone, tmp_path):
-    path = write(ranked, tmp_path, ".parquet")
-    # Batches of like length need the texts' lengths, so with one batch an epoch the order is the same.
+def test_fit_from_a_file_gives_the_weights_of_the_frame(results, train_part, backbone, tmp_path):
+    path = write(results, tmp_path, ".parquet")
+    # The order of batches depends on the lengths of texts, which a file lacks: use one batch per epoch.
     fitter = Contrastive(n_negatives=3, **{**FAST, "batch_size": 64})
     options = {"max_length": 24, "dtype": "float32", "device": "cpu", "fitter": fitter}
-    by_frame = MonoCE(backbone, **options).fit(ranked, train_part.qrels)
+    by_frame = MonoCE(backbone, **options).fit(results, train_part.qrels)
     by_file = MonoCE(backbone, **options, text=Dataset(train_part)).fit(path, train_part.qrels)
     a, b = (ce.history["loss"].to_numpy() for ce in (by_frame, by_file))
     np.testing.assert_allclose(a, b, rtol=1e-4)
 
 
-def test_a_files_training_resumes_and_stops(ranked, train_part, backbone, tmp_path):
-    path = write(ranked, tmp_path, ".trec")
+def test_a_stage_from_a_file_is_trained_once(results, train_part, backbone, tmp_path):
+    path = write(results, tmp_path, ".trec")
     ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu", text=Dataset(train_part))
     stage = Stage(Contrastive(n_negatives=3, **FAST), path, train_part.qrels)
     first = fit_sequences(ce, {"CL": stage}, ["CL"], save_dir=tmp_path / "models")["CL"]
     assert fit_sequences(ce, {"CL": stage}, ["CL"], save_dir=tmp_path / "models")["CL"].fingerprint == first.fingerprint
-    assert dataclasses.replace(stage, results=write(ranked.head(40), tmp_path, ".parquet")).digest() != stage.digest()
+    assert dataclasses.replace(stage, results=write(results.head(40), tmp_path, ".parquet")).digest() != stage.digest()
 
 
-def test_an_error_while_reading_ahead_is_raised(ranked, train_part, backbone, tmp_path):
+def test_an_error_of_the_text_source_is_raised(results, train_part, backbone, tmp_path):
     dataset = Dataset(train_part)
     ce = MonoCE(backbone, max_length=24, device="cpu", text=dataset)
-    ce.fit(write(ranked, tmp_path, ".trec"), train_part.qrels, fitter=Contrastive(n_negatives=3, max_steps=1))
+    ce.fit(write(results, tmp_path, ".trec"), train_part.qrels, fitter=Contrastive(n_negatives=3, max_steps=1))
     dataset.text_loader = lambda fields: lambda frame: frame.assign(text=1 / 0)
     with pytest.raises(ZeroDivisionError):
         ce.fit(tmp_path / "run.trec", train_part.qrels, fitter=Contrastive(n_negatives=3))
 
 
-def test_texts_that_are_not_there(ranked, train_part, backbone, tmp_path):
+def test_missing_texts(results, train_part, backbone, tmp_path):
     dataset = Dataset(train_part)
     ce = MonoCE(backbone, max_length=24, device="cpu", text=dataset)
-    path, fitter = write(ranked, tmp_path, ".trec"), Contrastive(n_negatives=3, max_steps=2)
+    path, fitter = write(results, tmp_path, ".trec"), Contrastive(n_negatives=3, max_steps=2)
     dataset.documents = dataset.documents.iloc[::2]
-    with pytest.warns(UserWarning, match="documents without text, such as"):
+    with pytest.warns(UserWarning, match="some documents have no text, e.g."):
         ce.fit(path, train_part.qrels, fitter=fitter)
     dataset.documents = dataset.documents.head(0)
-    with pytest.raises(ValueError, match="expected texts from MonoCE"):
+    with pytest.raises(ValueError, match=r"text source: .* documents have no text, e\.g\."):
         ce.fit(path, train_part.qrels, fitter=fitter)
 
 
 @pytest.fixture
-def irds(ranked, train_part, tmp_path, request):
-    """A collection as ir_datasets has it, with its store of documents on disk."""
+def irds(results, train_part, tmp_path, request):
+    """An ir_datasets collection with a document store on disk."""
     ir_datasets = pytest.importorskip("ir_datasets")
     tables = {
-        "docs": ranked[["docno", "text"]].drop_duplicates(),
-        "queries": ranked[["qid", "query"]].drop_duplicates(),
+        "docs": results[["docno", "text"]].drop_duplicates(),
+        "queries": results[["qid", "query"]].drop_duplicates(),
         "qrels": train_part.qrels.assign(iteration=0)[["qid", "iteration", "docno", "label"]],
     }
     for name, table in tables.items():
@@ -272,22 +272,22 @@ def irds(ranked, train_part, tmp_path, request):
     return pt.get_dataset(f"irds:{name}")
 
 
-def test_texts_and_queries_of_an_irds_collection(ranked, train_part, backbone, tmp_path, irds):
-    path = write(ranked.drop(columns="query"), tmp_path, ".parquet")
+def test_texts_and_queries_of_an_irds_collection(results, train_part, backbone, tmp_path, irds):
+    path = write(results.drop(columns="query"), tmp_path, ".parquet")
     settings = {"max_length": 24, "dtype": "float32", "device": "cpu"}
     fitter = Contrastive(n_negatives=3, **{**FAST, "batch_size": 64})
-    by_frame = MonoCE(backbone, **settings).fit(ranked, train_part.qrels, fitter=fitter)
+    by_frame = MonoCE(backbone, **settings).fit(results, train_part.qrels, fitter=fitter)
     by_file = MonoCE(backbone, **settings, text=irds).fit(path, irds.get_qrels(), fitter=fitter)
     np.testing.assert_allclose(by_file.history["loss"], by_frame.history["loss"], rtol=1e-4)
-    scores = by_file(ranked.drop(columns="text"))["score"]
-    np.testing.assert_allclose(scores, by_file(ranked)["score"], atol=1e-6)
-    with pytest.raises(ValueError, match=r"expected the texts of all documents in text=, found some missing.*nowhere"):
-        by_file(ranked.drop(columns="text").replace({"docno": {"tr0d0": "nowhere"}}))
+    scores = by_file(results.drop(columns="text"))["score"]
+    np.testing.assert_allclose(scores, by_file(results)["score"], atol=1e-6)
+    with pytest.raises(ValueError, match=r"text source must have all documents of the results.*nowhere"):
+        by_file(results.drop(columns="text").replace({"docno": {"tr0d0": "nowhere"}}))
 
 
-def test_relevant_documents_that_are_missing_are_added(ranked, train_part, tmp_path):
+def test_relevant_documents_that_are_missing_are_added(results, train_part, tmp_path):
     relevant = train_part.qrels[train_part.qrels["label"] > 0]
-    without = ranked[~ranked["docno"].isin(relevant["docno"].head(10))]
+    without = results[~results["docno"].isin(relevant["docno"].head(10))]
     fitter = Contrastive(n_negatives=4, add_missing_positives=True)
     dataset = Dataset(train_part)
     expected, _ = fitter.groups(without, train_part.qrels, load_text=dataset.text_loader(["text"]))
@@ -298,48 +298,48 @@ def test_relevant_documents_that_are_missing_are_added(ranked, train_part, tmp_p
 
 @pytest.mark.parametrize("rows", [7, 1_000_000])
 @pytest.mark.parametrize("kind", [".trec", ".parquet"])
-def test_queries_that_the_topics_lack_are_left_out(ranked, train_part, tmp_path, monkeypatch, rows, kind):
-    """Also where a whole piece has no other queries."""
-    monkeypatch.setattr(runs, "ROWS", rows)
+def test_queries_that_the_topics_lack_are_dropped(results, train_part, tmp_path, monkeypatch, rows, kind):
+    """This includes whole chunks of such queries."""
+    monkeypatch.setattr(runs, "CHUNK_ROWS", rows)
     dataset = Dataset(train_part)
     dataset.topics = dataset.topics.iloc[20:23]
-    known = ranked[ranked["qid"].isin(dataset.topics["qid"])]
+    known = results[results["qid"].isin(dataset.topics["qid"])]
     expected, expected_report = read(Contrastive(n_negatives=4), known, train_part)
-    path = write(ranked.drop(columns="query"), tmp_path, kind)
+    path = write(results.drop(columns="query"), tmp_path, kind)
     groups, report = read(Contrastive(n_negatives=4), path, train_part, dataset)
     assert_same(groups, expected)
     assert_same_report(report, expected_report)
-    [*pieces] = runs.pieces(path, depth=2, topics=dataset.topics)
-    assert pd.concat([piece.frame() for piece in pieces])["qid"].unique().tolist() == dataset.topics["qid"].tolist()
+    [*chunks] = runs.read_run(path, depth=2, topics=dataset.topics)
+    assert pd.concat([chunk.frame() for chunk in chunks])["qid"].unique().tolist() == dataset.topics["qid"].tolist()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: f.sample(frac=1, random_state=0), "expected the rows of a query together"),
-        (lambda f: f.drop(columns=["rank", "score"]), "expected a score or a rank"),
-        (lambda f: f.drop(columns="docno"), "expected columns"),
+        (lambda f: f.sample(frac=1, random_state=0), "must have the rows of a query together"),
+        (lambda f: f.drop(columns=["rank", "score"]), "must have a score or a rank"),
+        (lambda f: f.drop(columns="docno"), "must have the columns"),
     ],
 )
-def test_a_file_of_another_form(ranked, train_part, tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(runs, "ROWS", 50)
+def test_a_file_with_another_format(results, train_part, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(runs, "CHUNK_ROWS", 50)
     with pytest.raises(ValueError, match=message):
-        read(Contrastive(), write(change(ranked), tmp_path, ".parquet"), train_part, Dataset(train_part))
+        read(Contrastive(), write(change(results), tmp_path, ".parquet"), train_part, Dataset(train_part))
 
 
 @pytest.mark.parametrize("content", ["q1 Q0 d1 1\n", "q1 Q0 d1 1 high t\n", "", "q1  Q0  d1 1 2.0 t\n"])
 def test_a_broken_run(train_part, tmp_path, content):
     path = tmp_path / "run.trec"
     path.write_text(content)
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match=r"run\.trec must (be|have)"):
         read(Contrastive(), path, train_part, Dataset(train_part))
 
 
 def test_no_file(train_part):
-    with pytest.raises(ValueError, match=r"found no file 'nowhere\.trec'"):
+    with pytest.raises(ValueError, match=r"there is no file 'nowhere\.trec'"):
         read(Contrastive(), "nowhere.trec", train_part, Dataset(train_part))
 
 
-def test_reports_add_up():
+def test_the_total_of_reports():
     total = DataReport.total([DataReport(queries=2, groups=1, agreement=1.0), DataReport(queries=3, groups=3)])
     assert (total.queries, total.groups, total.agreement) == (5, 4, 1.0)

@@ -24,7 +24,7 @@ PAIRS = st.integers(0, 12).flatmap(
 )
 MARGINS = st.floats(1e-6, 2)
 
-# Differences from CL: KD-CL is +-.01 by turns, KD -.2 and -.22, CL-KD none.
+# Differences from CL: +-.01 in turn for KD-CL, -.2 and -.22 for KD, none for CL-KD.
 PERQUERY = pd.read_csv(
     StringIO("""name,qid,measure,value
 CL,q1,nDCG@10,0.50
@@ -48,7 +48,7 @@ KD-CL,q4,nDCG@10,0.79
 
 
 def perquery(values, measure="nDCG@10", **columns):
-    """{"CL": [.5, .6]}: the values of q1, q2, …"""
+    """A frame of the values of q1, q2, … of each system."""
     rows = [(name, f"q{i}", measure, v) for name, vs in values.items() for i, v in enumerate(vs, 1)]
     return pd.DataFrame(rows, columns=["name", "qid", "measure", "value"]).assign(**columns)
 
@@ -76,7 +76,7 @@ def test_tost_equals_statsmodels(pair, margin):
 
 
 @given(PAIRS, MARGINS)
-def test_tost_always_answers(pair, margin):
+def test_tost_is_never_nan(pair, margin):
     outcome = tost(margin)(*pair)
     assert 0 <= outcome.pvalue <= 1
     assert not math.isnan(outcome.statistic)
@@ -93,7 +93,7 @@ def test_a_wider_margin_is_easier(pair, margin, factor):
     [
         ([0.3, 0.5, 0.7], [0.3, 0.5, 0.7], 0),
         ([0.3, 0.5, 0.7], [0.295, 0.495, 0.695], 0),  # the same difference up to rounding
-        ([0.3, 0.5, 0.7], [0.31, 0.51, 0.71], 1),  # at the margin is not within it
+        ([0.3, 0.5, 0.7], [0.31, 0.51, 0.71], 1),  # at the margin isn't within it
         ([0.3, 0.5, 0.7], [0.32, 0.52, 0.72], 1),
         ([0.5], [0.5], 1),
         ([], [], 1),
@@ -103,15 +103,15 @@ def test_tost_without_variance(a, b, p):
     assert tost(0.01)(a, b).pvalue == p
 
 
-def test_tost_counts_what_it_leaves_out():
-    with pytest.warns(UserWarning, match="2 of 5 queries have no value"):
+def test_tost_leaves_out_queries_without_a_value():
+    with pytest.warns(UserWarning, match="tost left out 2 of 5 queries"):
         outcome = tost(0.1)([0.52, 0.64, 0.76, math.nan, 1], [0.5, 0.6, 0.7, 0, math.nan])
     assert outcome == tost(0.1)([0.52, 0.64, 0.76], [0.5, 0.6, 0.7])
 
 
 @pytest.mark.parametrize("margin", [0, -0.01, math.nan, math.inf, "0.01", None, True])
-def test_tost_wants_a_margin(margin):
-    with pytest.raises(ValueError, match=r"expected a margin > 0 .* found "):
+def test_tost_requires_a_positive_margin(margin):
+    with pytest.raises(ValueError, match=r"margin must be a number > 0 .* got "):
         tost(margin)
 
 
@@ -119,12 +119,12 @@ def test_tost_wants_a_margin(margin):
     ("a", "b", "found"),
     [([1, 2], [1], r"\(2,\) and \(1,\)"), ([[1, 2]], [[1, 2]], r"\(1, 2\)"), ([1, math.inf], [1, 2], "inf")],
 )
-def test_tost_wants_pairs_of_numbers(a, b, found):
-    with pytest.raises(ValueError, match=f"expected .* found .*{found}"):
+def test_tost_requires_pairs_of_finite_numbers(a, b, found):
+    with pytest.raises(ValueError, match=f"must .* got .*{found}"):
         tost(0.01)(a, b)
 
 
-def test_tost_is_a_value():
+def test_tost_can_be_printed_pickled_and_hashed():
     test = tost(margin=0.01)
     assert repr(test) == "tost(margin=0.01)"
     assert pickle.loads(pickle.dumps(test)) == test
@@ -159,7 +159,7 @@ def test_tost_in_an_experiment():
 # ---- holm
 
 
-@settings(max_examples=6, deadline=None)  # multipletests collects garbage at each call: 0.3 s beside torch
+@settings(max_examples=6, deadline=None)  # multipletests runs the garbage collector: 0.3 s per call with torch loaded
 @given(hnp.arrays(float, st.integers(1, 20), elements=st.floats(0, 1) | st.sampled_from([0.0, 0.01, 1.0])))
 def test_holm_equals_statsmodels(p):
     np.testing.assert_allclose(holm(p), multipletests(p, method="holm")[1], atol=1e-15)
@@ -204,7 +204,7 @@ def test_table_by_hand():
 
 
 @given(PAIRS, MARGINS)
-def test_table_is_the_tests(pair, margin):
+def test_table_agrees_with_the_tests(pair, margin):
     a, b = pair
     assume(len(a) > 1)
     row = equivalence_table(perquery({"a": a, "b": b}), margin=margin).iloc[0]
@@ -214,7 +214,7 @@ def test_table_is_the_tests(pair, margin):
     assert row["p_ttest"] == pytest.approx(both.pvalue, rel=1e-6, abs=1e-12)
     interval = both.confidence_interval(0.9)
     assert (row["ci_low"], row["ci_high"]) == pytest.approx((interval.low, interval.high))
-    # What the docstring says of the interval: it lies within the margin where TOST rejects.
+    # As documented, the interval lies within the margin exactly if TOST rejects.
     within = max(-row["ci_low"], row["ci_high"])
     if within != pytest.approx(margin):
         assert (within < margin) == (row["p_tost"] < 0.05)
@@ -251,7 +251,7 @@ def test_verdict_follows_the_correction():
     assert (plain["verdict"] != corrected["verdict"]).any()
 
 
-def test_all_pairs_in_order_and_measures():
+def test_all_pairs_and_measures_in_order():
     frame = pd.concat([PERQUERY, PERQUERY.assign(measure="RR")])
     table = equivalence_table(frame, margin={"nDCG@10": 0.01, "RR": 0.1}, measures=[RR, nDCG @ 10])
     assert list(zip(table["measure"], table["baseline"], table["system"], strict=True))[:4] == [
@@ -263,7 +263,7 @@ def test_all_pairs_in_order_and_measures():
     assert table["margin"].to_list() == [0.1] * 6 + [0.01] * 6
 
 
-def test_topics_without_qrels_take_no_part():
+def test_queries_without_qrels_are_left_out():
     unjudged = perquery({name: [math.nan] for name in ("CL", "CL-KD", "KD", "KD-CL")}).assign(qid="q0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -271,7 +271,7 @@ def test_topics_without_qrels_take_no_part():
     assert_frame_equal(table, equivalence_table(PERQUERY, margin=0.05))
 
 
-def test_a_single_query_decides_nothing():
+def test_a_single_query_is_undecided():
     row = equivalence_table(perquery({"a": [0.5], "b": [0.5]}), margin=0.05).iloc[0]
     assert (row["verdict"], row["p_ttest"], row["p_tost"]) == ("undecided", 1, 1)
     assert math.isnan(row["ci_low"])
@@ -280,23 +280,23 @@ def test_a_single_query_decides_nothing():
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (lambda f: f.drop(columns="qid"), {}, r"expected columns .* without \['qid'\]"),
-        (lambda f: f[f["name"] == "CL"], {}, r"at least 2 systems, found \['CL'\]"),
-        (lambda f: f, {"baseline": "BM25"}, "expected a baseline among .* found 'BM25'"),
-        (lambda f: f, {"measures": ["AP"]}, r"expected measures among .* found \['AP'\]"),
-        (lambda f: f, {"measures": []}, r"expected measures among .* found \[\]"),
-        (lambda f: f, {"margin": {"RR": 0.1}}, r"expected a margin for each .* none for \['nDCG@10'\]"),
-        (lambda f: f, {"margin": -1}, "expected a margin > 0"),
-        (lambda f: f, {"alpha": 0.5}, "expected alpha between 0 and 0.5, found 0.5"),
-        (lambda f: f, {"correction": "bonferroni"}, "expected correction None or 'holm', found 'bonferroni'"),
-        (lambda f: f.drop(index=1), {}, r"the same 4 queries, found queries without one: \{'CL': 1\}, such as q2;"),
-        (lambda f: f.assign(value=f["value"].where(f.index != 6)), {}, r"\{'CL-KD': 1\}, such as q3;"),
+        (lambda f: f.drop(columns="qid"), {}, r"must have the columns .* got \['name', 'measure', 'value'\]"),
+        (lambda f: f[f["name"] == "CL"], {}, r"at least 2 systems; got \['CL'\]"),
+        (lambda f: f, {"baseline": "BM25"}, "baseline must be one of .* got 'BM25'"),
+        (lambda f: f, {"measures": ["AP"]}, r"measures must be among .* got \['AP'\]"),
+        (lambda f: f, {"measures": []}, r"measures must be among .* got \[\]"),
+        (lambda f: f, {"margin": {"RR": 0.1}}, r"margin must have a value for each .* none for \['nDCG@10'\]"),
+        (lambda f: f, {"margin": -1}, "margin must be a number > 0"),
+        (lambda f: f, {"alpha": 0.5}, "alpha must be between 0 and 0.5; got 0.5"),
+        (lambda f: f, {"correction": "bonferroni"}, "correction must be None or 'holm'; got 'bonferroni'"),
+        (lambda f: f.drop(index=1), {}, r"the same 4 queries; got queries without one: \{'CL': 1\}, e.g. q2\."),
+        (lambda f: f.assign(value=f["value"].where(f.index != 6)), {}, r"\{'CL-KD': 1\}, e.g. q3\."),
         (lambda f: f.assign(measure=f["measure"].where(f["name"] != "KD", "AP")), {}, r"\{'KD': 4\}"),
-        (lambda f: pd.concat([f, f]), {}, "expected one value .* found 16 more.*column 'seed'"),
-        (lambda f: f.assign(value=math.nan), {}, "expected queries with a value of nDCG@10, found none"),
+        (lambda f: pd.concat([f, f]), {}, "must have one value .* got 16 more.*column 'seed'"),
+        (lambda f: f.assign(value=math.nan), {}, "must have values of nDCG@10; got only NaN"),
     ],
 )
-def test_mistakes_are_named(change, options, message):
+def test_invalid_input_is_rejected(change, options, message):
     with pytest.raises(ValueError, match=message):
         equivalence_table(change(PERQUERY), **{"margin": 0.05} | options)
 
@@ -335,11 +335,11 @@ def test_more_seeds_give_no_smaller_p():
     assert_frame_equal(equivalence_table(many, margin=0.1), equivalence_table(one, margin=0.1))
 
 
-def test_a_seed_that_lacks_a_query():
+def test_a_seed_without_a_query_is_rejected():
     runs = [perquery({"a": [0.1, 0.2, 0.3], "b": [0.1, 0.2, 0.3]}, seed=s) for s in (1, 2)]
     frame = pd.concat(runs, ignore_index=True).drop(index=2)
     for function in (seed_summary, lambda f: equivalence_table(f, margin=0.1)):
-        with pytest.raises(ValueError, match=r"\{'a': 1\}, such as q3"):
+        with pytest.raises(ValueError, match=r"\{'a': 1\}, e.g. q3"):
             function(frame)
 
 

@@ -20,7 +20,7 @@ OBJECTS = [{"docid": "a", "text": A}, {"docid": "b", "text": B}, {"docid": "c", 
 
 
 def write(path: Path, *records) -> Path:
-    """Records (or lines as they are) as a file of JSON lines."""
+    """Write records, or lines, to a file of JSON lines."""
     lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -67,17 +67,17 @@ def test_positions(file):
         # RankLLM's
         {"query": {"text": "a query", "qid": "q1"},
          "candidates": [{"docid": d, "score": 9, "doc": {"contents": f"text of {d}"}} for d in "bca"]},
-        # Reason-to-Rank's: the ids are in the teacher's order, the labels in the documents'
+        # Reason-to-Rank's: the ids are in the teacher's order, the labels in that of the documents
         line(unsorted_docs=[A, B, C], re_rank_id=[2, 3, 1], sorted_docids=["b", "c", "a"], scores=["0", "0", "1"]),
     ],
 )  # fmt: skip
-def test_the_forms_in_the_wild(file, record):
+def test_published_formats(file, record):
     out = teachers.read_permutations(write(file, record))
     expected = [("q1", "a query", d, f"text of {d}", rank, -float(rank)) for rank, d in enumerate("bca")]
     assert_frame_equal(out, pd.DataFrame(expected, columns=COLUMNS))
 
 
-def test_docnos_that_could_be_positions(file):
+def test_docnos_that_look_like_positions(file):
     numbered = [{"docid": 7, "text": A}, {"docid": 2, "text": B}, {"docid": 9, "text": C}]
     assert docnos(teachers.read_permutations(write(file, line(docs=numbered, ranking=[2, 9, 7])))) == ["2", "9", "7"]
     assert docnos(teachers.read_permutations(write(file, line(docs=numbered, ranking=[2, 3, 1])))) == ["2", "9", "7"]
@@ -86,20 +86,20 @@ def test_docnos_that_could_be_positions(file):
     assert docnos(teachers.read_permutations(write(file, line(docs=numbered, ranking=list("123"))))) == ["1", "2", "3"]
 
 
-def test_docnos_alone(file):
+def test_docnos_without_candidates(file):
     out = teachers.read_permutations(write(file, {"qid": 1, "permutation": ["b", "a"]}))
     expected = pd.DataFrame([("1", None, "b", None, 0, 0.0), ("1", None, "a", None, 1, -1.0)], columns=COLUMNS)
     assert_frame_equal(out, expected, check_dtype=False)
 
 
-def test_titles_stand_before_texts(file):
+def test_titles_precede_texts(file):
     out = teachers.read_permutations(
         write(file, line(hits=[{"title": " T ", "text": "x "}, {"title": "", "text": "y"}]))
     )
     assert out["text"].tolist() == ["T x", "y"]
 
 
-def test_ids_are_made_of_texts(file):
+def test_missing_ids_are_digests_of_texts(file):
     out = teachers.read_permutations(
         write(file, {"query": "one", "docs": [A, B], "ranking": [2, 1]}, {"query": "two", "docs": [A], "ranking": [1]})
     )
@@ -108,7 +108,7 @@ def test_ids_are_made_of_texts(file):
     assert docnos(out) == [text_id(text) for text in (B, A, A)]
 
 
-def test_gz_blank_lines_and_unicode(tmp_path):
+def test_gzip_blank_lines_and_unicode(tmp_path):
     text = "\n" + json.dumps(line(docs=["naïve\u2028text", B], ranking=[1, 2]), ensure_ascii=False) + "\n\n"
     path = tmp_path / "rankings.jsonl.gz"
     path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + text.encode()))
@@ -118,7 +118,7 @@ def test_gz_blank_lines_and_unicode(tmp_path):
     assert teachers.read_permutations(array)["text"].tolist() == [B, A]
 
 
-def test_what_an_llm_gets_wrong_is_counted_once(file):
+def test_mistakes_of_an_llm_give_one_warning(file):
     write(
         file,
         line(candidates=OBJECTS, permutation="[3] > [3] > [7] > [1]"),
@@ -126,17 +126,17 @@ def test_what_an_llm_gets_wrong_is_counted_once(file):
         {"qid": "q3", "query": "all", "candidates": OBJECTS, "permutation": [1, 2, 3]},
         {"qid": "q3", "query": "all", "candidates": OBJECTS, "permutation": [3, 2, 1]},
     )
-    with pytest.warns(UserWarning, match="of 4 rankings") as caught:
+    with pytest.warns(UserWarning, match="4 rankings with") as caught:
         out = teachers.read_permutations(file)
     assert [str(w.message).removeprefix(f"{file}: ") for w in caught] == [
-        "of 4 rankings, 1 queries without a ranking, 1 documents named twice, 1 positions or docnos that are not "
-        "there, 1 documents unranked (left out), 1 queries given again; first in query 'q1'"
+        "4 rankings with 1 queries without a ranking, 1 documents named twice, 1 unknown positions or docnos, "
+        "1 unranked documents (dropped), 1 repeated queries; the first is in query 'q1'"
     ]
     assert docnos(out) == ["c", "a", "a", "b", "c"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_unranked_documents_at_the_end(file):
+def test_unranked_documents_ranked_last(file):
     write(file, line(candidates=[*OBJECTS, {"docid": "d", "text": "x"}], permutation=[3, 1]))
     assert docnos(teachers.read_permutations(file)) == ["c", "a"]
     out = teachers.read_permutations(file, unranked="last")
@@ -144,19 +144,19 @@ def test_unranked_documents_at_the_end(file):
     assert out["score"].tolist() == [0, -1, -2, -2]
     groups, _ = Distillation().groups(out, None)
     assert groups.labels[0].tolist() == [3, 2, 0, 0]
-    with pytest.raises(ValueError, match="expected unranked='drop' or 'last', found 'first'"):
+    with pytest.raises(ValueError, match="unranked must be 'drop' or 'last'; got 'first'"):
         teachers.read_permutations(file, unranked="first")
 
 
-def test_a_candidate_given_twice(file):
+def test_a_repeated_candidate(file):
     write(file, line(candidates=[*OBJECTS, OBJECTS[0]], permutation=[2, 4, 1, 3]))
-    with pytest.warns(UserWarning, match="1 candidates given twice"):
+    with pytest.warns(UserWarning, match="1 repeated candidates"):
         out = teachers.read_permutations(file)
     assert docnos(out) == ["b", "a", "c"]
     assert out["rank"].tolist() == [0, 1, 2]
 
 
-def test_answers_in_a_file_of_their_own(file, tmp_path):
+def test_answers_in_a_separate_file(file, tmp_path):
     answers = tmp_path / "gpt.json"
     passages = [{"docid": d["docid"], "text": d["text"]} for d in OBJECTS]
     write(
@@ -167,33 +167,33 @@ def test_answers_in_a_file_of_their_own(file, tmp_path):
         out = teachers.read_permutations(file, responses=answers)
     assert docnos(out) == ["b", "a", "c", "c", "b", "a"]
     answers.write_text('["[1]"]')
-    with pytest.raises(ValueError, match="found 1 for 3"):
+    with pytest.raises(ValueError, match="got 1 for 3 queries"):
         teachers.read_permutations(file, responses=answers)
 
 
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ("{'qid'", "line 2: expected JSON, found .* at column 2"),
-        ("[1, 2]", r"line 2: expected an object, found \[1, 2\]"),
-        ({"docs": [A], "ranking": [1]}, r"line 2: expected a query \(one of query, .*\), found fields \['docs', 'ran"),
-        (line(query=3, docs=[A], ranking=[1]), "line 2: expected a query's text, found 3"),
-        (line(qid=1.5, docs=[A], ranking=[1]), "line 2: expected an id as a text or a whole number, found 1.5"),
-        (line(ranking=[1]), r"line 2: expected candidates \(one of candidates, hits, .*\), found fields"),
-        (line(docs="a b", ranking=[1]), "line 2: expected a list of candidates, found 'a b'"),
-        (line(docs=[A, B]), r"line 2: expected a permutation \(one of permutation, .*\), found fields"),
-        (line(candidates=OBJECTS, best_first=[3, 2, 1]), r"line 2: expected a permutation .* 'best_first'\]"),
-        (line(docs=[A, 7], ranking=[1]), "line 2: expected a passage as a text or an object, found 7"),
-        (line(docs=[{"title": "x"}], ranking=[1]), r"line 2: expected a passage with one of text, .*\['title'\]"),
-        (line(docs=[{"text": ["x"]}], ranking=[1]), r"line 2: expected a passage's text, found \['x'\]"),
-        (line(docs=[A, B], ranking=[1.0, 2.0]), "line 2: expected a permutation as positions, docnos or text, found"),
-        (line(docs=[A, B], ranking=[True]), "line 2: expected a permutation as positions, docnos or text, found"),
-        (line(docs=[A, B], ranking=[1, 0]), "line 2: expected positions counted from 1, found 0 to 1"),
-        (line(docs=[A, B], ranking=[1, 2], sorted_docids=["a"]), "line 2: expected 2 sorted_docids"),
-        (line(qid="q0", docs=[A], ranking=[1]), "line 2: expected one query a qid, found 'a query' and 'fine'"),
+        ("{'qid'", "line 2: the line must be JSON; got an error at column 2"),
+        ("[1, 2]", r"line 2: the line must be an object; got \[1, 2\]"),
+        ({"docs": [A], "ranking": [1]}, r"line 2: a query is required \(one of query, .*\); got the fields \['docs'"),
+        (line(query=3, docs=[A], ranking=[1]), "line 2: query must be text; got 3"),
+        (line(qid=1.5, docs=[A], ranking=[1]), "line 2: an id must be text or an integer; got 1.5"),
+        (line(ranking=[1]), r"line 2: candidates are required \(one of candidates, hits, .*\); got the fields"),
+        (line(docs="a b", ranking=[1]), "line 2: candidates must be a list; got 'a b'"),
+        (line(docs=[A, B]), r"line 2: a permutation is required \(one of permutation, .*\); got the fields"),
+        (line(candidates=OBJECTS, best_first=[3, 2, 1]), r"line 2: a permutation is required .* 'best_first'\]"),
+        (line(docs=[A, 7], ranking=[1]), "line 2: a passage must be text or an object; got 7"),
+        (line(docs=[{"title": "x"}], ranking=[1]), r"line 2: a passage must have one of text, .*\['title'\]"),
+        (line(docs=[{"text": ["x"]}], ranking=[1]), r"line 2: a passage's text and title must be text; got \['x'\]"),
+        (line(docs=[A, B], ranking=[1.0, 2.0]), "line 2: permutation must have positions, docnos or text; got"),
+        (line(docs=[A, B], ranking=[True]), "line 2: permutation must have positions, docnos or text; got"),
+        (line(docs=[A, B], ranking=[1, 0]), "line 2: positions must be counted from 1; got 0 to 1"),
+        (line(docs=[A, B], ranking=[1, 2], sorted_docids=["a"]), "line 2: sorted_docids must have 2 ids"),
+        (line(qid="q0", docs=[A], ranking=[1]), "line 2: qid 'q0' must have one query; got 'a query' and 'fine'"),
     ],
 )  # fmt: skip
-def test_a_line_of_another_form(file, record, message):
+def test_an_invalid_line(file, record, message):
     write(file, {"qid": "q0", "query": "fine", "docs": [A, B], "ranking": [2, 1]}, record)
     with pytest.raises(ValueError, match=message) as error:
         teachers.read_permutations(file)
@@ -201,26 +201,26 @@ def test_a_line_of_another_form(file, record, message):
 
 
 def test_files_that_cannot_be_read(tmp_path, file):
-    with pytest.raises(ValueError, match="found no file"):
+    with pytest.raises(ValueError, match="there is no file"):
         teachers.read_permutations(tmp_path / "nothing.jsonl")
     file.write_bytes(b'{"query": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match=r"line 1: expected JSON in UTF-8, found 'utf-8' codec"):
+    with pytest.raises(ValueError, match=r"line 1: the file must be JSON in UTF-8; got 'utf-8' codec"):
         teachers.read_permutations(file)
     broken = tmp_path / "broken.jsonl.gz"
     broken.write_bytes(gzip.compress(b'{"query": "x"}\n' * 9)[:-12])
-    with pytest.raises(ValueError, match="expected JSON in UTF-8, found Compressed file ended"):
+    with pytest.raises(ValueError, match="the file must be JSON in UTF-8; got Compressed file ended"):
         teachers.read_permutations(broken)
-    with pytest.raises(ValueError, match=r"expected rankings in .*, found none on 0 lines"):
+    with pytest.raises(ValueError, match="must have rankings; got none in 0 lines"):
         teachers.read_permutations(write(file))
     (tmp_path / "object.json").write_text('{"query": "x"}')
-    with pytest.raises(ValueError, match="in place of an array"):
+    with pytest.raises(ValueError, match="which isn't an array"):
         teachers.read_permutations(tmp_path / "object.json")
 
 
 # ---- labelled passages
 
 
-def test_tevatrons_form(tmp_path):
+def test_the_format_of_tevatron(tmp_path):
     path = tmp_path / "train.jsonl.gz"
     record = {
         "query_id": 7, "query": "a query",
@@ -237,7 +237,7 @@ def test_tevatrons_form(tmp_path):
     assert groups.labels[0].tolist() == [1, 0, 0]
 
 
-def test_texts_alone_and_queries_over_lines(file):
+def test_passages_without_ids_and_queries_on_several_lines(file):
     write(file, {"query": "x", "pos": [A], "neg": [B]}, {"query": "x", "pos": [B], "neg": [C]})
     with pytest.warns(UserWarning, match="1 passages are both positive and negative"):
         results, qrels = teachers.read_labelled_passages(file)
@@ -248,16 +248,16 @@ def test_texts_alone_and_queries_over_lines(file):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"query": "x", "positive_passages": [A]}, "line 1: expected a list of passages in one of negative_passages, "),
+        ({"query": "x", "positive_passages": [A]}, "line 1: one of negative_passages, .* must be a list"),
         (
             {"query": "x", "pos": [[101, 102]], "neg": []},
-            r"expected a passage as a text or an object, found \[101, 102\]",
+            r"a passage must be text or an object; got \[101, 102\]",
         ),
-        ({"query": [101], "pos": [A], "neg": []}, "expected a query's text"),
-        ({"query": "x", "pos": [], "neg": []}, "expected queries with passages in .*, found none"),
+        ({"query": [101], "pos": [A], "neg": []}, "query must be text"),
+        ({"query": "x", "pos": [], "neg": []}, "must have queries with passages; got none"),
     ],
 )
-def test_labelled_passages_of_another_form(file, record, message):
+def test_invalid_labelled_passages(file, record, message):
     with pytest.raises(ValueError, match=message):
         teachers.read_labelled_passages(write(file, record))
 
@@ -270,7 +270,7 @@ def ranked(text: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["qid", "docno", "score"]).astype({"score": float})
 
 
-def test_reciprocal_ranks_by_hand():
+def test_reciprocal_rank_fusion_by_hand():
     out = teachers.fuse({"a": ranked("1 x 9, 1 y 8, 1 z 8, 2 x 1"), "b": ranked("1 z 2, 1 y 1")})
     expected = pd.DataFrame(
         [("1", "x", 1 / 61), ("1", "y", 1 / 62 + 1 / 62), ("1", "z", 1 / 61 + 1 / 62), ("2", "x", 1 / 61)],
@@ -280,17 +280,17 @@ def test_reciprocal_ranks_by_hand():
     assert teachers.fuse({"a": ranked("1 x 1")}, k=1)["score"].tolist() == [0.5]
 
 
-def test_the_same_ranks_from_other_teachers_tie():
+def test_the_same_ranks_from_different_teachers_tie():
     orders = ("xyz", "yzx", "zxy")
     runs = {str(i): ranked(",".join(f"1 {d} {-r}" for r, d in enumerate(order))) for i, order in enumerate(orders)}
     assert teachers.fuse(runs)["score"].nunique() == 1
 
 
 def test_fusion_needs_an_order_and_common_queries(train_part):
-    with pytest.raises(ValueError, match="expected a score or a rank in the ranking of teacher 'b'"):
+    with pytest.raises(ValueError, match="teacher 'b' must have a score or a rank"):
         teachers.fuse({"a": ranked("1 x 1"), "b": ranked("1 x 1").drop(columns="score")})
-    with pytest.raises(ValueError, match="expected the teacher 'b' to share queries and documents"):
-        teachers.ranking({"a": train_part.results, "b": ranked("1 x 1")}, train_part.results)
+    with pytest.raises(ValueError, match="teacher 'b' must rank documents of the results"):
+        teachers.get_ranking({"a": train_part.results, "b": ranked("1 x 1")}, train_part.results)
 
 
 def test_a_mapping_of_teachers(train_part, tmp_path):
@@ -303,14 +303,14 @@ def test_a_mapping_of_teachers(train_part, tmp_path):
     assert all(set(labels) == {0, 7} for labels in groups.labels)
     first, _ = Distillation(teacher={"first": None}).groups(train_part.results, None)
     assert first.labels[0].tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
-    with pytest.raises(ValueError, match="found 1 to fuse, which gives ranks"):
+    with pytest.raises(ValueError, match="got 1 to fuse, which gives ranks"):
         Distillation(teacher={"a": good}, loss=losses.margin_mse)
 
 
 # ---- files as teachers
 
 
-def test_permutations_by_path(train_part, tmp_path):
+def test_the_path_of_permutations(train_part, tmp_path):
     best_first = train_part.results.sort_values("quality", ascending=False, kind="stable")
     path = tmp_path / "teacher.jsonl.gz"
     lines = [json.dumps({"qid": qid, "ranking": rows["docno"].tolist()}) for qid, rows in best_first.groupby("qid")]
@@ -323,17 +323,17 @@ def test_permutations_by_path(train_part, tmp_path):
     assert list(map(best.get, train_part.qrels["qid"])) == texts[relevant].tolist()
 
 
-def test_a_file_that_is_no_run(train_part, tmp_path):
+def test_a_file_that_is_not_a_run(train_part, tmp_path):
     path = tmp_path / "teacher.txt"
     for content in ("not a run at all of course\n", "tr0 0 tr0d0 1\n"):
         path.write_text(content)
-        with pytest.raises(ValueError, match=r"expected a TREC run \(qid Q0 docno rank score name\) as teacher"):
+        with pytest.raises(ValueError, match=r"teacher must be a TREC run \(qid Q0 docno rank score name\)"):
             Distillation(teacher=path).groups(train_part.results, None)
 
 
 @pytest.mark.parametrize("teacher", [[], {}, {"a": 3}, Contrastive(), pt.Transformer])
 def test_what_cannot_be_a_teacher(teacher):
-    with pytest.raises(ValueError, match="expected a teacher that is"):
+    with pytest.raises(ValueError, match="teacher must be a frame, the path"):
         Distillation(teacher=teacher)
 
 
@@ -341,7 +341,7 @@ def test_what_cannot_be_a_teacher(teacher):
 
 
 class Judge(pt.Transformer):
-    """Scores by `quality`; counts its calls, and fails once at the call that it is told."""
+    """Scores by `quality`, records its calls, and can fail at one of them."""
 
     def __init__(self, fails_at: int | None = None, top: int | None = None):
         self.calls: list[list[str]] = []
@@ -381,7 +381,7 @@ def test_a_transformer_on_results_after_a_union(train_part):
     assert Distillation(teacher=Judge()).groups(results, None)[0].digest() == expected.digest()
 
 
-def test_progress_is_shown_when_asked_for(train_part, capsys):
+def test_progress_is_shown_if_verbose(train_part, capsys):
     Distillation(teacher=Judge()).groups(train_part.results, None)
     assert capsys.readouterr().err == ""
     Distillation(teacher=Judge()).groups(train_part.results, None, verbose=True)
@@ -390,17 +390,17 @@ def test_progress_is_shown_when_asked_for(train_part, capsys):
 
 def test_a_transformer_without_an_order(train_part):
     no_order = pt.apply.generic(lambda frame: frame[["qid", "docno"]])
-    with pytest.raises(ValueError, match="expected a score or a rank"):
+    with pytest.raises(ValueError, match="must have a score or a rank"):
         Distillation(teacher=no_order).groups(train_part.results, None)
     with pytest.raises(ValueError, match="none in common"):
         Distillation(teacher=pt.apply.generic(lambda frame: frame.head(0))).groups(train_part.results, None)
 
 
-def test_digests_of_transformers_are_refused_and_settings_are_not(train_part):
+def test_a_transformer_has_no_digest_but_its_settings_have(train_part):
     fitter = Distillation(teacher=Judge(), seed=1)
-    with pytest.raises(ValueError, match=r"found the transformer .*Judge.*teacher=transformer\(results\)"):
+    with pytest.raises(ValueError, match=r"teacher must not be a transformer.*Judge.*teacher=transformer\(results\)"):
         fitter.digest()
-    with pytest.raises(ValueError, match="found the transformer"):
+    with pytest.raises(ValueError, match="teacher must not be a transformer"):
         Distillation(teacher={"a": Judge(), "b": train_part.results}).digest()
     assert fitter.settings_digest() == Distillation(seed=1).settings_digest() != Distillation().settings_digest()
     assert Contrastive().settings_digest() == Contrastive().digest()
@@ -427,10 +427,10 @@ def test_reprs(tmp_path):
     assert repr(teachers.cached(llm, "folder")) == "teachers.cached(pt.apply.doc_score(), 'folder')"
 
 
-# ---- kept on disk
+# ---- caching
 
 
-def test_an_interrupted_teacher_goes_on(train_part, tmp_path):
+def test_an_interrupted_teacher_resumes(train_part, tmp_path):
     results = train_part.results[train_part.results["qid"].isin(["tr0", "tr1", "tr2", "tr3", "tr4"])]
     judge = Judge(fails_at=3)
     fitter = Distillation(teacher=teachers.cached(judge, tmp_path / "judge"))
@@ -441,33 +441,33 @@ def test_an_interrupted_teacher_goes_on(train_part, tmp_path):
     assert len(expected) == 5
     assert fitter.groups(results, None)[0].digest() == expected.digest()
     assert judge.calls[3:] == [["tr2"], ["tr3"], ["tr4"]]
-    another = Judge(fails_at=1)  # of a later session
+    another = Judge(fails_at=1)  # in a later session
     again = Distillation(teacher=teachers.cached(another, str(tmp_path / "judge")))
     assert again.groups(results, None)[0].digest() == expected.digest()
     assert another.calls == []
-    by_path = teachers.read_permutations(tmp_path / "judge" / "rankings.jsonl")
-    assert Distillation(teacher=by_path).groups(results, None)[0].qids == expected.qids
+    rankings = teachers.read_permutations(tmp_path / "judge" / "rankings.jsonl")
+    assert Distillation(teacher=rankings).groups(results, None)[0].qids == expected.qids
 
 
 def test_cached_gives_what_the_teacher_gives(train_part, tmp_path):
     frame = train_part.results.assign(extra=[np.arange(2)] * len(train_part.results)).sample(frac=1, random_state=0)
     before = frame.copy()
     judge = Judge(top=3)
-    keeper = teachers.cached(judge, tmp_path, batch_size=10)
-    first = keeper(frame)
+    cached_judge = teachers.cached(judge, tmp_path, batch_size=10)
+    first = cached_judge(frame)
     assert_frame_equal(frame, before)
     assert_frame_equal(first, Judge(top=3)(frame)[first.columns])
     assert max(map(len, judge.calls)) == 10
-    assert_frame_equal(pickle.loads(pickle.dumps(keeper))(frame), first)
+    assert_frame_equal(pickle.loads(pickle.dumps(cached_judge))(frame), first)
     frame.index = [0] * len(frame)
-    assert keeper(frame)["score"].tolist() == first["score"].tolist()
+    assert cached_judge(frame)["score"].tolist() == first["score"].tolist()
     assert len(judge.calls) == 7
-    assert [*keeper(frame.head(0)).columns] == [*first.columns]
+    assert [*cached_judge(frame.head(0)).columns] == [*first.columns]
 
 
-def test_other_documents_texts_orders_and_weights_are_asked_anew(train_part, tmp_path):
+def test_other_documents_texts_orders_and_weights_are_not_cached(train_part, tmp_path):
     judge = Judge()
-    keeper = teachers.cached(judge, tmp_path)
+    cached_judge = teachers.cached(judge, tmp_path)
     frame = train_part.results[train_part.results["qid"] == "tr0"]
     changed = [
         frame,
@@ -478,17 +478,17 @@ def test_other_documents_texts_orders_and_weights_are_asked_anew(train_part, tmp
         frame.assign(qid="tr1"),
     ]
     for calls, results in enumerate(changed, 1):
-        keeper(results)
+        cached_judge(results)
         assert len(judge.calls) == calls
     for results in (*changed, frame[::-1], frame.assign(score=frame["score"] / 3), frame.drop(columns="rank")):
-        keeper(results)
+        cached_judge(results)
     assert len(judge.calls) == len(changed)
     judge.fingerprint = "other weights"
-    keeper(frame)
+    cached_judge(frame)
     assert len(judge.calls) == len(changed) + 1
 
 
-def test_a_line_torn_off_is_asked_anew(train_part, tmp_path, caplog):
+def test_a_partial_line_is_ignored(train_part, tmp_path, caplog):
     frame = train_part.results.head(24)
     expected = teachers.cached(Judge(), tmp_path)(frame)
     path = tmp_path / "rankings.jsonl"
@@ -498,29 +498,29 @@ def test_a_line_torn_off_is_asked_anew(train_part, tmp_path, caplog):
     assert judge.calls == [["tr2"]]
     assert_frame_equal(teachers.cached(judge, tmp_path)(frame), expected)
     assert len(judge.calls) == 1
-    assert "a damaged line is left out" in caplog.text
+    assert "ignored a damaged line" in caplog.text
 
 
-def test_a_failure_is_not_kept(train_part, tmp_path):
+def test_a_failure_is_not_cached(train_part, tmp_path):
     frame = train_part.results.head(16)
     silent = pt.apply.generic(lambda results: results[results["qid"] != "tr0"])
     assert teachers.cached(silent, tmp_path)(frame)["qid"].unique().tolist() == ["tr1"]
     judge = Judge()
     assert len(teachers.cached(judge, tmp_path)(frame)) == 16
     assert judge.calls == [["tr0"]]
-    with pytest.raises(ValueError, match="expected a number as every score, found 8 NaN"):
+    with pytest.raises(ValueError, match=r"scores must be numeric; 8 of 8 aren't"):
         teachers.cached(pt.apply.generic(lambda res: res.assign(score=float("nan"))), tmp_path / "nan")(frame)
     assert not (tmp_path / "nan" / "rankings.jsonl").exists()
 
 
-def test_cached_mistakes(train_part, tmp_path):
-    with pytest.raises(ValueError, match="expected a transformer to keep the rankings of, found 3"):
+def test_invalid_uses_of_cached(train_part, tmp_path):
+    with pytest.raises(ValueError, match="teacher must be a transformer; got 3"):
         teachers.cached(3, tmp_path)
-    with pytest.raises(ValueError, match="expected batch_size as a whole number above 0, found 0"):
+    with pytest.raises(ValueError, match="batch_size must be a positive integer; got 0"):
         teachers.cached(Judge(), tmp_path, batch_size=0)
-    stranger = pt.apply.generic(lambda results: results.assign(docno="x" + results["docno"]))
-    with pytest.raises(ValueError, match="found 8 others for query 'tr0', such as 'xtr0d0'"):
-        teachers.cached(stranger, tmp_path)(train_part.results)
+    unfaithful = pt.apply.generic(lambda results: results.assign(docno="x" + results["docno"]))
+    with pytest.raises(ValueError, match=r"got 8 other documents for query 'tr0', e\.g\. 'xtr0d0'"):
+        teachers.cached(unfaithful, tmp_path)(train_part.results)
     with pytest.raises(pt.validate.InputValidationError, match="query"):
         teachers.cached(Judge(), tmp_path)(train_part.results.drop(columns="query"))
 
@@ -529,7 +529,7 @@ def test_cached_mistakes(train_part, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_fit_by_a_transformer(ce, train_part, test_part, tmp_path, kept):
+def test_fit_with_a_transformer_as_teacher(ce, train_part, test_part, tmp_path, kept):
     judge = Judge()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -543,7 +543,7 @@ def test_fit_by_a_transformer(ce, train_part, test_part, tmp_path, kept):
     assert sum(map(len, judge.calls)) == 64
 
 
-def test_fit_by_files(ce, train_part, tmp_path):
+def test_fit_with_files(ce, train_part, tmp_path):
     part = train_part.results.merge(train_part.qrels, how="left").fillna({"label": 0})
     taught, labelled = [], []
     for qid, rows in part.groupby("qid"):

@@ -1,25 +1,30 @@
+"""The training run: what is learned, batches, memory, threads, checkpoints."""
+
 import dataclasses
 import json
 import logging
 import random
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
 from ir_measures import RR
 
 from pyterrier_msft import losses
 from pyterrier_msft.data.labels import from_qrels
+from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import pad
 from pyterrier_msft.model.first_token import CPU_ATTENTION
-from pyterrier_msft.model.loading import load_model
 from pyterrier_msft.model.scoring import forward
-from pyterrier_msft.training.batches import _Batches, _Collator
-from pyterrier_msft.training.hyperparameters import Hyperparameters
-from pyterrier_msft.training.trainer import STATE_FILE, _dropout_of, _ListTrainer, train
+from pyterrier_msft.training import Hyperparameters, batches, cpu, gradient_cache
+from pyterrier_msft.training.batches import BatchSchedule, Collator
+from pyterrier_msft.training.gradient_cache import gradient_cache_step
+from pyterrier_msft.training.run import train
 from pyterrier_msft.training.validation import Validation
 
 # A listwise loss gives some biases no gradient, which AdamW turns into noise: where weights are compared, SGD.
@@ -31,14 +36,18 @@ ALL_LOSSES = [
     losses.combine((losses.ranknet, 0.5), (losses.localized_contrastive, 1.0)),
 ]  # fmt: skip
 FAST = Hyperparameters(learning_rate=1e-2, epochs=3, batch_size=8, metric=RR @ 10)
+every_loss = pytest.mark.parametrize("loss", ALL_LOSSES, ids=lambda loss: getattr(loss, "__name__", None) or repr(loss))
 
 
 @pytest.fixture
-def model(backbone):
-    return load_model(backbone, seed=1)[0]
+def new(backbone):
+    """Make a cross-encoder; all have the same weights."""
+    return lambda **options: CrossEncoder(backbone, **{"seed": 1, "dtype": "float32", "device": "cpu", **options})
 
 
-every_loss = pytest.mark.parametrize("loss", ALL_LOSSES, ids=lambda loss: getattr(loss, "__name__", None) or repr(loss))
+@pytest.fixture
+def model(new):
+    return new()
 
 
 @pytest.fixture(scope="module")
@@ -51,32 +60,55 @@ def validation(dev_part):
     return Validation(dev_part.results, dev_part.qrels, RR @ 10)
 
 
-def run(model, encoder, groups, settings=FAST, *, loss=losses.localized_contrastive, **options):
-    return train(model, encoder, groups, loss, settings, dtype=torch.float32, **options)
+def run(model, groups, settings=FAST, *, loss=losses.localized_contrastive, **options):
+    return train(model, model.pair_encoder(max_length=24), groups, loss, settings, **options)
 
 
 def weights(model) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    return torch.cat([p.detach().flatten() for p in model.network.parameters()])
+
+
+def metric(model, validation) -> float:
+    return validation.evaluate(model.network, model.pair_encoder(max_length=24), torch.float32)
+
+
+class Interrupting:
+    """A loss that raises an error in its n-th call; the same loss when it is called again."""
+
+    def __init__(self, call: int, error: type[BaseException]) -> None:
+        self.calls, self.call, self.error = 0, call, error
+
+    def __call__(self, scores, labels, mask):
+        self.calls += 1
+        if self.calls == self.call:
+            raise self.error
+        return losses.localized_contrastive(scores, labels, mask)
+
+
+class Killed(BaseException):
+    """Stands for a killed process: nothing of ours catches it."""
 
 
 # ---- learning
 
 
-def test_training_raises_the_metric_on_other_queries(model, encoder, groups, validation):
-    before = validation.measure(model, encoder, torch.float32)
-    run(model, encoder, groups)
-    assert validation.measure(model, encoder, torch.float32) > before + 0.2
+def test_training_raises_the_metric_on_other_queries(model, groups, validation):
+    before = metric(model, validation)
+    run(model, groups)
+    assert metric(model, validation) > before + 0.2
 
 
-def test_a_documents_best_passage_counts_in_validation(model, encoder, monkeypatch):
-    results = pd.DataFrame({"qid": "q", "query": "w1", "docno": ["a", "a", "b"], "text": "w2"})
+def test_a_document_is_validated_by_its_best_passage(model):
+    long = " ".join(f"w{i}" for i in range(40))
+    results = pd.DataFrame({"qid": "q", "query": "w1", "docno": ["a", "b", "a"], "text": ["w2", "w3", long]})
+    scores = model.score(model.pair_encoder(max_length=24), results["query"], results["text"])
+    best_last = results.iloc[np.argsort(scores)].reset_index(drop=True).assign(docno=["a", "b", "a"])
     qrels = pd.DataFrame({"qid": ["q"], "docno": ["a"], "label": [1]})
-    monkeypatch.setattr("pyterrier_msft.training.trainer.score_pairs", lambda *_, **__: np.array([3.0, 0.0, 1.0]))
-    assert Validation(results, qrels, RR @ 10).measure(model, encoder, torch.float32) == 1
+    assert metric(model, Validation(best_last, qrels, RR @ 10)) == 1
 
 
-def test_history(model, encoder, groups, validation):
-    rows = pd.DataFrame(run(model, encoder, groups, validation=validation))
+def test_history(model, groups, validation):
+    rows = pd.DataFrame(run(model, groups, validation=validation))
     assert rows["step"].tolist() == list(range(1, 25))
     assert rows["epoch"].tolist() == pytest.approx([step / 8 for step in rows["step"]])
     assert rows["loss"].iloc[-4:].mean() < rows["loss"].iloc[:4].mean()
@@ -87,70 +119,76 @@ def test_history(model, encoder, groups, validation):
     assert (rows["pairs_per_second"] > 0).all()
 
 
-def test_the_best_weights_remain(model, encoder, groups, validation, monkeypatch):
+def test_the_best_weights_remain(model, groups, validation, monkeypatch):
     values, seen = iter([0.1, 0.9, 0.4, 0.9, 0.2]), []
 
-    def measure(self, model, encoder, dtype):
+    def evaluate(self, network, encoder, dtype):
         seen.append(weights(model).clone())
         return next(values)
 
-    monkeypatch.setattr(Validation, "measure", measure)
-    run(model, encoder, groups, dataclasses.replace(FAST, max_steps=5, eval_every=1), validation=validation)
+    monkeypatch.setattr(Validation, "evaluate", evaluate)
+    run(model, groups, dataclasses.replace(FAST, max_steps=5, eval_every=1), validation=validation)
     assert torch.equal(weights(model), seen[1])
     assert not torch.equal(weights(model), seen[3])
 
 
-def test_patience(model, encoder, groups, validation):
+def test_patience_stops_training(model, groups, validation):
     still = dataclasses.replace(FAST, learning_rate=1e-12, eval_every=1, patience=3)
-    assert len(run(model, encoder, groups, still, validation=validation)) == 4
+    assert len(run(model, groups, still, validation=validation)) == 4
 
 
-def test_max_steps_goes_on_over_epochs(model, encoder, groups):
-    rows = run(model, encoder, groups, dataclasses.replace(FAST, max_steps=11))
+def test_max_steps_may_exceed_an_epoch(model, groups):
+    rows = run(model, groups, dataclasses.replace(FAST, max_steps=11))
     assert rows[-1]["step"] == 11
     assert rows[-1]["epoch"] == pytest.approx(11 / 8)
 
 
-def test_the_model_is_left_in_order(model, encoder, groups):
-    attention, dropout = (
-        model.config._attn_implementation,
-        [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)],
-    )
-    run(model, encoder, groups, dataclasses.replace(FAST, dropout=0.0, freeze_position_embeddings=True, max_steps=2))
-    assert not model.training
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
-    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == dropout
-    assert model.config._attn_implementation == attention
-    assert "forward" not in vars(model)
+@pytest.mark.parametrize("warmup", [0.1, 1.0, 5])
+def test_warmup_leaves_a_real_update(model, groups, warmup):
+    before = weights(model)
+    run(model, groups, dataclasses.replace(FAST, max_steps=1, warmup=warmup))
+    assert not torch.equal(weights(model), before)
 
 
-def test_frozen_position_embeddings_stay(model, encoder, groups):
-    before = model.bert.embeddings.position_embeddings.weight.clone()
-    run(model, encoder, groups, dataclasses.replace(FAST, freeze_position_embeddings=True, max_steps=3))
-    assert torch.equal(model.bert.embeddings.position_embeddings.weight, before)
+@pytest.mark.parametrize("dropout", [0.0, 0.2, None])
+def test_training_restores_the_network(model, groups, dropout):
+    network = model.network
+    attention = network.config._attn_implementation
+    probabilities = [m.p for m in network.modules() if isinstance(m, torch.nn.Dropout)]
+    settings = dataclasses.replace(FAST, dropout=dropout, freeze_position_embeddings=True, max_steps=2)
+    run(model, groups, settings)
+    assert not network.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
+    assert [m.p for m in network.modules() if isinstance(m, torch.nn.Dropout)] == probabilities
+    assert network.config._attn_implementation == attention
+    assert not any("forward" in vars(module) for module in network.modules())
 
 
-def test_no_position_embeddings_to_freeze_is_said(model, encoder, groups, monkeypatch):
-    modules = [pair for pair in model.named_modules() if not pair[0].endswith("position_embeddings")]
-    monkeypatch.setattr(model, "named_modules", lambda *args, **kwargs: iter(modules))
-    with pytest.warns(UserWarning, match="no position embeddings"):
-        run(model, encoder, groups, dataclasses.replace(FAST, freeze_position_embeddings=True, max_steps=1))
+def test_frozen_position_embeddings_stay(model, groups):
+    before = model.network.bert.embeddings.position_embeddings.weight.clone()
+    run(model, groups, dataclasses.replace(FAST, freeze_position_embeddings=True, max_steps=3))
+    assert torch.equal(model.network.bert.embeddings.position_embeddings.weight, before)
 
 
-def test_silence(model, encoder, groups, validation, capfd):
-    run(model, encoder, groups, validation=validation)
+def test_a_network_without_position_embeddings_to_freeze(model, groups, monkeypatch):
+    modules = [pair for pair in model.network.named_modules() if not pair[0].endswith("position_embeddings")]
+    monkeypatch.setattr(model.network, "named_modules", lambda *args, **kwargs: iter(modules))
+    with pytest.warns(UserWarning, match="freeze_position_embeddings has no effect"):
+        run(model, groups, dataclasses.replace(FAST, freeze_position_embeddings=True, max_steps=1))
+
+
+def test_training_prints_nothing(model, groups, validation, capfd):
+    run(model, groups, validation=validation)
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("checkpoints", [True, False])
-def test_tensorboard_gets_loss_rate_and_metric(
-    model, encoder, groups, validation, tmp_path, monkeypatch, capfd, checkpoints
-):
+def test_tensorboard_gets_loss_rate_and_metric(model, groups, validation, tmp_path, monkeypatch, capfd, checkpoints):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.chdir(tmp_path)
     settings = dataclasses.replace(FAST, max_steps=4, eval_every=2, trainer_args={"report_to": "tensorboard"})
     folder = {"checkpoint_dir": tmp_path / "ck"} if checkpoints else {}
-    rows = run(model, encoder, groups, settings, validation=validation, **folder)
+    rows = run(model, groups, settings, validation=validation, **folder)
     assert capfd.readouterr() == ("", "")
     (file,) = tmp_path.rglob("*tfevents*")
     assert file.relative_to(tmp_path).parts[: 1 + checkpoints] == (("ck", "runs") if checkpoints else ("runs",))
@@ -162,28 +200,26 @@ def test_tensorboard_gets_loss_rate_and_metric(
         np.testing.assert_allclose([e.value for e in events.Scalars(tag)], [v for _, v in expected], rtol=1e-5)
 
 
-def test_accumulated_steps_are_averaged(model, encoder, groups, backbone):
+def test_gradients_of_accumulated_steps_are_averaged(new, groups):
     plain = dataclasses.replace(
         FAST, max_steps=1, dropout=0.0, clip_norm=None, warmup=0, weight_decay=0, learning_rate=1.0,
         trainer_args=SGD,
     )  # fmt: skip
-    whole_epoch = dataclasses.replace(plain, batch_size=64)
-    in_parts = dataclasses.replace(plain, batch_size=32, gradient_accumulation=2)
-    other = load_model(backbone, seed=1)[0]
-    run(model, encoder, groups, whole_epoch)
-    run(other, encoder, groups, in_parts)
-    torch.testing.assert_close(weights(model), weights(other), atol=1e-6, rtol=0)
+    whole, parts = new(), new()
+    run(whole, groups, dataclasses.replace(plain, batch_size=64))
+    run(parts, groups, dataclasses.replace(plain, batch_size=32, gradient_accumulation=2))
+    torch.testing.assert_close(weights(whole), weights(parts), atol=1e-6, rtol=0)
 
 
-# ---- seeds
+# ---- global state
 
 
-def test_equal_seeds_give_equal_weights_and_leave_the_global_state(encoder, groups, backbone):
-    models = [load_model(backbone, seed=1)[0] for _ in range(3)]
+def test_equal_seeds_give_equal_weights_and_leave_the_global_random_states(new, groups):
+    models = [new() for _ in range(3)]
     states = random.getstate(), torch.get_rng_state()
     numpy_state = np.random.get_state()[1].copy()
     for model, seed in zip(models, (1, 1, 2), strict=True):
-        run(model, encoder, groups, dataclasses.replace(FAST, seed=seed))
+        run(model, groups, dataclasses.replace(FAST, seed=seed))
     assert torch.equal(weights(models[0]), weights(models[1]))
     assert not torch.equal(weights(models[0]), weights(models[2]))
     assert random.getstate() == states[0]
@@ -191,200 +227,201 @@ def test_equal_seeds_give_equal_weights_and_leave_the_global_state(encoder, grou
     assert (np.random.get_state()[1] == numpy_state).all()
 
 
+def test_an_accelerator_made_after_training_has_its_default_precision(new, groups):
+    run(new(dtype="bfloat16"), groups, dataclasses.replace(FAST, max_steps=1))
+    assert Accelerator(cpu=True).mixed_precision == "no"
+
+
 # ---- batches
 
 
 def test_an_epoch_takes_each_query_once_in_another_order(groups):
-    batches = list(_Batches(groups, dataclasses.replace(FAST, batch_size=10)))
-    assert len(batches) == 3 * 7
-    epochs = [[pair for batch in batches[i : i + 7] for pair in batch] for i in (0, 7, 14)]
+    schedule = list(BatchSchedule(groups, dataclasses.replace(FAST, batch_size=10)))
+    assert len(schedule) == 3 * 7
+    epochs = [[pair for batch in schedule[i : i + 7] for pair in batch] for i in (0, 7, 14)]
     for number, epoch in enumerate(epochs):
         assert sorted(epoch) == [(query, number) for query in range(64)]
     assert [query for query, _ in epochs[0]] != [query for query, _ in epochs[1]]
 
 
-def test_batches_are_of_like_length(groups):
+def test_queries_of_a_batch_have_like_lengths(groups):
     rng = np.random.default_rng(0)
-    batches = _Batches(
+    schedule = BatchSchedule(
         dataclasses.replace(groups, texts=["x" * n for n in rng.integers(1, 500, len(groups.texts))]), FAST
     )
-    in_batch = [np.ptp([batches.lengths[query] for query, _ in batch]) for batch in batches]
-    assert np.mean(in_batch) < np.ptp(batches.lengths) / 4
+    ranges = [np.ptp([schedule.lengths[query] for query, _ in batch]) for batch in schedule]
+    assert np.mean(ranges) < np.ptp(schedule.lengths) / 4
 
 
-def test_collator_puts_each_pair_in_its_place(groups, encoder):
-    drawn = [groups.draw(i, seed=0, epoch=0) for i in range(5)]
+def test_the_collator_puts_each_pair_in_its_slot(groups, encoder):
+    drawn = groups.draw_all([(i, 0) for i in range(5)], seed=0)
     drawn[2] = dataclasses.replace(drawn[2], texts=drawn[2].texts[:2], labels=drawn[2].labels[:2])
-    batch = _Collator(encoder, max_tokens=60, max_pairs=3)(drawn)
+    batch = Collator(encoder, max_tokens=60, max_pairs=3)(drawn)
     assert batch["mask"].sum(1).tolist() == [4, 4, 2, 4, 4]
     assert batch["labels"].sum().item() == sum(group.labels.sum() for group in drawn)
     flat = [ids for chunk in batch["chunks"] for ids in chunk["input_ids"].tolist()]
     assert all(len(chunk["input_ids"]) <= 3 for chunk in batch["chunks"])
-    texts = [(group.query, text) for group in drawn for text in group.texts]
+    pairs = [(group.query, text) for group in drawn for text in group.texts]
     slots = batch["mask"].flatten().nonzero().squeeze(-1).tolist()
-    for place, ids in zip(batch["places"].tolist(), flat, strict=True):
-        query, text = texts[slots.index(place)]
+    for slot, ids in zip(batch["slots"].tolist(), flat, strict=True):
+        query, text = pairs[slots.index(slot)]
         expected = encoder([query], [text])["input_ids"][0]
         assert ids[: len(expected)] == expected
         assert not any(ids[len(expected) :])  # padding
 
 
-# ---- dropout on a CPU
+def test_workers_of_the_data_loader_give_the_same_weights(new, groups, capfd):
+    models = [new() for _ in range(2)]
+    run(models[0], groups)
+    run(models[1], groups, dataclasses.replace(FAST, trainer_args={"dataloader_num_workers": 2}))
+    assert torch.equal(weights(models[0]), weights(models[1]))
+    assert capfd.readouterr() == ("", "")
+
+
+# ---- on a CPU: dropout and attention
 
 
 def test_dropout_keeps_the_right_share_and_its_gradient():
-    module = torch.nn.Dropout(0.1)
+    linear = torch.nn.Dropout(0.1)
+    network = type("Network", (torch.nn.Module,), {"config": type("Config", (), {"_attn_implementation": None})})()
+    network.dropout = linear
+    cpu.patch_for_cpu(network, torch.float32)
     x = torch.full((400, 500), 2.0, requires_grad=True)
     torch.manual_seed(3)
-    y = _dropout_of(module, x)
+    y = linear(x)
     assert sorted(y.unique().tolist()) == pytest.approx([0, 2 / 0.9])
     assert (y == 0).float().mean() == pytest.approx(0.1, abs=0.003)  # 4.5 standard errors
     y.sum().backward()
     torch.testing.assert_close(x.grad, y.detach() / 2)
     torch.manual_seed(3)
-    torch.testing.assert_close(_dropout_of(module, x), y)
-    assert not torch.equal(_dropout_of(module, x), y)
-    assert _dropout_of(module.eval(), x) is x
+    torch.testing.assert_close(linear(x), y)
+    assert not torch.equal(linear(x), y)
+    assert linear.eval()(x) is x
 
 
-def test_dropout_of_the_backbone_is_ours_too(model, encoder, groups, monkeypatch):
-    calls = []
-    monkeypatch.setattr("pyterrier_msft.training.trainer._dropout_of", lambda module, x: calls.append(module) or x)
-    run(model, encoder, groups, dataclasses.replace(FAST, max_steps=1))
-    assert calls
-
-
-def test_our_attention_is_the_eager_one(backbone, encoder):
+def test_our_attention_equals_the_eager_one(model, encoder):
     batch = pad(encoder.tokenizer, encoder(["w1", "w2 w3"], ["w4 w5 w6", "w7"]), range(2))
-    model = load_model(backbone, seed=1)[0]
     scores = []
     for name in ("eager", CPU_ATTENTION):
-        model.set_attn_implementation(name)
-        scores.append(forward(model, batch))
+        model.network.set_attn_implementation(name)
+        scores.append(forward(model.network, batch))
     torch.testing.assert_close(*scores)
 
 
-def test_training_leaves_the_model_as_it_was(model, encoder, groups):
-    before = model.config._attn_implementation
-    run(model, encoder, groups, dataclasses.replace(FAST, dropout=0.2, max_steps=1))
-    assert model.config._attn_implementation == before
-    assert not any("forward" in vars(module) for module in model.modules())
-
-
-# ---- a CPU's cores
+# ---- on a CPU: threads
 
 
 @pytest.fixture
-def steps_by_core(monkeypatch):
-    """Two cores, and more chunks a step; the number of steps that were computed so."""
-    steps = []
-    original = _ListTrainer._step_by_core
-
-    def counted(self, model, inputs):
-        assert len(inputs["chunks"]) > self.cores
-        steps.append(len(inputs["chunks"]))
-        return original(self, model, inputs)
-
-    monkeypatch.setattr(_ListTrainer, "_step_by_core", counted)
-    monkeypatch.setattr("pyterrier_msft.training.batches.FEWEST_TOKENS", 50)
-    monkeypatch.setattr("pyterrier_msft.training.trainer.TOKENS_PER_PASS", {"cpu": 120})
+def two_threads(monkeypatch):
+    """Two threads, and more chunks a step than that."""
+    monkeypatch.setattr(batches, "MIN_TOKENS_PER_WORKER", 50)
+    monkeypatch.setitem(batches.TOKENS_PER_PASS, "cpu", 120)
     torch.set_num_threads(2)
-    yield steps
+    yield
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
 
 
+def record_threads(model) -> set[int]:
+    """Collect the threads that training's forward passes run in."""
+    threads: set[int] = set()
+
+    def hook(network, inputs, output):
+        if output.logits.requires_grad:
+            threads.add(threading.get_ident())
+
+    model.network.register_forward_hook(hook)
+    return threads
+
+
 @every_loss
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_chunk_a_core_gives_the_same_weights(encoder, groups, backbone, steps_by_core, loss, accumulation):
+def test_threads_give_the_same_weights(new, groups, two_threads, loss, accumulation):
     settings = dataclasses.replace(
         FAST, dropout=0.0, gradient_accumulation=accumulation, max_steps=4, learning_rate=0.3, trainer_args=SGD
     )
-    models = [load_model(backbone, seed=1)[0] for _ in range(2)]
-    rows = [run(models[0], encoder, groups, settings, loss=loss)]
-    assert len(steps_by_core) == 4 * accumulation
+    models = [new() for _ in range(2)]
+    threads = record_threads(models[0])
+    history = [run(models[0], groups, settings, loss=loss)]
+    assert threads
+    assert threading.get_ident() not in threads
     torch.set_num_threads(1)
-    rows.append(run(models[1], encoder, groups, settings, loss=loss))
+    history.append(run(models[1], groups, settings, loss=loss))
     torch.set_num_threads(2)
-    assert len(steps_by_core) == 4 * accumulation
     torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
-    np.testing.assert_allclose(*([row["loss"] for row in history] for history in rows), rtol=1e-4)
+    np.testing.assert_allclose(*([row["loss"] for row in rows] for rows in history), rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_chunk_a_core_is_reproducible_with_dropout(encoder, groups, backbone, steps_by_core, tmp_path, monkeypatch):
-    models = [load_model(backbone, seed=1)[0] for _ in range(3)]
-    for model in models[:2]:
-        run(model, encoder, groups, dataclasses.replace(FAST, dropout=0.3))
+def test_threads_are_reproducible_with_dropout(new, groups, two_threads, tmp_path):
+    settings = dataclasses.replace(FAST, dropout=0.3)
+    models = [new() for _ in range(2)]
+    for model in models:
+        run(model, groups, settings)
     assert torch.equal(weights(models[0]), weights(models[1]))
-    settings = dataclasses.replace(FAST, dropout=0.3, eval_every=2)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(patch, 3)
-        run(models[2], encoder, groups, settings, checkpoint_dir=tmp_path)
-    resumed = load_model(backbone, seed=1)[0]
-    run(resumed, encoder, groups, settings, checkpoint_dir=tmp_path)
+    options = {"settings": dataclasses.replace(settings, eval_every=2), "checkpoint_dir": tmp_path}
+    with pytest.raises(Killed):
+        run(new(), groups, loss=Interrupting(4, Killed), **options)
+    resumed = new()
+    run(resumed, groups, **options)
     assert torch.equal(weights(resumed), weights(models[0]))
-    assert len(steps_by_core) > 15
 
 
-@pytest.mark.parametrize("how", ["hooks", "random numbers", "numpy's random numbers", "memory"])
-def test_not_every_model_learns_by_core(encoder, groups, backbone, steps_by_core, monkeypatch, how):
-    models = [load_model(backbone, seed=1)[0] for _ in range(2)]
-    calls, number = [], torch.randn if how == "random numbers" else np.random.standard_normal
-    if how == "memory":
-        size = 4 * weights(models[0]).numel()
-        monkeypatch.setattr("pyterrier_msft.training.trainer.memory_of_machine", lambda: 8 * size)
+@pytest.mark.parametrize("reason", ["hooks", "random numbers", "numpy's random numbers", "memory"])
+def test_models_that_threads_would_disturb_are_trained_in_one(new, groups, two_threads, monkeypatch, reason):
+    models = [new() for _ in range(2)]
+    calls, number = [], torch.randn if reason == "random numbers" else np.random.standard_normal
+    if reason == "memory":
+        monkeypatch.setattr(cpu, "MAX_GRADIENT_BYTES", 4 * weights(models[0]).numel())
     for model in models:
-        if how == "hooks":
-            model.classifier.bias.register_post_accumulate_grad_hook(calls.append)
-        elif how != "memory":
-            model.classifier.register_forward_hook(lambda module, inputs, output: output + float(number(())) / 10)
-        run(model, encoder, groups, FAST)
-    assert not steps_by_core
+        threads = record_threads(model)
+        if reason == "hooks":
+            model.network.classifier.bias.register_post_accumulate_grad_hook(calls.append)
+        elif reason != "memory":
+            model.network.classifier.register_forward_hook(lambda module, x, output: output + float(number(())) / 10)
+        run(model, groups)
+        assert threads == {threading.get_ident()}
     assert torch.equal(weights(models[0]), weights(models[1]))
-    assert bool(calls) == (how == "hooks")
+    assert bool(calls) == (reason == "hooks")
 
 
-def test_a_chunk_a_core_in_bfloat16(encoder, groups, backbone, steps_by_core):
-    models, cached = [load_model(backbone, seed=1)[0] for _ in range(2)], set()
+def test_threads_in_bfloat16(new, groups, two_threads):
+    models, cached = [new(dtype="bfloat16") for _ in range(2)], set()
     for model in models:
-        model.classifier.register_forward_pre_hook(lambda *_: cached.add(torch.is_autocast_cache_enabled()))
-        settings = dataclasses.replace(FAST, max_steps=4)
-        train(model, encoder, groups, losses.ranknet, settings, dtype=torch.bfloat16)
-    assert len(steps_by_core) == 8
+        threads = record_threads(model)
+        model.network.classifier.register_forward_pre_hook(lambda *_: cached.add(torch.is_autocast_cache_enabled()))
+        run(model, groups, dataclasses.replace(FAST, max_steps=4), loss=losses.ranknet)
+        assert threading.get_ident() not in threads
     assert cached == {False}
     assert torch.equal(weights(models[0]), weights(models[1]))
 
 
-def test_checkpointed_layers_take_the_same_dropout_again(encoder, groups, backbone, steps_by_core, monkeypatch):
-    settings = dataclasses.replace(FAST, dropout=0.3, max_steps=4, learning_rate=0.3)
-    models = [load_model(backbone, seed=1)[0] for _ in range(2)]
-    run(models[0], encoder, groups, dataclasses.replace(settings, trainer_args={**SGD, "gradient_checkpointing": True}))
-    assert not steps_by_core
-    monkeypatch.setattr(_ListTrainer, "_apart", lambda self, model, chunk: False)
-    run(models[1], encoder, groups, dataclasses.replace(settings, trainer_args=SGD))
+def test_gradient_checkpointing_repeats_the_dropout(new, groups, two_threads, monkeypatch):
+    settings = dataclasses.replace(FAST, dropout=0.3, max_steps=4, learning_rate=0.3, trainer_args=SGD)
+    models = [new() for _ in range(2)]
+    run(models[0], groups, dataclasses.replace(settings, trainer_args={**SGD, "gradient_checkpointing": True}))
+    monkeypatch.setattr(cpu, "supports_threads", lambda model, chunk: False)
+    run(models[1], groups, settings)
     torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-6, rtol=0)
 
 
-def test_an_error_on_one_core_comes_up_when_no_other_is_at_work(model, encoder, groups, steps_by_core, monkeypatch):
+def test_an_error_in_a_thread_is_raised_when_no_other_thread_is_at_work(model, groups, two_threads):
     failed, at_work = threading.Event(), []
 
-    def fails(model, chunk):
-        if threading.current_thread() is threading.main_thread():  # the question whether it draws random numbers
-            return forward(model, chunk)
+    def hook(network, inputs, output):
+        if threading.current_thread() is threading.main_thread():  # the check for random numbers
+            return
         if not failed.is_set():
             failed.set()
             raise RuntimeError("nothing to do with memory")
         at_work.append(True)
-        scores = forward(model, chunk)
         at_work.pop()
-        return scores
 
-    monkeypatch.setattr("pyterrier_msft.training.trainer.forward", fails)
+    model.network.register_forward_hook(hook)
     before = threading.active_count()
     with pytest.raises(RuntimeError, match="nothing to do"):
-        run(model, encoder, groups)
-    assert len(steps_by_core) == 1
+        run(model, groups)
+    assert failed.is_set()
     assert not at_work
     assert threading.active_count() == before
 
@@ -394,220 +431,225 @@ def test_an_error_on_one_core_comes_up_when_no_other_is_at_work(model, encoder, 
 
 @pytest.mark.parametrize("loss", [losses.localized_contrastive, losses.ranknet])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_bounded_memory_gives_the_same_weights(encoder, groups, backbone, loss, accumulation):
+def test_gradient_caching_gives_the_same_weights(new, groups, loss, accumulation):
     settings = dataclasses.replace(
         FAST, dropout=0.0, gradient_accumulation=accumulation, max_steps=4, learning_rate=0.3, trainer_args=SGD
     )
-    models = [load_model(backbone, seed=1)[0] for _ in range(2)]
+    models = [new() for _ in range(2)]
     for model, pairs in zip(models, (None, 5), strict=True):
-        run(model, encoder, groups, dataclasses.replace(settings, pairs_per_pass=pairs), loss=loss)
+        run(model, groups, dataclasses.replace(settings, pairs_per_pass=pairs), loss=loss)
     torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
 
 
 @every_loss
-def test_bounded_memory_replays_dropout(encoder, groups, backbone, monkeypatch, loss):
-    settings = dataclasses.replace(
-        FAST, dropout=0.3, pairs_per_pass=5, max_steps=1, learning_rate=0.3, warmup=0, trainer_args=SGD
-    )
-    models = [load_model(backbone, seed=1)[0] for _ in range(2)]
-    run(models[0], encoder, groups, settings, loss=loss)
-    # The same chunks with their graphs kept.
-    monkeypatch.setattr("pyterrier_msft.training._ListTrainer._bounded", lambda self, inputs: False)
-    run(models[1], encoder, groups, settings, loss=loss)
-    torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
+def test_gradient_caching_repeats_the_dropout(new, groups, encoder, loss):
+    batch = Collator(encoder, max_tokens=200, max_pairs=5)(groups.draw_all([(i, 0) for i in range(6)], seed=0))
+
+    def loss_of(pair_scores):
+        scores = torch.zeros(batch["mask"].numel()).index_put((batch["slots"],), pair_scores)
+        return loss(scores.view(batch["mask"].shape), batch["labels"], batch["mask"])
+
+    def loss_and_score_grads(parts):
+        scores = torch.cat([part.detach() for part in parts]).requires_grad_()
+        value = loss_of(scores)
+        return value.detach(), torch.autograd.grad(value, scores)[0].split([len(part) for part in parts])
+
+    networks = [new().network.train() for _ in range(2)]
+    torch.manual_seed(0)
+    loss_of(torch.cat([forward(networks[0], chunk) for chunk in batch["chunks"]])).backward()
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    gradient_cache_step(networks[1], batch["chunks"], loss_and_score_grads, Accelerator(cpu=True))
+    assert torch.equal(torch.get_rng_state(), after)
+    for plain, cached in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        torch.testing.assert_close(plain.grad, cached.grad, atol=1e-5, rtol=0)
 
 
 @every_loss
-def test_long_lists_in_bounded_memory_whatever_the_loss(encoder, train_part, backbone, loss):
+def test_gradient_caching_of_long_lists(new, train_part, loss):
     groups = from_qrels(
         train_part.results, train_part.qrels, depth=None, n_negatives=99, n_positives=None, min_relevance=1
     )[0]
     settings = Hyperparameters(dropout=0.0, max_steps=1, batch_size=4, learning_rate=1.0, warmup=0, trainer_args=SGD)
-    models = [load_model(backbone, seed=1)[0] for _ in range(2)]
+    models = [new() for _ in range(2)]
     before = weights(models[0])
     for model, pairs in zip(models, (None, 8), strict=True):
-        run(model, encoder, groups, dataclasses.replace(settings, pairs_per_pass=pairs), loss=loss)
+        run(model, groups, dataclasses.replace(settings, pairs_per_pass=pairs), loss=loss)
     assert (weights(models[0]) - before).abs().max() > 1e-4
     torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
 
 
-def test_a_step_too_large_for_the_memory_is_bounded_by_itself(encoder, groups, backbone, monkeypatch):
+def test_a_step_with_too_many_tokens_for_the_memory_uses_gradient_caching(new, groups, monkeypatch):
     settings = dataclasses.replace(FAST, dropout=0.0, max_steps=2, learning_rate=0.3, trainer_args=SGD)
-    models = [load_model(backbone, seed=1)[0] for _ in range(2)]
-    run(models[0], encoder, groups, settings)
-    tokens, grad = [], []
+    models = [new() for _ in range(2)]
+    run(models[0], groups, settings)
+    tokens, has_graph = [], []
 
-    def watched(model, chunk):
-        tokens.append(chunk["input_ids"].numel())
-        grad.append(torch.is_grad_enabled())
-        return forward(model, chunk)
+    def hook(network, inputs, kwargs, output):
+        tokens.append(kwargs["input_ids"].numel())
+        has_graph.append(output.logits.requires_grad)
 
-    monkeypatch.setattr("pyterrier_msft.training.trainer.forward", watched)
-    monkeypatch.setattr("pyterrier_msft.training.trainer.tokens_that_fit", lambda *args, **options: 100)
-    run(models[1], encoder, groups, settings)
-    assert max(tokens) < 200  # parts are cut before they are padded to a multiple of 8; a step has 32 pairs
-    assert grad.count(False) == grad.count(True) > 2  # each part twice
+    models[1].network.register_forward_hook(hook, with_kwargs=True)
+    monkeypatch.setattr(gradient_cache, "MAX_ACTIVATION_BYTES", 1)
+    run(models[1], groups, settings)
+    assert max(tokens) <= 32  # one pair, padded
+    assert has_graph.count(False) == has_graph.count(True) == 2 * 32  # each pair twice
     torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize(("cores", "limit", "halved"), [(1, 10, [32, 16]), (2, 5, [8])])
-def test_out_of_memory_halves_the_pass_at_the_same_gradient(
-    encoder, groups, backbone, monkeypatch, caplog, request, accumulation, cores, limit, halved
+@pytest.mark.parametrize(("threads", "limit", "halved"), [(1, 10, [32, 16]), (2, 5, [8])])
+def test_running_out_of_memory_halves_the_pass_and_leaves_the_gradient(
+    new, groups, caplog, request, accumulation, threads, limit, halved
 ):
-    if cores == 2:
-        request.getfixturevalue("steps_by_core")
+    if threads == 2:
+        request.getfixturevalue("two_threads")
     settings = dataclasses.replace(
         FAST, dropout=0.0, gradient_accumulation=accumulation, max_steps=4, learning_rate=0.3, trainer_args=SGD
     )
-    models = [load_model(backbone, seed=1)[0] for _ in range(2)]
-    run(models[0], encoder, groups, settings)
+    models, sizes = [new() for _ in range(2)], []
+    run(models[0], groups, settings)
 
-    def tight(model, chunk):
-        scores = forward(model, chunk)
-        sizes.append(len(scores))
-        if len(scores) > limit and len(sizes) > accumulation:  # in the midst of an update
-            if not scores.requires_grad:
-                too_much()
-            scores.register_hook(lambda gradient: too_much())  # when some gradients are summed already
-        return scores
+    def hook(network, inputs, output):
+        sizes.append(len(output.logits))
+        if len(output.logits) > limit and len(sizes) > accumulation:  # in the middle of an update
+            if not output.logits.requires_grad:
+                run_out()
+            output.logits.register_hook(lambda gradient: run_out())  # when some gradients have been added
 
-    def too_much():
+    def run_out():
         raise torch.OutOfMemoryError
 
-    sizes: list[int] = []
-    monkeypatch.setattr("pyterrier_msft.training.trainer.forward", tight)
-    run(models[1], encoder, groups, settings)
+    models[1].network.register_forward_hook(hook)
+    run(models[1], groups, settings)
     assert min(sizes) <= limit < max(sizes)
     torch.testing.assert_close(weights(models[0]), weights(models[1]), atol=1e-5, rtol=0)
-    said = [r.message.split(":")[0] for r in caplog.records if "memory" in r.message]
-    assert said == [f"out of memory with {pairs} pairs a pass" for pairs in halved]
+    messages = [record.message.split(";")[0] for record in caplog.records if "memory" in record.message]
+    assert messages == [f"out of memory with {pairs} pairs per pass" for pairs in halved]
 
 
-def test_another_error_or_a_single_pair_is_not_tried_again(model, encoder, groups, monkeypatch):
-    def fails(error):
-        def forward(model, chunk):
-            raise error
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), torch.OutOfMemoryError("too large")])
+def test_another_error_and_a_single_pair_that_does_not_fit_are_raised(model, groups, error):
+    def fail(network, inputs, output):
+        raise error
 
-        monkeypatch.setattr("pyterrier_msft.training.trainer.forward", forward)
-
-    fails(RuntimeError("a bug"))
-    with pytest.raises(RuntimeError, match="a bug"):
-        run(model, encoder, groups)
-    fails(torch.OutOfMemoryError("too large"))
-    with pytest.raises(torch.OutOfMemoryError):
-        run(model, encoder, groups)
+    model.network.register_forward_hook(fail)
+    with pytest.raises(type(error), match=str(error)):
+        run(model, groups)
 
 
 # ---- what goes wrong
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_queries(model, encoder, groups):
+def test_a_loss_that_is_not_finite_stops_with_step_and_queries(model, groups):
     def broken(scores, labels, mask):
         return scores.sum() * float("nan")
 
-    with pytest.raises(ValueError, match=r"expected a finite loss, found nan at step 1 \(queries tr"):
-        run(model, encoder, groups, loss=broken)
-    assert not model.training
+    with pytest.raises(ValueError, match=r"loss must be finite; got nan at step 1 \(queries tr"):
+        run(model, groups, loss=broken)
+    assert not model.network.training
 
 
 @pytest.mark.parametrize("steps", [4, 20])
-def test_constant_scores_raise_the_alarm(model, encoder, groups, steps):
-    torch.nn.init.zeros_(model.classifier.weight)
-    with pytest.warns(UserWarning, match="get the same score"):
-        run(model, encoder, groups, dataclasses.replace(FAST, learning_rate=1e-9, max_steps=steps))
+def test_constant_scores_raise_a_warning(model, groups, steps):
+    torch.nn.init.zeros_(model.network.classifier.weight)
+    with pytest.warns(UserWarning, match="All documents of a query get the same score") as caught:
+        run(model, groups, dataclasses.replace(FAST, learning_rate=1e-9, max_steps=steps))
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"learning_rate": 0}, {"epochs": -1}, {"batch_size": 0}, {"warmup": -0.1}, {"dropout": 1.0}, {"patience": 0}],
+    ("settings", "message"),
+    [
+        ({"learning_rate": 0}, "learning_rate must be a positive number; got 0"),
+        ({"learning_rate": None}, "learning_rate must be a positive number; got None"),
+        ({"epochs": -1}, "epochs must be a positive number; got -1"),
+        ({"max_steps": 2.5}, "max_steps must be a positive integer or None; got 2.5"),
+        ({"batch_size": None}, "batch_size must be a positive integer; got None"),
+        ({"batch_size": True}, "batch_size must be a positive integer; got True"),
+        ({"warmup": -0.1}, "warmup must be a non-negative number; got -0.1"),
+        ({"seed": None}, "seed must be a non-negative integer; got None"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1; got 1.0"),
+        ({"patience": 0}, "patience must be a positive integer or None; got 0"),
+        ({"metric": 10}, "metric must be an ir_measures measure such as nDCG @ 10; got 10"),
+        ({"metric": "nonsense"}, "metric must be an ir_measures measure such as nDCG @ 10; got 'nonsense'"),
+        ({"trainer_args": {"learning_rate": 1}}, "trainer_args must not set 'learning_rate'. Use learning_rate"),
+        ({"trainer_args": {"num_train_epochs": 1}}, "trainer_args must not set 'num_train_epochs'. Use epochs"),
+        ({"trainer_args": {"fsdp": True}}, "trainer_args must not set 'fsdp': .* torchrun"),
+        ({"trainer_args": ["fsdp"]}, "trainer_args must be a dictionary; got list"),
+    ],
 )
-def test_hyperparameters_out_of_range(wrong):
-    with pytest.raises(ValueError, match=f"expected {next(iter(wrong))} .* found {next(iter(wrong.values()))}"):
-        Hyperparameters(**wrong)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Hyperparameters(**settings)
+
+
+def test_a_metric_may_be_given_by_name():
+    assert Hyperparameters(metric="RR@10").metric == RR @ 10
 
 
 # ---- interruption
 
 
-class Killed(BaseException):
-    """As if the process had been killed: nothing of ours catches it."""
-
-
-def killed_at(monkeypatch, step: int):
-    original = _ListTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == step:
-            raise Killed
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(_ListTrainer, "training_step", training_step)
-
-
 @pytest.mark.parametrize("step", [3, 12, 19])  # in the first, the second and the last of three epochs
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_resume_gives_the_uninterrupted_weights(
-    encoder, groups, validation, backbone, tmp_path, monkeypatch, step, accumulation
-):
+def test_a_resumed_run_gives_the_uninterrupted_weights(new, groups, validation, tmp_path, step, accumulation):
     settings = dataclasses.replace(FAST, eval_every=2, gradient_accumulation=accumulation, epochs=3 * accumulation)
     options = {"checkpoint_dir": tmp_path / "ck", "identity": {"data": "x"}, "validation": validation}
-    whole, parts = load_model(backbone, seed=1)[0], load_model(backbone, seed=1)[0]
-    expected = run(whole, encoder, groups, settings, validation=validation)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(patch, step)
-        run(parts, encoder, groups, settings, **options)
-    resumed = load_model(backbone, seed=1)[0]
-    found = run(resumed, encoder, groups, settings, **options)
+    whole, resumed = new(), new()
+    expected = run(whole, groups, settings, validation=validation)
+    with pytest.raises(Killed):
+        run(new(), groups, settings, loss=Interrupting(step * accumulation + 1, Killed), **options)
+    found = run(resumed, groups, settings, **options)
     assert torch.equal(weights(resumed), weights(whole))
     columns = ["step", "epoch", "loss", "learning_rate", "RR@10"]
     pd.testing.assert_frame_equal(pd.DataFrame(found)[columns], pd.DataFrame(expected)[columns])
-    # And once more: finished trainings have nothing left to do.
-    again = load_model(backbone, seed=1)[0]
-    run(again, encoder, groups, settings, **options)
+    again = new()  # nothing is left to do
+    run(again, groups, settings, **options)
     assert torch.equal(weights(again), weights(whole))
 
 
-def test_a_stopped_training_stays_stopped(encoder, groups, validation, backbone, tmp_path):
+def test_a_run_that_stopped_early_stays_stopped(new, groups, validation, tmp_path):
     still = dataclasses.replace(FAST, learning_rate=1e-12, eval_every=1, patience=3)
     options = {"checkpoint_dir": tmp_path, "validation": validation}
-    rows = [run(load_model(backbone, seed=1)[0], encoder, groups, still, **options) for _ in range(2)]
+    rows = [run(new(), groups, still, **options) for _ in range(2)]
     assert [len(r) for r in rows] == [4, 4]
 
 
-def test_a_half_written_checkpoint_is_not_taken(encoder, groups, backbone, tmp_path, caplog):
+@pytest.mark.parametrize("damage", ["no state", "half a state", "no optimizer", "no random state"])
+def test_an_incomplete_checkpoint_is_never_used(new, groups, tmp_path, caplog, damage):
     settings = dataclasses.replace(FAST, eval_every=4)
-    run(load_model(backbone, seed=1)[0], encoder, groups, settings, checkpoint_dir=tmp_path)
-    newest = max(tmp_path.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    shutil.copytree(newest, tmp_path / "checkpoint-99")
-    (tmp_path / "checkpoint-99" / STATE_FILE).unlink()
+    run(new(), groups, settings, checkpoint_dir=tmp_path)
+    (newest,) = tmp_path.glob("checkpoint-*")
+    incomplete = Path(shutil.copytree(newest, tmp_path / "checkpoint-99"))
+    state = incomplete / "trainer_state.json"
+    if damage == "half a state":
+        state.write_text(state.read_text()[:-20])
+    else:
+        names = {"no state": state.name, "no optimizer": "optimizer.pt", "no random state": "rng_state.pth"}
+        (incomplete / names[damage]).unlink()
     with caplog.at_level(logging.INFO):
-        run(load_model(backbone, seed=1)[0], encoder, groups, settings, checkpoint_dir=tmp_path)
+        run(new(), groups, settings, checkpoint_dir=tmp_path)
     assert f"resuming from {newest}" in caplog.text
-    assert not (tmp_path / "checkpoint-99").exists()
+    assert not incomplete.exists()
 
 
-def test_a_checkpoint_of_something_else_is_refused(model, encoder, groups, tmp_path):
-    run(model, encoder, groups, checkpoint_dir=tmp_path, identity={"fitter": "a", "data": "b"})
-    with pytest.raises(ValueError, match="found one of data b instead of c; give"):
-        run(model, encoder, groups, checkpoint_dir=tmp_path, identity={"fitter": "a", "data": "c"})
-    state = json.loads(next(tmp_path.glob(f"*/{STATE_FILE}")).read_text())
-    assert state["identity"] == {"fitter": "a", "data": "b"}
+def test_a_checkpoint_of_another_run_is_refused(model, groups, tmp_path):
+    run(model, groups, checkpoint_dir=tmp_path, identity={"fitter": "a", "data": "b"})
+    with pytest.raises(ValueError, match="holds a checkpoint of another training run: data is b there and c here"):
+        run(model, groups, checkpoint_dir=tmp_path, identity={"fitter": "a", "data": "c"})
+    (state,) = tmp_path.glob("*/trainer_state.json")
+    content = json.loads(state.read_text())
+    del content["stateful_callbacks"]["CheckpointCallback"]
+    state.write_text(json.dumps(content))  # as if another program's Trainer had written it
+    with pytest.raises(ValueError, match="another training run: fitter is unknown there"):
+        run(model, groups, checkpoint_dir=tmp_path, identity={"fitter": "a", "data": "b"})
 
 
-def test_ctrl_c_leaves_the_best_weights(model, encoder, groups, validation, caplog, monkeypatch):
-    original = _ListTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == 20:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(_ListTrainer, "training_step", training_step)
+def test_ctrl_c_leaves_the_best_weights(model, groups, validation, caplog):
     history: list[dict] = []
     with pytest.raises(KeyboardInterrupt):
-        run(model, encoder, groups, validation=validation, history=history)
-    best = max(row.get("RR@10", 0) for row in history)
-    assert validation.measure(model, encoder, torch.float32) == pytest.approx(best)
-    assert not model.training
-    assert "interrupted at step 20 of 24; the re-ranker holds the best weights" in caplog.text
+        run(model, groups, loss=Interrupting(21, KeyboardInterrupt), validation=validation, history=history)
+    assert metric(model, validation) == pytest.approx(max(row.get("RR@10", 0) for row in history))
+    assert not model.network.training
+    assert "interrupted at step 20 of 24; the re-ranker keeps the best weights so far" in caplog.text

@@ -1,1 +1,1 @@
-"""Result frames, qrels and rankings to groups that a listwise loss learns from."""
+"""Training data: from result frames, qrels and rankings to groups of labelled documents."""

@@ -1,4 +1,4 @@
-"""Columns, ids and texts of the frames that users give."""
+"""Validation of user-given frames: columns, ids, numbers and texts."""
 
 import hashlib
 from collections.abc import Iterable
@@ -9,116 +9,10 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-PASSAGE = r"%p\d+$"  # what pt.text.sliding appends to a docno
+PASSAGE_SUFFIX = r"%p\d+$"  # pt.text.sliding appends it to a docno
 
-
-def ranked(results: pd.DataFrame, scores: np.ndarray) -> pd.DataFrame:
-    """Results with these scores and the ranks that they make."""
-    # Under a plain index: after `|` the frame's is not unique, and it may have a level called qid.
-    found = pt.model.add_ranks(results.reset_index(drop=True).assign(score=scores))
-    return found.set_axis(results.index[found.index])
-
-
-def as_ids(values: pd.Series) -> pd.Series:
-    """Ids as strings, with a plain index: after `|` a result frame's index is not unique.
-
-    Blanks at the ends are cut, and the whole numbers that pandas makes floats of, where one is missing, are read as
-    what they were: 1.0 is "1".
-
-    Raises:
-        ValueError: If an id is missing, or no Unicode text.
-    """
-    values = values.reset_index(drop=True)
-    require_ids(values.to_frame(), [values.name])
-    if isinstance(values.dtype, pd.CategoricalDtype):
-        values = values.astype(values.cat.categories.dtype)
-    if pd.api.types.is_float_dtype(values):
-        values = values.astype(object)
-    if values.dtype == object and any(issubclass(kind, float | np.floating) for kind in set(map(type, values))):
-        values = values.map(_whole)
-    try:
-        return values.astype(str).str.strip()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"expected every {values.name} in Unicode, found {error.object!r}") from error
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float | np.floating) and float(value).is_integer() else value
-
-
-def without_text(values: pd.Series) -> np.ndarray:
-    """Which of a column's values are no text: missing (None, NaN, NA) or blank.
-
-    Raises:
-        ValueError: If there is something else than text and numbers, such as a list of passages.
-    """
-    if _is_text(values):
-        spaces = values.str.isspace().to_numpy(dtype=bool, na_value=False)
-        empty = (values == "").to_numpy(dtype=bool, na_value=False)
-        return values.isna().to_numpy(dtype=bool) | spaces | empty
-    column = values.tolist()
-    kinds = set(map(type, column))
-    for kind in kinds:
-        if not issubclass(kind, str | Number | np.bool_ | type(None) | type(pd.NA) | type(pd.NaT)):
-            raise ValueError(f"expected text in the column {values.name!r}, found {kind.__name__} in it")
-    blank = np.fromiter((isinstance(text, str) and not text.strip() for text in column), bool, len(column))
-    return values.isna().to_numpy(dtype=bool) | blank
-
-
-def as_texts(values: pd.Series) -> pd.Series:
-    """A column's texts with a plain index: a number as it is written, what is missing as the empty text.
-
-    Lone surrogates, which no tokenizer takes, become '?'.
-    """
-    plain = values.reset_index(drop=True)
-    if _is_text(values):
-        return plain.fillna("")
-    missing = plain.isna().to_numpy(dtype=bool)
-    column = ["" if gone else str(text) for text, gone in zip(plain.tolist(), missing, strict=True)]
-    return pd.Series(
-        [text if text.isascii() else text.encode("utf-8", "replace").decode() for text in column], dtype=str
-    )
-
-
-def _is_text(values: pd.Series) -> bool:
-    """Whether the dtype admits nothing but text, and of that only what is valid."""
-    return isinstance(values.dtype, pd.StringDtype | pd.ArrowDtype) and pd.api.types.is_string_dtype(values.dtype)
-
-
-def order_key(frame: pd.DataFrame) -> np.ndarray | None:
-    """What orders a result frame, higher being better: the score, else the negative rank, else None."""
-    if "score" in frame.columns:
-        key = _numbers(frame["score"], "score")
-    elif "rank" in frame.columns:
-        key = -_numbers(frame["rank"], "rank")
-    else:
-        return None
-    return check_numbers(key)
-
-
-def check_numbers(key: np.ndarray) -> np.ndarray:
-    """The scores themselves; a ValueError if one is not a number."""
-    if np.isnan(key).any():
-        raise ValueError(f"expected a number as every score, found {int(np.isnan(key).sum())} NaN")
-    return key
-
-
-def _numbers(values: pd.Series, what: str) -> np.ndarray:
-    try:
-        return pd.to_numeric(values).to_numpy(dtype=np.float64, na_value=np.nan)
-    except (ValueError, TypeError) as error:
-        numbers = pd.to_numeric(values.astype(str), errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-        raise ValueError(
-            f"expected a number as every {what}, found {_some(values.to_numpy()[np.isnan(numbers)])}"
-        ) from error
-
-
-def _some(values: np.ndarray) -> str:
-    return f"{len(values):,} such as {values[0]!r}" if len(values) else "none"
-
-
-# How other tools call PyTerrier's columns.
-ELSEWHERE = {
+# Names that other tools give to PyTerrier's columns.
+COLUMN_ALIASES = {
     "qid": ("query_id", "queryid", "topic", "topic_id", "q_id"),
     "docno": ("doc_id", "docid", "document_id", "pid", "passage_id", "d_id"),
     "query": ("query_text", "question", "title"),
@@ -128,39 +22,165 @@ ELSEWHERE = {
 }
 
 
+def with_scores(results: pd.DataFrame, scores: np.ndarray) -> pd.DataFrame:
+    """Set the scores of results, and the ranks that follow from them."""
+    # After `|` the index isn't unique, and it may have a level called qid, so add_ranks gets a plain one.
+    ranked = pt.model.add_ranks(results.reset_index(drop=True).assign(score=scores))
+    return ranked.set_axis(results.index[ranked.index])
+
+
+# ---- checks
+
+
 def require_columns(frame: Any, columns: list[str], what: str) -> None:
-    """Raise a ValueError that names what is expected and what is there, and what may help."""
+    """Check that a data frame has the columns, each once.
+
+    Args:
+        frame: The value to check.
+        columns: The names of the columns.
+        what: The name of the frame in error messages.
+
+    Raises:
+        ValueError: With the expected and actual columns, and what may help.
+    """
     if not isinstance(frame, pd.DataFrame):
-        raise ValueError(f"expected {what} as a data frame, found {type(frame).__name__}")
-    names = list(map(str, frame.columns))
+        raise ValueError(f"{what} must be a data frame; got {type(frame).__name__}")
+    names = [*map(str, frame.columns)]
     if missing := [column for column in columns if column not in frame.columns]:
-        others = {other: column for column in missing for other in ELSEWHERE.get(column, ()) if other in frame.columns}
-        levels = [name for name in frame.index.names if name in missing]
-        hint = ""
-        if others:
-            hint = f"; rename them by .rename(columns={others})"
-        elif levels:
-            hint = f"; {', '.join(map(repr, levels))} is in the index: give frame.reset_index()"
-        elif "label" in missing and "score" in frame.columns:
-            hint = "; these look like results: are the arguments swapped?"
-        elif "query" in missing and "label" in frame.columns:
-            hint = "; these look like qrels: are the arguments swapped?"
-        elif "docno" in missing and "query" in frame.columns:
-            hint = "; these look like topics: give what a first stage finds for them, first_stage(topics)"
-        raise ValueError(f"expected columns {columns} in {what}, found {names}{hint}")
-    if twice := [column for column in (*columns, "score", "rank") if names.count(column) > 1]:
-        raise ValueError(f"expected one column {twice[0]!r} in {what}, found {names.count(twice[0])}")
+        raise ValueError(f"{what} must have the columns {columns}; got {names}{_columns_hint(frame, missing)}")
+    if repeated := [column for column in (*columns, "score", "rank") if names.count(column) > 1]:
+        raise ValueError(f"{what} must have one column {repeated[0]!r}; got {names.count(repeated[0])}")
+
+
+def _columns_hint(frame: pd.DataFrame, missing: list[str]) -> str:
+    renames = {
+        alias: column for column in missing for alias in COLUMN_ALIASES.get(column, ()) if alias in frame.columns
+    }
+    if renames:
+        return f". Rename them: .rename(columns={renames})"
+    if levels := [name for name in frame.index.names if name in missing]:
+        return f". The index has {', '.join(map(repr, levels))}: call .reset_index()"
+    if "label" in missing and "score" in frame.columns:
+        return ". These look like results: check the order of the arguments"
+    if "query" in missing and "label" in frame.columns:
+        return ". These look like qrels: check the order of the arguments"
+    if "docno" in missing and "query" in frame.columns:
+        return ". These look like topics: pass the results of a first stage, first_stage(topics)"
+    return ""
 
 
 def require_ids(frame: pd.DataFrame, columns: Iterable[Any]) -> None:
-    """Raise a ValueError that counts the rows without an id."""
+    """Raise a ValueError if an id is missing."""
     for column in columns:
         if missing := int(frame[column].isna().sum()):
-            raise ValueError(f"expected a {column} in every row, found {missing:,} of {len(frame):,} without")
+            raise ValueError(f"{column} is required in every row; {missing:,} of {len(frame):,} rows have none")
+
+
+def require(valid: np.ndarray, values: Any, rule: str) -> None:
+    """Raise a ValueError that states the rule, and counts and exemplifies the values that break it."""
+    if not valid.all():
+        invalid = np.asarray(values)[~valid]
+        verb = "isn't" if len(invalid) == 1 else "aren't"
+        raise ValueError(f"{rule}; {len(invalid):,} of {len(valid):,} {verb}, e.g. {invalid.tolist()[0]!r}")
+
+
+# ---- columns
+
+
+def as_ids(values: pd.Series) -> pd.Series:
+    """Convert ids to strings without surrounding whitespace, under a plain index.
+
+    An integer that pandas made a float, because another value was missing, becomes an integer again: 1.0 is "1".
+
+    Raises:
+        ValueError: If an id is missing or isn't valid Unicode.
+    """
+    values = values.reset_index(drop=True)
+    require_ids(values.to_frame(), [values.name])
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        values = values.astype(values.cat.categories.dtype)
+    if pd.api.types.is_float_dtype(values):
+        values = values.astype(object)
+    if values.dtype == object and any(issubclass(kind, float | np.floating) for kind in set(map(type, values))):
+        values = values.map(_undo_float)
+    try:
+        return values.astype(str).str.strip()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{values.name} must be valid Unicode; got {error.object!r}") from error
+
+
+def _undo_float(value: Any) -> Any:
+    return int(value) if isinstance(value, float | np.floating) and float(value).is_integer() else value
+
+
+def is_blank(values: pd.Series) -> np.ndarray:
+    """Return a mask of the texts that are missing (None, NaN, NA), empty or whitespace.
+
+    Raises:
+        ValueError: If the column has values other than texts and numbers, e.g. lists of passages.
+    """
+    if _has_text_dtype(values):
+        spaces = values.str.isspace().to_numpy(dtype=bool, na_value=False)
+        empty = (values == "").to_numpy(dtype=bool, na_value=False)
+        return values.isna().to_numpy(dtype=bool) | spaces | empty
+    column = values.tolist()
+    for kind in set(map(type, column)):
+        if not issubclass(kind, str | Number | np.bool_ | type(None) | type(pd.NA) | type(pd.NaT)):
+            raise ValueError(f"column {values.name!r} must contain text; got {kind.__name__}")
+    blank = np.fromiter((isinstance(text, str) and not text.strip() for text in column), bool, len(column))
+    return values.isna().to_numpy(dtype=bool) | blank
+
+
+def as_texts(values: pd.Series) -> pd.Series:
+    """Convert a column to strings under a plain index: missing values become empty.
+
+    Lone surrogates, which tokenizers reject, become '?'.
+    """
+    values = values.reset_index(drop=True)
+    if _has_text_dtype(values):
+        return values.fillna("")
+    missing = values.isna().to_numpy(dtype=bool)
+    texts = ["" if is_missing else str(text) for text, is_missing in zip(values.tolist(), missing, strict=True)]
+    return pd.Series(
+        [text if text.isascii() else text.encode("utf-8", "replace").decode() for text in texts], dtype=str
+    )
+
+
+def _has_text_dtype(values: pd.Series) -> bool:
+    """Whether the dtype admits nothing but valid Unicode strings."""
+    return isinstance(values.dtype, pd.StringDtype | pd.ArrowDtype) and pd.api.types.is_string_dtype(values.dtype)
+
+
+def as_numbers(values: pd.Series, name: str) -> np.ndarray:
+    """Convert a column to float64.
+
+    Raises:
+        ValueError: If a value isn't a number or is NaN.
+    """
+    try:
+        numbers = pd.to_numeric(values).to_numpy(dtype=np.float64, na_value=np.nan)
+    except (ValueError, TypeError):
+        numbers = pd.to_numeric(values.astype(str), errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    require(~np.isnan(numbers), values, f"{name}s must be numeric")
+    return numbers
+
+
+def order_column(columns: Iterable[str]) -> str | None:
+    """Choose the column that orders results: score if there is one, else rank, else None."""
+    return next((name for name in ("score", "rank") if name in columns), None)
+
+
+def order_key(frame: pd.DataFrame) -> np.ndarray | None:
+    """Return what orders results, higher is better: the score, else the negative rank, else None."""
+    column = order_column(frame.columns)
+    if column is None:
+        return None
+    numbers = as_numbers(frame[column], column)
+    return numbers if column == "score" else -numbers
 
 
 def frame_digest(frame: pd.DataFrame) -> str:
-    """A digest of a frame's content and column names, for cache keys: another order of rows is another digest."""
+    """Digest a frame's content and column names, for cache keys; the order of rows matters, that of columns doesn't."""
     digest = hashlib.sha256(repr(sorted(map(str, frame.columns))).encode())
     for column in sorted(frame.columns, key=str):
         values = frame[column]

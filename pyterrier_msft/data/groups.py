@@ -1,4 +1,4 @@
-"""Lists of documents with labels, and the groups that an epoch draws from them."""
+"""Groups of documents to train on, and the sampling of their documents in each epoch."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -8,18 +8,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyterrier_msft.data.rankings import Rankings, starts
-from pyterrier_msft.data.report import DataReport
+from pyterrier_msft.data.rankings import Rankings, query_offsets
 
-SAMPLED = 64  # documents whose texts tell one source of texts from another
-
-
-AT_ONCE = 1_000_000  # strings or rows that are worked on together, where all would need copies of all
+DIGEST_SAMPLE = 64  # documents in a digest of a text source
+CHUNK_SIZE = 1_000_000  # strings or rows processed at once, to bound temporary copies
 
 
 @dataclass(frozen=True)
 class Group:
-    """One query's documents as they go into a batch: `texts` and `labels` have the same length."""
+    """A query with the documents that an epoch trains on: `texts` and `labels` have the same length."""
 
     qid: str
     query: str
@@ -27,171 +24,178 @@ class Group:
     labels: np.ndarray  # (documents,) float32, higher is better
 
 
+def sample_documents(
+    labels: np.ndarray, *, n_positives: int | None, n_negatives: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Sample the positives and negatives of a group, uniformly and without replacement.
+
+    To add a strategy, choose the indices differently here: documents are in the order of the first stage, so
+    `negatives[:k]` are the k hardest. If it has a setting, declare that in `Contrastive`, and pass it on in
+    `from_qrels` to `Groups`.
+
+    Args:
+        labels: (documents,) Labels of a query's documents, best-ranked first; positives have a label above 0.
+        n_positives: Number of positives, at most. None: all.
+        n_negatives: Number of negatives, at most.
+        rng: The generator of random numbers, seeded for a query and an epoch.
+
+    Returns:
+        Indices of documents.
+    """
+    positives, negatives = np.flatnonzero(labels > 0), np.flatnonzero(labels <= 0)
+    if n_positives is not None and n_positives < len(positives):
+        positives = rng.choice(positives, n_positives, replace=False)
+    if n_negatives < len(negatives):
+        negatives = rng.choice(negatives, n_negatives, replace=False)
+    return np.concatenate([positives, negatives])
+
+
 class Ragged(Sequence[np.ndarray]):
-    """Arrays of different lengths, kept in one: half a million lists would be as many objects."""
+    """A sequence of arrays of different lengths, stored in one array, which takes far less memory than a list."""
 
     def __init__(self, values: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
-        self.values = values  # all, one after another
-        self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])  # of each array, and the end
+        self.values = values  # the arrays, concatenated
+        self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])  # of each array, and the end
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.offsets) - 1
 
     def __getitem__(self, index: Any) -> Any:
-        number = range(len(self))[index]
-        return self.values[self.starts[number] : self.starts[number + 1]]
+        position = range(len(self))[index]
+        return self.values[self.offsets[position] : self.offsets[position + 1]]
 
 
 @dataclass(frozen=True)
 class Groups:
-    """All that a stage trains on, a list a query, from which each epoch draws its groups.
+    """The training data of a stage: each query's documents with labels, from which each epoch draws a group.
 
-    Without `n_negatives` a draw takes the whole list. With it, a draw takes `n_positives` of the documents with a
-    label above 0 (None: all) and `n_negatives` of the others (fewer where there are fewer), anew each epoch.
+    Without `n_negatives`, a group has all documents of its query. With it, each epoch samples documents,
+    see `sample_documents`.
     """
 
     qids: list[str]
     queries: list[str]
-    texts: list[str]  # each distinct text once, in the order of the lists
-    documents: Ragged  # for each query, int32 indices into texts, the best-ranked first
-    labels: Ragged  # for each query, float32 labels of its documents
+    texts: list[str]  # distinct texts, or docnos if there is `load`
+    documents: Ragged  # per query: int32 indices into texts, best-ranked first
+    labels: Ragged  # per query: float32 labels of its documents
     n_negatives: int | None = None
-    n_positives: int | None = 1
-    load: Callable[[list[str]], list[str]] | None = None  # then `texts` are docnos, whose texts this looks up
+    n_positives: int | None = None
+    load: Callable[[list[str]], list[str]] | None = None  # looks up the texts of docnos
 
     def __len__(self) -> int:
         return len(self.qids)
 
     def text(self, documents: Iterable[int]) -> list[str]:
-        """The texts of documents given as indices."""
-        found = [self.texts[i] for i in documents]
-        return found if self.load is None else self.load(found)
+        """Return the texts of documents, given as indices into `texts`."""
+        texts = [self.texts[i] for i in documents]
+        return texts if self.load is None else self.load(texts)
 
-    def draw(self, index: int, *, seed: int, epoch: int) -> Group:
-        """The group of one query in one epoch: the same for the same arguments, whatever was drawn before."""
-        return self.draw_all([(index, epoch)], seed=seed)[0]
+    def draw_all(self, requests: Sequence[tuple[int, int]], *, seed: int) -> list[Group]:
+        """Draw the groups of (index, epoch) pairs; each depends on its pair and the seed alone.
 
-    def draw_all(self, wanted: Sequence[tuple[int, int]], *, seed: int) -> list[Group]:
-        """As `draw`, for each (index, epoch), with one look-up of texts for all."""
-        drawn = [self._draw(index, seed=seed, epoch=epoch) for index, epoch in wanted]
+        Texts are looked up once for all groups.
+        """
+        drawn = [self._draw(index, epoch, seed) for index, epoch in requests]
         texts = iter(self.text(document for documents, _ in drawn for document in documents))
         return [
             Group(self.qids[index], self.queries[index], [next(texts) for _ in documents], labels)
-            for (index, _), (documents, labels) in zip(wanted, drawn, strict=True)
+            for (index, _), (documents, labels) in zip(requests, drawn, strict=True)
         ]
 
-    def _draw(self, index: int, *, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(self, index: int, epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         documents, labels = self.documents[index], self.labels[index]
         if self.n_negatives is None:
             return documents, labels
         rng = np.random.default_rng([seed, epoch, index])
-        relevant = labels > 0
-        chosen = np.concatenate(
-            [
-                _choose(rng, np.flatnonzero(relevant), self.n_positives),
-                _choose(rng, np.flatnonzero(~relevant), self.n_negatives),
-            ]
-        )
-        return documents[chosen], labels[chosen]
+        sampled = sample_documents(labels, n_positives=self.n_positives, n_negatives=self.n_negatives, rng=rng)
+        return documents[sampled], labels[sampled]
 
     def lengths(self) -> np.ndarray:
-        """Characters of each query's longest document with the query: what batches of like length are made by.
+        """Return the characters of each query with its longest document, for batches of similar length.
 
-        Of the query alone where texts are looked up only when they are needed.
+        Texts that have to be looked up aren't counted.
         """
         queries = np.array([len(query) for query in self.queries], dtype=np.int64)
         if self.load is not None or not len(self):
             return queries
         characters = np.array([len(text) for text in self.texts], dtype=np.int64)
-        longest: np.ndarray = np.maximum.reduceat(characters[self.documents.values], self.documents.starts[:-1])
+        longest: np.ndarray = np.maximum.reduceat(characters[self.documents.values], self.documents.offsets[:-1])
         return queries + longest
 
     def digest(self) -> str:
-        """A digest of the content, for cache keys: whatever the labels come from, they are told here.
-
-        Of texts that are looked up when they are needed, some are looked up for it.
-        """
+        """Digest the content, for cache keys; of texts that have to be looked up, a sample."""
         digest = hashlib.sha256(f"{self.n_negatives} {self.n_positives} {self.load is None}".encode())
         for strings in (self.qids, self.queries, self.texts):
-            for start in range(0, len(strings), AT_ONCE):
-                part = strings[start : start + AT_ONCE]
-                digest.update(np.array([len(part), *map(len, part)], dtype="<i8").data)
-                digest.update("".join(part).encode("utf-8", "surrogatepass"))
+            for start in range(0, len(strings), CHUNK_SIZE):
+                chunk = strings[start : start + CHUNK_SIZE]
+                digest.update(np.array([len(chunk), *map(len, chunk)], dtype="<i8").data)
+                digest.update("".join(chunk).encode("utf-8", "surrogatepass"))
         if self.load is not None and self.texts:
-            some = self.load(self.texts[:: -(-len(self.texts) // SAMPLED)])
-            digest.update("\0".join(some).encode("utf-8", "surrogatepass"))
-        digest.update(self.documents.starts.astype("<i8", copy=False).data)
+            sample = self.load(self.texts[:: -(-len(self.texts) // DIGEST_SAMPLE)])
+            digest.update("\0".join(sample).encode("utf-8", "surrogatepass"))
+        digest.update(self.documents.offsets.astype("<i8", copy=False).data)
         digest.update(self.documents.values.astype("<i4", copy=False).data)
         digest.update(self.labels.values.astype("<f4", copy=False).data)
         return digest.hexdigest()
 
 
-def _choose(rng: np.random.Generator, items: np.ndarray, n: int | None) -> np.ndarray:
-    return items if n is None or n >= len(items) else rng.choice(items, n, replace=False)
+class GroupsBuilder:
+    """Collects labelled documents, ranking by ranking, and builds Groups of them."""
 
+    def __init__(self) -> None:
+        self.qids: list[str] = []
+        self.queries: list[str] = []
+        self.documents: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+        self.texts: dict[str, int] = {}
 
-# ---- lists
+    def add(self, rankings: Rankings, rows: np.ndarray, labels: np.ndarray) -> dict[str, int]:
+        """Add some rows of rankings, whose text ids continue those added before.
 
+        Args:
+            rankings: The rankings of queries that weren't added before.
+            rows: (rows,) Whether to add a row.
+            labels: (rows,) The labels of all rows.
 
-@dataclass(frozen=True)
-class _Lists:
-    """A part of the groups to be: what one of the results' pieces gives."""
+        Returns:
+            The numbers of groups and documents added, as fields of a DataReport.
+        """
+        query = rankings.query[rows]
+        offsets = query_offsets(query)
+        lengths = np.diff(np.append(offsets, len(query)))
+        self.qids += [rankings.qids[i] for i in query[offsets]]
+        self.queries += [rankings.queries[i] for i in query[offsets]]
+        self.documents += Ragged(rankings.text[rows].astype(np.int32), lengths)
+        self.labels += Ragged(labels[rows].astype(np.float32), lengths)
+        self.texts = rankings.texts
+        return {"groups": len(offsets), "documents": len(query)}
 
-    qids: list[str]
-    queries: list[str]
-    texts: dict[str, int]
-    documents: Ragged
-    labels: Ragged
-
-    @classmethod
-    def of(cls, rankings: Rankings, kept: np.ndarray, label: np.ndarray) -> "_Lists":
-        """Of the rows that are kept, with (rows,) labels."""
-        query = rankings.query[kept]
-        begins = starts(query)
-        lengths = np.diff(np.append(begins, len(query)))
-        return cls(
-            [rankings.qids[i] for i in query[begins]],
-            [rankings.queries[i] for i in query[begins]],
-            rankings.texts,
-            Ragged(rankings.text[kept].astype(np.int32), lengths),
-            Ragged(label[kept].astype(np.float32), lengths),
+    def build(self) -> Groups:
+        """Build groups sorted by qid, so that the order of results doesn't change what a seed samples."""
+        order = sorted(range(len(self.qids)), key=self.qids.__getitem__)
+        documents = _concatenate([self.documents[i] for i in order], np.int32)
+        labels = _concatenate([self.labels[i] for i in order], np.float32)
+        return Groups(
+            [self.qids[i] for i in order],
+            [self.queries[i] for i in order],
+            _renumber(documents.values, [*self.texts]),
+            documents,
+            labels,
         )
 
 
-def _joined(
-    parts: Iterable[tuple[_Lists, DataReport]], *, n_negatives: int | None, n_positives: int | None
-) -> tuple[Groups, DataReport]:
-    """Lists as groups, sorted by qid, so that the order of the results doesn't decide what a seed draws."""
-    made, reports = [], []
-    for lists, report in parts:
-        made.append(lists)
-        reports.append(report)
-    qids = [qid for lists in made for qid in lists.qids]
-    queries = [query for lists in made for query in lists.queries]
-    order = sorted(range(len(qids)), key=qids.__getitem__)
-    documents = _in_order([lists.documents for lists in made], order, np.int32)
-    labels = _in_order([lists.labels for lists in made], order, np.float32)
-    texts = _renumber(documents.values, [*made[0].texts] if made else [])
-    groups = Groups(
-        [qids[i] for i in order], [queries[i] for i in order], texts, documents, labels, n_negatives, n_positives
-    )
-    return groups, DataReport.total(reports)
+def _concatenate(arrays: list[np.ndarray], dtype: Any) -> Ragged:
+    return Ragged(np.concatenate(arrays) if arrays else np.empty(0, dtype), [*map(len, arrays)])
 
 
-def _in_order(parts: list[Ragged], order: list[int], dtype: Any) -> Ragged:
-    arrays = [array for part in parts for array in part]
-    values = np.concatenate([arrays[i] for i in order]) if order else np.empty(0, dtype)
-    return Ragged(values, [len(arrays[i]) for i in order])
-
-
-def _renumber(numbers: np.ndarray, names: list[str]) -> list[str]:
-    """Change the numbers in place to the order in which they come; the names by these."""
-    new = np.full(len(names), -1, dtype=np.int32)
-    found: list[str] = []
-    for start in range(0, len(numbers), AT_ONCE):
-        part = numbers[start : start + AT_ONCE]
-        unseen = pd.unique(part[new[part] < 0])
-        new[unseen] = np.arange(len(found), len(found) + len(unseen))
-        found += [names[i] for i in unseen]
-        numbers[start : start + AT_ONCE] = new[part]
-    return found
+def _renumber(ids: np.ndarray, names: list[str]) -> list[str]:
+    """Renumber ids in place, in the order in which they occur; return the names by new ids."""
+    new_ids = np.full(len(names), -1, dtype=np.int32)
+    used: list[str] = []
+    for start in range(0, len(ids), CHUNK_SIZE):
+        chunk = ids[start : start + CHUNK_SIZE]
+        unseen = pd.unique(chunk[new_ids[chunk] < 0])
+        new_ids[unseen] = np.arange(len(used), len(used) + len(unseen))
+        used += [names[i] for i in unseen]
+        ids[start : start + CHUNK_SIZE] = new_ids[chunk]
+    return used

@@ -1,27 +1,27 @@
-"""From qrels, or from a teacher's ranking, to labels."""
+"""Labels of training documents, from qrels or from a teacher's ranking."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from pyterrier_msft.data.diagnosis import explain_mismatch
 from pyterrier_msft.data.frames import (
-    PASSAGE,
-    _numbers,
-    _some,
     as_ids,
+    as_numbers,
     as_texts,
-    order_key,
+    is_blank,
+    order_column,
+    require,
     require_columns,
-    without_text,
 )
-from pyterrier_msft.data.groups import Groups, _joined, _Lists
-from pyterrier_msft.data.rankings import ByQuery, Rankings, _pieces, _spread, number, starts
+from pyterrier_msft.data.groups import Groups, GroupsBuilder
+from pyterrier_msft.data.rankings import Rankings, RowsByQuery, as_rankings, assign_ids, clean_ranking, within_depth
 from pyterrier_msft.data.report import DataReport
 
-# ---- objectives
+# ---- from qrels
 
 
 def from_qrels(
@@ -35,92 +35,109 @@ def from_qrels(
     load_missing: Callable[[pd.DataFrame], Iterable[Any]] | None = None,
     text_field: str = "text",
 ) -> tuple[Groups, DataReport]:
-    """Groups of relevant documents and negatives, for a contrastive loss.
+    """Label documents by relevance, for a contrastive loss.
 
-    A document of at least `min_relevance` is relevant, with its grade as label, wherever it stands in the results;
-    the others, judged or not, are negatives if they stand in the top `depth`, with label 0. Passages (docno `d%p0`)
-    have their document's grade. An epoch takes each query once, with a relevant document drawn anew.
+    A positive is a document with a grade of at least `min_relevance`, at any rank; its label is the grade. Negatives
+    are the other documents in the top `depth`, judged or not, with label 0. A passage (docno `d%p0`) has the grade of
+    its document.
 
     Args:
-        results: The first stage's results, as a frame or as the pieces of a file.
+        results: The first stage's results: a frame, or the rankings of a file's chunks.
         qrels: qid, docno, label.
-        depth: How deep negatives are looked for. None: anywhere.
-        n_negatives: Negatives a draw.
-        min_relevance: The least label of a relevant document, above 0.
-        n_positives: Relevant documents a draw. None: all.
-        load_missing: Gives the texts of a frame of qid, query and docno. With it, relevant documents that the
-            results lack are learnt from too.
-        text_field: A frame's column of text.
+        depth: Ranks to take negatives from. None: all.
+        n_negatives: Negatives per group.
+        min_relevance: Minimum grade of a positive, above 0.
+        n_positives: Positives per group. None: all.
+        load_missing: Returns the texts of a frame with qid, query and docno; adds positives that the results lack.
+        text_field: The text column of a frame.
     """
     if not min_relevance > 0:
-        raise ValueError(f"expected min_relevance above 0, found {min_relevance}")
+        raise ValueError(f"min_relevance must be positive; got {min_relevance}")
     grades = grades_of(qrels)
     judged = set(grades.index.get_level_values("qid"))
-    relevant = ByQuery(relevant_of(grades, min_relevance))
-
-    def lists() -> Iterator[tuple[_Lists, DataReport]]:
-        for piece in _pieces(results, text_field):
-            wanted = relevant.of(piece.qids)
-            rankings = piece if load_missing is None else _with_missing(piece, wanted, load_missing)
-            place, _ = rankings.find(wanted, rankings.judged)
-            label = np.append(wanted["label"].to_numpy(), 0.0)[place]  # at -1 there is a 0
-            kept = np.ones(len(label), dtype=bool) if depth is None else (label > 0) | (rankings.order < depth)
-            n = len(rankings.qids)
-            has_relevant = np.bincount(rankings.query[label > 0], minlength=n) > 0
-            has_negative = np.bincount(rankings.query[kept & (label == 0)], minlength=n) > 0
-            made = _Lists.of(rankings, kept & (has_relevant & has_negative)[rankings.query], label)
-            n_relevant = int(has_relevant.sum())
-            yield (
-                made,
-                DataReport(
-                    groups=len(made.qids),
-                    documents=len(made.labels.values),
-                    without_relevant=rankings.counts["queries"] - n_relevant,
-                    unjudged=sum(qid not in judged for qid in rankings.qids),
-                    without_negatives=n_relevant - len(made.qids),
-                    **rankings.counts,
-                ),
+    relevant = RowsByQuery(relevant_of(grades, min_relevance))
+    builder, reports = GroupsBuilder(), []
+    for chunk in as_rankings(results, text_field):
+        positives = relevant.of(chunk.qids)
+        rankings = chunk if load_missing is None else _add_missing(chunk, positives, load_missing)
+        labels = rankings.lookup(positives, "label", rankings.parent, default=0.0)
+        usable = (labels > 0) | within_depth(rankings.query, depth)
+        has_positive = rankings.queries_with(labels > 0)
+        has_both = has_positive & rankings.queries_with(usable & (labels == 0))
+        added = builder.add(rankings, usable & has_both[rankings.query], labels)
+        reports.append(
+            DataReport(
+                **added,
+                **rankings.counts,
+                without_relevant=rankings.counts["queries"] - int(has_positive.sum()),
+                unjudged=sum(qid not in judged for qid in rankings.qids),
+                without_negatives=int(has_positive.sum()) - added["groups"],
             )
+        )
+    groups = replace(builder.build(), n_negatives=n_negatives, n_positives=n_positives)
+    return groups, replace(DataReport.total(reports), judged_twice=_count_conflicts(qrels))
 
-    groups, report = _joined(lists(), n_negatives=n_negatives, n_positives=n_positives)
-    return groups, replace(report, judged_twice=_judged_twice(qrels))
+
+def grades_of(qrels: pd.DataFrame) -> pd.Series:
+    """Return qrels as a series of labels over (qid, docno), ids as strings; the higher of two labels of a pair.
+
+    Raises:
+        ValueError: If a column or an id is missing, or a label isn't a finite number.
+    """
+    return _labels(qrels).groupby(level=[0, 1]).max()
 
 
 def relevant_of(grades: pd.Series, min_relevance: float) -> pd.DataFrame:
-    """The relevant documents of what `grades_of` gives: qid, docno, label."""
+    """Return the relevant documents among grades (see `grades_of`): qid, docno, label."""
     return grades[grades >= min_relevance].reset_index(name="label")
 
 
-def _with_missing(
-    rankings: Rankings, relevant: pd.DataFrame, load: Callable[[pd.DataFrame], Iterable[Any]]
+def _labels(qrels: pd.DataFrame) -> pd.Series:
+    require_columns(qrels, ["qid", "docno", "label"], "qrels")
+    labels = as_numbers(qrels["label"], "label")
+    require(np.isfinite(labels), labels, "labels must be finite numbers")
+    index = pd.MultiIndex.from_arrays([as_ids(qrels["qid"]), as_ids(qrels["docno"])], names=["qid", "docno"])
+    return pd.Series(labels, index=index)
+
+
+def _count_conflicts(qrels: pd.DataFrame) -> int:
+    """Count the pairs of qid and docno with different labels."""
+    labels = _labels(qrels)
+    return 0 if labels.index.is_unique else int((labels.groupby(level=[0, 1]).nunique() > 1).sum())
+
+
+def _add_missing(
+    rankings: Rankings, positives: pd.DataFrame, load: Callable[[pd.DataFrame], Iterable[Any]]
 ) -> Rankings:
-    """The rankings with the relevant documents that they lack, each at the end of its query's."""
-    # What has no query's text can't be learnt from.
-    asked = [qid for qid, query in zip(rankings.qids, rankings.queries, strict=True) if query]
-    missing = relevant[~rankings.find(relevant, rankings.judged)[1] & relevant["qid"].isin(asked).to_numpy()]
+    """Add the positives that rankings lack, at the end of their query's."""
+    is_found = np.isin(np.arange(len(positives)), rankings.match(positives, rankings.parent))
+    query_ids = {qid: i for i, qid in enumerate(rankings.qids) if rankings.queries[i]}
+    missing = positives[~is_found & positives["qid"].isin(query_ids).to_numpy()]
     if not len(missing):
         return rankings
-    numbers = {qid: place for place, qid in enumerate(rankings.qids)}
-    query = missing["qid"].map(numbers).to_numpy(dtype=np.int64)
+    query = missing["qid"].map(query_ids).to_numpy(dtype=np.int64)
     wanted = missing[["qid", "docno"]].assign(query=[rankings.queries[i] for i in query])
     texts = pd.Series([*load(wanted.reset_index(drop=True))], dtype=object, name="text")
-    has_text = ~without_text(texts)
-    document = number(missing["docno"][has_text], rankings.docnos)
+    has_text = ~is_blank(texts)
+    document = assign_ids(missing["docno"][has_text], rankings.docnos)
     query = np.concatenate([rankings.query, query[has_text]])
     order = np.argsort(query, kind="stable")
 
-    def added(values: np.ndarray, extra: Any) -> np.ndarray:
-        return np.concatenate([values, np.broadcast_to(extra, len(document))])[order]
+    def extend(column: np.ndarray, values: Any) -> np.ndarray:
+        return np.concatenate([column, np.broadcast_to(values, len(document))])[order]
 
     return replace(
         rankings,
         query=query[order],
-        document=added(rankings.document, document),
-        judged=added(rankings.judged, document),
-        text=added(rankings.text, number(as_texts(texts)[has_text], rankings.texts)),
-        key=added(rankings.key, -np.inf),
+        document=extend(rankings.document, document),
+        parent=extend(rankings.parent, document),
+        text=extend(rankings.text, assign_ids(as_texts(texts)[has_text], rankings.texts)),
+        key=extend(rankings.key, -np.inf),
         counts={**rankings.counts, "without_text": rankings.counts["without_text"] + int((~has_text).sum())},
     )
+
+
+# ---- from a teacher
 
 
 def from_teacher(
@@ -132,87 +149,65 @@ def from_teacher(
     unranked: str = "drop",
     text_field: str = "text",
 ) -> tuple[Groups, DataReport]:
-    """Groups of the first stage's top `depth` documents with the teacher's ranking as labels, for distillation.
+    """Label the first stage's top documents by a teacher's ranking, for distillation.
 
     Args:
-        results: The first stage's results, as a frame or as the pieces of a file; with `ranking=None` they are the
-            teacher's.
-        ranking: The teacher's: qid, docno and score, or rank where there is no score.
-        depth: Documents a query, from the top of the results. None: all.
-        keep_scores: Whether the teacher's scores are the labels; else its ranks are, a label being the number of
-            the list's documents that the teacher places below (equal for equal scores).
-        unranked: What becomes of documents that the teacher didn't rank, in a list that it knows: "drop" leaves them
-            out, "last" places them below all others, tied among themselves.
-        text_field: A frame's column of text.
+        results: The first stage's results: a frame, or the rankings of a file's chunks.
+        ranking: The teacher's ranking: qid, docno, and score or rank. None: the results are the teacher's ranking.
+        depth: Documents per query, from the top of the results. None: all.
+        keep_scores: Whether labels are the teacher's scores. Else a label is the number of the query's documents that
+            the teacher ranks lower.
+        unranked: What to do with documents that the teacher didn't rank, in a query that it ranked: "drop" them, or
+            rank them "last", tied.
+        text_field: The text column of a frame.
 
     Raises:
-        ValueError: If neither the results nor the ranking say an order, or they have no query in common.
+        ValueError: If there is neither score nor rank, or the teacher and the results have nothing in common.
     """
     if keep_scores and unranked == "last":
-        raise ValueError("expected unranked='drop' with the teacher's scores as labels, found 'last'")
-    teacher = None if ranking is None else ByQuery(_teacher(ranking, keep_scores))
-    n_known, stranger, ties = 0, pd.DataFrame(), np.zeros(2, dtype=np.int64)
-
-    def lists() -> Iterator[tuple[_Lists, DataReport]]:
-        nonlocal n_known, stranger, ties
-        for rankings in _pieces(results, text_field):
-            if teacher is None:
-                _check_order(rankings.ordered_by, results, keep_scores)
-                key, missing = rankings.key.copy(), np.zeros(len(rankings.key), dtype=bool)
-            else:
-                ranked = teacher.of(rankings.qids)
-                key = np.append(ranked["key"].to_numpy(), np.nan)[rankings.find(ranked, rankings.document)[0]]
-                missing = np.isnan(key)
-            kept = np.ones(len(key), dtype=bool) if depth is None else rankings.order < depth
-            missing &= kept
-            n = len(rankings.qids)
-            known = np.bincount(rankings.query[kept & ~missing], minlength=n) > 0
-            n_known += int(known.sum())
-            if not n_known and not len(stranger):
-                stranger = rankings.frame(kept)
-            if unranked == "last":
-                key[missing & known[rankings.query]] = -np.inf
-            kept &= ~np.isnan(key)
-            query, key, order = rankings.query[kept], key[kept], rankings.order[kept]
-            if keep_scores and not np.isfinite(key).all():
-                raise ValueError(f"expected finite scores of a teacher, found {_some(key[~np.isfinite(key)])}")
-            below = _below(query, key)
-            # A list of one document, or whose documents are all tied, has nothing to say.
-            told = np.bincount(query[below > 0], minlength=n) > 0
-            label = np.zeros(len(kept))
-            label[kept] = key if keep_scores else below
-            made = _Lists.of(rankings, kept & told[rankings.query], label)
-            ties += _ties(query[told[query]], key[told[query]])
-            agreement = None
-            if teacher is not None and rankings.ordered_by is not None:
-                agreement = _agreement(query[told[query]], key[told[query]], order[told[query]])
-            n_missing = int((missing & told[rankings.query]).sum())
-            yield (
-                made,
-                DataReport(
-                    groups=len(made.qids),
-                    documents=len(made.labels.values),
-                    without_teacher=rankings.counts["queries"] - int(known.sum()),
-                    unranked_by_teacher=n_missing if unranked == "drop" else 0,
-                    ranked_last=n_missing if unranked == "last" else 0,
-                    agreement=agreement,
-                    **rankings.counts,
-                ),
+        raise ValueError("unranked must be 'drop' where labels are the teacher's scores; got 'last'")
+    teacher = None if ranking is None else RowsByQuery(_clean_teacher(ranking, keep_scores))
+    builder, reports, unmatched_sample = GroupsBuilder(), [], pd.DataFrame()
+    n_tied = n_pairs = 0
+    for rankings in as_rankings(results, text_field):
+        key = _teacher_key(rankings, teacher, keep_scores)
+        in_top, is_missing = within_depth(rankings.query, depth), np.isnan(key)
+        is_known = rankings.queries_with(in_top & ~is_missing)
+        if not is_known.any() and not len(unmatched_sample):
+            unmatched_sample = rankings.frame(in_top)
+        if unranked == "last":
+            key[is_missing & is_known[rankings.query]] = -np.inf
+        ranked = in_top & ~np.isnan(key)
+        if keep_scores:
+            require(np.isfinite(key[ranked]), key[ranked], "teacher scores must be finite numbers")
+        lower, tied, others = _count_others(rankings.query, key, ranked)
+        # A query without any preference between two documents can't be learned from.
+        has_preference = rankings.queries_with(lower > 0)[rankings.query]
+        usable = ranked & has_preference
+        n_tied += int(tied[usable].sum())
+        n_pairs += int(others[usable].sum())
+        n_missing = int((in_top & is_missing & has_preference).sum())
+        reports.append(
+            DataReport(
+                **builder.add(rankings, usable, key if keep_scores else lower),
+                **rankings.counts,
+                without_teacher=rankings.counts["queries"] - int(is_known.sum()),
+                unranked_by_teacher=n_missing if unranked == "drop" else 0,
+                ranked_last=n_missing if unranked == "last" else 0,
+                agreement=None if teacher is None else _agreement(rankings, key, usable),
             )
-
-    groups, report = _joined(lists(), n_negatives=None, n_positives=None)
-    if ranking is not None and len(stranger) and not n_known:
-        raise ValueError(
-            "expected the teacher's ranking to share queries and documents with the results, found none in common: "
-            + mismatch(stranger, ranking, "the teacher's ranking")
         )
-    return groups, replace(report, tied_labels=float(ties[0] / ties[1]) if ties[1] else 0.0)
+    report = DataReport.total(reports)
+    if ranking is not None and len(unmatched_sample) and report.without_teacher == report.queries:
+        why = explain_mismatch(unmatched_sample, ranking, "the teacher's ranking")
+        raise ValueError(f"teacher must rank documents of the results; got none in common: {why}")
+    return builder.build(), replace(report, tied_labels=n_tied / max(1, n_pairs))
 
 
-def bare_ranks(ranking: pd.DataFrame) -> bool:
-    """Whether a ranking's scores only restate its ranks, as 1/rank or depth - rank do, and are no model's scores.
+def has_only_ranks(ranking: pd.DataFrame) -> bool:
+    """Tell whether the scores of a ranking only restate its ranks, e.g. 1/rank or depth - rank.
 
-    Such scores differ within a query, and depend on the place alone, counted from the top or from the bottom.
+    Such scores have no ties in a query, and depend only on the rank, counted from the top or from the bottom.
     """
     if "score" not in ranking.columns or not len(ranking):
         return True
@@ -220,111 +215,50 @@ def bare_ranks(ranking: pd.DataFrame) -> bool:
     by_query = scores.groupby(as_ids(ranking["qid"]))
     if (by_query.nunique() < by_query.size()).any():
         return False
-    place = by_query.rank(ascending=False)
-    if by_query.ngroups == 1:  # nothing to compare with: whole steps of one are the mark of ranks
-        return bool(np.allclose(by_query.transform("max") - scores, place - 1))
+    rank = by_query.rank(ascending=False)
     from_top = by_query.transform("max") - scores
-    return any(bool((values.groupby(place).agg(np.ptp) < 1e-9).all()) for values in (from_top, scores))
+    if by_query.ngroups == 1:  # without another query to compare with, steps of 1 indicate ranks
+        return bool(np.allclose(from_top, rank - 1))
+    return any(bool((values.groupby(rank).agg(np.ptp) < 1e-9).all()) for values in (from_top, scores))
 
 
-def grades_of(qrels: pd.DataFrame) -> pd.Series:
-    """Qrels as a series of labels over (qid, docno), ids as strings; of a pair judged twice the higher label.
-
-    Raises:
-        ValueError: If a column or an id is missing, or a label is not a finite number.
-    """
-    return _labels(qrels).groupby(level=[0, 1]).max()
+def _clean_teacher(ranking: pd.DataFrame, keep_scores: bool) -> pd.DataFrame:
+    cleaned = clean_ranking(ranking, "teacher's ranking")
+    _check_order(order_column(ranking.columns), keep_scores)
+    return cleaned
 
 
-def _labels(qrels: pd.DataFrame) -> pd.Series:
-    require_columns(qrels, ["qid", "docno", "label"], "qrels")
-    labels = _numbers(qrels["label"], "label")
-    if not np.isfinite(labels).all():
-        raise ValueError(f"expected a number as every label, found {_some(labels[~np.isfinite(labels)])}")
-    index = pd.MultiIndex.from_arrays([as_ids(qrels["qid"]), as_ids(qrels["docno"])], names=["qid", "docno"])
-    return pd.Series(labels, index=index)
+def _teacher_key(rankings: Rankings, teacher: RowsByQuery | None, keep_scores: bool) -> np.ndarray:
+    """Return the teacher's key of each row, NaN if it didn't rank the row; without a teacher, the rankings' own."""
+    if teacher is None:
+        _check_order(rankings.ordered_by, keep_scores)
+        return rankings.key.copy()
+    return rankings.lookup(teacher.of(rankings.qids), "key", rankings.document, default=np.nan)
 
 
-def _judged_twice(qrels: pd.DataFrame) -> int:
-    labels = _labels(qrels)
-    if labels.index.is_unique:
-        return 0
-    return int((labels.groupby(level=[0, 1]).nunique() > 1).sum())
+def _check_order(ordered_by: str | None, keep_scores: bool) -> None:
+    if ordered_by is None or (keep_scores and ordered_by != "score"):
+        needed = "a score" if keep_scores else "a score or a rank"
+        raise ValueError(f"teacher's ranking must have {needed}; got {ordered_by or 'neither'}")
 
 
-def mismatch(results: pd.DataFrame, other: pd.DataFrame, what: str) -> str:
-    """Why results and `other` (qrels, or a teacher's ranking) have no document in common, in words."""
-    if not len(other):
-        return f"there are no rows in {what}"
-    for column in ("qid", "docno"):
-        here, there = as_ids(results[column]), as_ids(other[column])
-        if column == "docno":
-            here = here.str.replace(PASSAGE, "", regex=True)
-        if not here.isin(there).any():
-            zeros = here.str.lstrip("0").isin(there.str.lstrip("0")).any()
-            why = "; zeros at the beginning are lost where ids are read as numbers: dtype=str" if zeros else ""
-            pair = f"{here.iloc[0]!r} in the results and {there.iloc[0]!r} in {what}"
-            return f"the {column}s don't match, such as {pair}{why}"
-    return f"qids and docnos match, but no document of a query's results is in {what} for that query"
+def _count_others(query: np.ndarray, key: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Count, for some rows, the other ones of the query: those with a lower key, those with the same key, and all."""
+    by_query = pd.Series(key[rows]).groupby(query[rows])
+    lowest, highest = by_query.rank(method="min"), by_query.rank(method="max")
+    counts = np.zeros((3, len(key)))
+    counts[:, rows] = lowest - 1, highest - lowest, by_query.transform("size") - 1
+    return counts
 
 
-# ---- a teacher's order
-
-
-def _teacher(ranking: pd.DataFrame, keep_scores: bool) -> pd.DataFrame:
-    """A ranking as qid, docno (strings, each pair once) and key (higher is better)."""
-    require_columns(ranking, ["qid", "docno"], "a teacher's ranking")
-    key = order_key(ranking)
-    ordered_by = None if key is None else "score" if "score" in ranking.columns else "rank"
-    _check_order(ordered_by, ranking, keep_scores)
-    frame = pd.DataFrame({"qid": as_ids(ranking["qid"]), "docno": as_ids(ranking["docno"]), "key": key})
-    # Of a document ranked twice the better place.
-    return frame.sort_values("key", ascending=False, kind="stable").drop_duplicates(["qid", "docno"])
-
-
-def _check_order(ordered_by: str | None, ranking: Any, keep_scores: bool) -> None:
-    if ordered_by is None:
-        raise ValueError(
-            f"expected a score or a rank in the teacher's ranking, found columns {list(map(str, ranking.columns))}"
-        )
-    if keep_scores and ordered_by != "score":
-        raise ValueError("expected a column 'score' in the teacher's ranking, found ranks only")
-
-
-def _runs_of_ties(query: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows by query and key, lowest first, and where a run of equal keys begins among them."""
-    row = np.lexsort((key, query))
-    new = np.diff(query[row], prepend=-1) != 0
-    new[1:] |= key[row][1:] != key[row][:-1]
-    return row, np.flatnonzero(new)
-
-
-def _below(query: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """(rows,) how many of the query's keys are lower; its rows stand together."""
-    row, begins = _runs_of_ties(query, key)
-    below = np.empty(len(row), dtype=np.int64)
-    below[row] = np.repeat(begins, np.diff(np.append(begins, len(row)))) - _spread(starts(query), query)
-    return below
-
-
-def _ties(query: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """[ordered pairs of a query's documents that are tied, all of them]."""
-    _, begins = _runs_of_ties(query, key)
-    tied, all_ = (np.diff(np.append(part, len(query))) for part in (begins, starts(query)))
-    return np.array([(tied * (tied - 1)).sum(), (all_ * (all_ - 1)).sum()])
-
-
-def _agreement(query: np.ndarray, key: np.ndarray, order: np.ndarray) -> float | None:
-    """Spearman's correlation of the teacher's order with the first stage's, the mean over queries."""
-    ranks = pd.DataFrame({"teacher": key, "first": -order}).groupby(query).rank()
+def _agreement(rankings: Rankings, key: np.ndarray, rows: np.ndarray) -> float | None:
+    """Return Spearman's correlation of the teacher's key with the first stage's order, averaged over queries."""
+    if rankings.ordered_by is None or not rows.any():
+        return None
+    query = rankings.query[rows]
+    ranks = pd.DataFrame({"teacher": key[rows], "first": -rankings.rank[rows]}).groupby(query).rank()
     centred = ranks - ranks.groupby(query).transform("mean")
-    products = pd.DataFrame(
-        {
-            "both": centred["teacher"] * centred["first"],
-            "teacher": centred["teacher"] ** 2,
-            "first": centred["first"] ** 2,
-        }
-    )
+    products = centred**2
+    products["both"] = centred["teacher"] * centred["first"]
     sums = products.groupby(query).sum()
-    correlation: pd.Series[float] = sums["both"] / np.sqrt(sums["teacher"] * sums["first"])
-    return float(correlation.mean()) if len(correlation) else None
+    return float((sums["both"] / np.sqrt(sums["teacher"] * sums["first"])).mean())

@@ -1,4 +1,4 @@
-"""Result frames to clean rankings, with numbers in place of strings."""
+"""Clean rankings: results as arrays of integer ids, without duplicates and empty texts."""
 
 import re
 from collections.abc import Iterable
@@ -8,183 +8,221 @@ from itertools import chain
 import numpy as np
 import pandas as pd
 
-from pyterrier_msft.data.frames import PASSAGE, as_ids, as_texts, order_key, require_columns, without_text
-
-# ---- results as numbers
+from pyterrier_msft.data.frames import (
+    PASSAGE_SUFFIX,
+    as_ids,
+    as_texts,
+    is_blank,
+    order_column,
+    order_key,
+    require_columns,
+)
 
 
 @dataclass(frozen=True)
 class Rankings:
-    """Results made clean, with numbers in place of strings: one row a (qid, docno) that has a text.
+    """The rankings of some queries, as columns of integer ids: each row is a document with text.
 
-    A query's rows stand together, its best first. A frame of results becomes this, and so does each piece of a file.
+    Rows are grouped by query, best document first. `clean_results` makes one Rankings of a whole frame, `read_run`
+    one of each chunk of a file.
     """
 
     qids: list[str]
-    queries: list[str]  # for each qid
-    docnos: dict[str, int]  # the numbers of docnos, and of the documents that passages are of
-    texts: dict[str, int]  # the numbers of texts; of a file's pieces, those of the docnos
-    query: np.ndarray  # (rows,) indices into qids
-    document: np.ndarray  # (rows,) the docno's number
-    judged: np.ndarray  # (rows,) the number of the docno that qrels know: a passage is judged as its document
-    text: np.ndarray  # (rows,) the text's number
-    key: np.ndarray  # (rows,) float64, higher is better
-    ordered_by: str | None  # the results' column that `key` is from; None: it is the order of the results
-    counts: dict[str, int]  # of a DataReport
+    queries: list[str]  # the text of each qid
+    docnos: dict[str, int]  # docno -> document id; parent documents of passages have ids too
+    texts: dict[str, int]  # text -> text id; for a file, the same dict as docnos
+    query: np.ndarray  # (rows,) index into qids
+    document: np.ndarray  # (rows,) document id
+    parent: np.ndarray  # (rows,) document id without the passage suffix: qrels judge whole documents
+    text: np.ndarray  # (rows,) text id
+    key: np.ndarray  # (rows,) float64 sort key, higher is better
+    ordered_by: str | None  # the column that `key` is from; None: the order of the rows
+    counts: dict[str, int]  # fields of a DataReport
 
     @property
-    def order(self) -> np.ndarray:
-        """(rows,) each row's place in its query, from 0 for the best."""
-        return places(self.query)
+    def rank(self) -> np.ndarray:
+        """Each row's rank in its query, from 0."""
+        return rank_in_query(self.query)
 
-    def frame(self, kept: np.ndarray | slice = slice(None)) -> pd.DataFrame:
-        """The qid and docno of rows."""
+    def queries_with(self, rows: np.ndarray) -> np.ndarray:
+        """Return a mask of the queries that have any of the rows, given as a mask."""
+        return np.bincount(self.query[rows], minlength=len(self.qids)) > 0
+
+    def frame(self, rows: np.ndarray | slice = slice(None)) -> pd.DataFrame:
+        """Return the qid and docno of rows."""
         docnos = [*self.docnos]
-        return pd.DataFrame(
-            {
-                "qid": [self.qids[i] for i in self.query[kept]],
-                "docno": [docnos[i] for i in self.document[kept]],
-            }
-        )
+        qids = [self.qids[i] for i in self.query[rows]]
+        return pd.DataFrame({"qid": qids, "docno": [docnos[i] for i in self.document[rows]]})
 
     def scores(self) -> pd.DataFrame:
-        """Queries' numbers as qid, and the score if the results had one: what `bare_ranks` looks at."""
+        """Return the scores by query for `has_only_ranks`; there is no score column if the rows are ordered by rank."""
         return pd.DataFrame({"qid": self.query, **({"score": self.key} if self.ordered_by == "score" else {})})
 
-    def find(self, frame: pd.DataFrame, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where a frame of distinct (qid, docno) has what the rows have, whose documents are `document` or `judged`.
+    def match(self, pairs: pd.DataFrame, documents: np.ndarray) -> np.ndarray:
+        """Find the rows among distinct pairs of qid and docno.
+
+        Args:
+            pairs: A frame with qid and docno.
+            documents: (rows,) the document ids to match: `document`, or `parent`.
 
         Returns:
-            (rows,) the place in the frame, -1 for none, and (places,) whether it is that of a row.
+            (rows,) The position of a row's pair in the frame, -1 if it isn't there.
         """
-        numbers = {qid: number for number, qid in enumerate(self.qids)}
-        query = np.array([numbers.get(qid, -1) for qid in frame["qid"]], dtype=np.int64)
-        document = np.array([self.docnos.get(docno, -1) for docno in frame["docno"]], dtype=np.int64)
+        query_ids = {qid: i for i, qid in enumerate(self.qids)}
+        query = np.array([query_ids.get(qid, -1) for qid in pairs["qid"]], dtype=np.int64)
+        document = np.array([self.docnos.get(docno, -1) for docno in pairs["docno"]], dtype=np.int64)
         known = np.flatnonzero((query >= 0) & (document >= 0))
-        place = pd.Index(_pairs(query[known], document[known])).get_indexer(pd.Index(_pairs(self.query, documents)))
-        place = np.append(known, -1)[place]
-        taken = np.zeros(len(frame), dtype=bool)
-        taken[place[place >= 0]] = True
-        return place, taken
+        index = pd.Index(_pair_ids(query[known], document[known]))
+        return np.append(known, -1)[index.get_indexer(pd.Index(_pair_ids(self.query, documents)))]
+
+    def lookup(self, pairs: pd.DataFrame, column: str, documents: np.ndarray, default: float) -> np.ndarray:
+        """Look up each row's value in a column of distinct pairs, see `match`; the default if its pair isn't there."""
+        return np.append(pairs[column].to_numpy(), default)[self.match(pairs, documents)]  # -1 is the default
 
 
 def clean_results(results: pd.DataFrame, *, text_field: str) -> tuple[Rankings, np.ndarray]:
-    """A frame's rankings, without duplicates (of which the best is kept) and without empty texts.
+    """Convert a frame of results to rankings, without empty texts and with the best of duplicate rows.
 
     Returns:
-        The rankings, and for each of their rows its place in the results.
+        The rankings, and (rows,) the positions of their rows in the results.
 
     Raises:
-        ValueError: If a column is missing, an id is missing, a score is not a number, or a text is something else.
+        ValueError: If a column or an id is missing, or a score or text is invalid.
     """
     require_columns(results, ["qid", "query", "docno", text_field], "training results")
     query, qids = pd.factorize(as_ids(results["qid"]))
     document, distinct = pd.factorize(as_ids(results["docno"]))
-    docnos = {docno: place for place, docno in enumerate(distinct)}
-    parents = parent_numbers([*docnos], docnos)
-    no_query, no_text = (without_text(results[column]) for column in ("query", text_field))
+    docnos = {docno: i for i, docno in enumerate(distinct)}
+    parent = parent_ids([*docnos], docnos)
+    no_query, no_text = (is_blank(results[column]) for column in ("query", text_field))
     key = order_key(results)
-    ordered_by = None if key is None else "score" if "score" in results.columns else "rank"
     if key is None:
         key = -np.arange(len(results), dtype=np.float64)
     row = best_first(query, key)
-    unique = row[~pd.Series(_pairs(query[row], document[row])).duplicated().to_numpy()]
+    unique = row[~pd.Series(_pair_ids(query[row], document[row])).duplicated().to_numpy()]
     kept = unique[~(no_query | no_text)[unique]]
     text, texts = pd.factorize(as_texts(results[text_field]).iloc[kept])
     queries = as_texts(results["query"]).to_numpy(dtype=object)
-    asked = unique[~no_query[unique]]
-    asked = asked[starts(query[asked])]
-    best = np.full(len(qids), "", dtype=object)
-    best[query[asked]] = queries[asked]
+    best = unique[~no_query[unique]]
+    best = best[query_offsets(query[best])]
+    query_texts = np.full(len(qids), "", dtype=object)
+    query_texts[query[best]] = queries[best]
     rankings = Rankings(
         qids=list(qids),
-        queries=list(best),
+        queries=list(query_texts),
         docnos=docnos,
-        texts={text: place for place, text in enumerate(texts)},
+        texts={text: i for i, text in enumerate(texts)},
         query=query[kept],
         document=document[kept],
-        judged=parents[document[kept]],
+        parent=parent[document[kept]],
         text=text,
         key=key[kept],
-        ordered_by=ordered_by,
+        ordered_by=order_column(results.columns),
         counts={
             "queries": len(qids),
             "duplicates": len(row) - len(unique),
             "without_query": int(no_query[unique].sum()),
             "without_text": int((no_text & ~no_query)[unique].sum()),
-            "several_queries": len(np.unique(query[kept][queries[kept] != best[query[kept]]])),
+            "several_queries": len(np.unique(query[kept][queries[kept] != query_texts[query[kept]]])),
         },
     )
     return rankings, kept
 
 
-def parent_numbers(names: Iterable[str], docnos: dict[str, int]) -> np.ndarray:
-    """The numbers of the documents that docnos are of, if they are passages."""
-    return number((re.sub(PASSAGE, "", name) if "%p" in name else name for name in names), docnos)
+def as_rankings(results: pd.DataFrame | Iterable[Rankings], text_field: str) -> Iterable[Rankings]:
+    """Return the rankings of a frame, or those of a file's chunks as they are."""
+    if isinstance(results, pd.DataFrame):
+        return [clean_results(results, text_field=text_field)[0]]
+    return results
 
 
-def best_first(query: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """The rows in order: a query's together, its best first, equals as they came."""
-    same = query[1:] == query[:-1]
-    if (query[1:] >= query[:-1]).all() and (~same | (key[1:] <= key[:-1])).all():
-        return np.arange(len(query))  # as rankings mostly are, and sorting is slow
-    return np.lexsort((-key, query))
+def peek(chunks: Iterable[Rankings]) -> tuple[Rankings | None, Iterable[Rankings]]:
+    """Return the first chunk with rows, and all chunks."""
+    head, rest = [], iter(chunks)
+    for chunk in rest:
+        head.append(chunk)
+        if len(chunk.query):
+            return chunk, chain(head, rest)
+    return None, head
 
 
-def starts(query: np.ndarray) -> np.ndarray:
-    """Where each query's rows begin, which stand together."""
-    return np.flatnonzero(np.diff(query, prepend=-1))
+def clean_ranking(ranking: pd.DataFrame, what: str) -> pd.DataFrame:
+    """Return each pair of qid and docno once, best first, with a key (higher is better).
+
+    Raises:
+        ValueError: If a column or an id is missing, or a score or rank isn't a number.
+    """
+    require_columns(ranking, ["qid", "docno"], what)
+    key = order_key(ranking)
+    if key is None:
+        raise ValueError(f"{what} must have a score or a rank; got {[*map(str, ranking.columns)]}")
+    frame = pd.DataFrame({"qid": as_ids(ranking["qid"]), "docno": as_ids(ranking["docno"]), "key": key})
+    return frame.sort_values("key", ascending=False, kind="stable").drop_duplicates(["qid", "docno"])
 
 
-def places(query: np.ndarray) -> np.ndarray:
-    """(rows,) each row's place, from 0, among its query's, which stand together."""
-    return np.arange(len(query)) - _spread(starts(query), query)
+def top_documents(results: pd.DataFrame, *, depth: int | None, text_field: str = "text") -> pd.DataFrame:
+    """Return each query's top documents, which a teacher is to rank.
+
+    Returns:
+        The rows of results that `from_teacher` uses, grouped by query, best first, with string ids and new ranks.
+    """
+    rankings, row = clean_results(results, text_field=text_field)
+    kept = within_depth(rankings.query, depth)
+    top = results.iloc[row[kept]].reset_index(drop=True)
+    return top.assign(qid=as_ids(top["qid"]), docno=as_ids(top["docno"]), rank=rankings.rank[kept])
 
 
-def _spread(values: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """(rows,) of one value a query."""
-    return np.repeat(values, np.diff(np.append(starts(query), len(query))))
+# ---- rows by query
 
 
-def _pairs(query: np.ndarray, document: np.ndarray) -> np.ndarray:
-    """A number for each (query, document)."""
-    return (query.astype(np.int64) << 32) | document
-
-
-def number(names: Iterable[str], numbers: dict[str, int]) -> np.ndarray:
-    """Names' numbers; a new name gets the next."""
-    return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
-
-
-class ByQuery:
-    """A frame's rows, found by their qids (strings) without a look at all of them."""
+class RowsByQuery:
+    """A frame whose rows are found by qid (a string) without a scan."""
 
     def __init__(self, frame: pd.DataFrame) -> None:
         self.frame = frame.sort_values("qid", kind="stable", ignore_index=True)
         qids = self.frame["qid"]
-        begins = np.flatnonzero(~qids.duplicated().to_numpy())
-        self.rows = dict(zip(qids.iloc[begins], map(range, begins, [*begins[1:], len(qids)]), strict=True))
+        offsets = np.flatnonzero(~qids.duplicated().to_numpy())
+        self.rows = dict(zip(qids.iloc[offsets], map(range, offsets, [*offsets[1:], len(qids)]), strict=True))
 
     def of(self, qids: Iterable[str]) -> pd.DataFrame:
-        """The rows of some queries."""
+        """Return the rows of some queries."""
         return self.frame.iloc[[*chain.from_iterable(self.rows.get(qid, ()) for qid in qids)]]
 
 
-def top_documents(results: pd.DataFrame, *, depth: int | None, text_field: str = "text") -> pd.DataFrame:
-    """The documents that `from_teacher` takes of the results, for a teacher to rank.
-
-    Returns:
-        The results' columns, ids as strings and rank (from 0) set anew, a query's rows together and its best first.
-    """
-    rankings, row = clean_results(results, text_field=text_field)
-    order = rankings.order
-    if depth is not None:
-        row, order = row[order < depth], order[order < depth]
-    top = results.iloc[row].reset_index(drop=True)
-    return top.assign(qid=as_ids(top["qid"]), docno=as_ids(top["docno"]), rank=order)
+def assign_ids(names: Iterable[str], ids: dict[str, int]) -> np.ndarray:
+    """Return the ids of names, adding new names to `ids`."""
+    return np.array([ids.setdefault(name, len(ids)) for name in names], dtype=np.int64)
 
 
-def _pieces(results: pd.DataFrame | Iterable[Rankings], text_field: str) -> Iterable[Rankings]:
-    if isinstance(results, pd.DataFrame):
-        return [clean_results(results, text_field=text_field)[0]]
-    return results
+def parent_ids(docnos: Iterable[str], ids: dict[str, int]) -> np.ndarray:
+    """Return the ids of the documents that passages belong to; other documents keep their own."""
+    return assign_ids((re.sub(PASSAGE_SUFFIX, "", name) if "%p" in name else name for name in docnos), ids)
+
+
+def best_first(query: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Return the order of rows by query and descending key; ties keep their order."""
+    same = query[1:] == query[:-1]
+    if (query[1:] >= query[:-1]).all() and (~same | (key[1:] <= key[:-1])).all():
+        return np.arange(len(query))  # the usual case, much faster than sorting
+    return np.lexsort((-key, query))
+
+
+def query_offsets(query: np.ndarray) -> np.ndarray:
+    """Return the position of each query's first row; rows are grouped by query."""
+    return np.flatnonzero(np.diff(query, prepend=-1))
+
+
+def rank_in_query(query: np.ndarray) -> np.ndarray:
+    """Return each row's position in its query, from 0; rows are grouped by query."""
+    offsets = query_offsets(query)
+    return np.arange(len(query)) - np.repeat(offsets, np.diff(np.append(offsets, len(query))))
+
+
+def within_depth(query: np.ndarray, depth: int | None) -> np.ndarray:
+    """Return a mask of the rows in the top `depth` of their query; None: all."""
+    return np.ones(len(query), dtype=bool) if depth is None else rank_in_query(query) < depth
+
+
+def _pair_ids(query: np.ndarray, document: np.ndarray) -> np.ndarray:
+    """Encode each pair of query and document as one integer."""
+    return (query.astype(np.int64) << 32) | document

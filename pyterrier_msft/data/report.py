@@ -1,65 +1,57 @@
-"""What a stage found in its training data."""
+"""DataReport: counts of a stage's training data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a stage found in its training data, counted before training. Shares are between 0 and 1."""
+    """Counts of a stage's training data, made before training. Rates are between 0 and 1."""
 
     queries: int = 0
-    groups: int = 0
-    documents: int = 0  # query-document pairs that groups are drawn from
-    duplicates: int = 0  # pairs given more than once
-    without_text: int = 0  # pairs
-    without_query: int = 0  # pairs whose query has no text
+    groups: int = 0  # queries to train on
+    documents: int = 0  # query-document pairs to train on
+    duplicates: int = 0  # repeated query-document pairs
+    without_text: int = 0  # query-document pairs
+    without_query: int = 0  # query-document pairs with an empty query
     without_relevant: int = 0  # queries
-    unjudged: int = 0  # queries without a relevant document that the qrels don't have at all
+    unjudged: int = 0  # queries that aren't in the qrels
     without_negatives: int = 0  # queries
     without_teacher: int = 0  # queries
-    unranked_by_teacher: int = 0  # pairs, left out
-    ranked_last: int = 0  # pairs that the teacher did not rank, placed below all others
-    judged_twice: int = 0  # pairs with two labels in the qrels, of which the higher counts
-    several_queries: int = 0  # qids with several texts, of which the best-ranked document's counts
-    tied_labels: float = 0.0  # of the pairs of documents in a list, by a teacher
+    unranked_by_teacher: int = 0  # query-document pairs, dropped
+    ranked_last: int = 0  # query-document pairs that the teacher didn't rank, placed last
+    judged_twice: int = 0  # query-document pairs with two different labels; the higher one is used
+    several_queries: int = 0  # qids with different query texts; that of the best-ranked document is used
+    tied_labels: float = 0.0  # rate of pairs of a query's documents that a teacher ties
     agreement: float | None = None  # mean rank correlation of the teacher with the first stage, -1 to 1
     truncated_queries: float = 0.0
     truncated_documents: float = 0.0
 
     def __repr__(self) -> str:
-        lines = [f"{self.groups:,} of {self.queries:,} queries to learn from, with {self.documents:,} documents"]
-        unjudged = f" ({self.unjudged:,} of them not in the qrels)" if self.unjudged else ""
-        counts = {
-            f"queries without a relevant document{unjudged}": self.without_relevant,
-            "queries without a document that is not relevant": self.without_negatives,
-            "queries without the teacher's ranking": self.without_teacher,
-            "documents that the teacher did not rank": self.unranked_by_teacher,
-            "documents without text": self.without_text,
-            "documents whose query has no text": self.without_query,
-            "documents given twice for a query": self.duplicates,
-        }
-        lines += [f"{count:,} {what}: left out" for what, count in counts.items() if count]
-        taken = {
-            "documents that the teacher did not rank: placed below all others": self.ranked_last,
-            "documents with two labels in the qrels: the higher counts": self.judged_twice,
-            "qids with several queries: that of the best-ranked document counts": self.several_queries,
-        }
-        lines += [f"{count:,} {what}" for what, count in taken.items() if count]
-        shares = {
+        lines = [f"{self.groups:,} of {self.queries:,} queries to train on, with {self.documents:,} documents"]
+        lines += [f"dropped {line}" for line in self._dropped()]
+        lines += self._conflicts()
+        if self.ranked_last:
+            lines.append(f"placed {_count(self.ranked_last, 'document')} last that the teacher didn't rank")
+        rates = {
             "of the teacher's pairs of documents are tied": self.tied_labels,
-            "of the queries are cut to fit (max_query_length)": self.truncated_queries,
-            "of the documents are cut to fit (max_length)": self.truncated_documents,
+            "of the queries are truncated (max_query_length)": self.truncated_queries,
+            "of the documents are truncated (max_length)": self.truncated_documents,
         }
-        lines += [f"{share:.1%} {what}" for what, share in shares.items() if share]
+        lines += [f"{rate:.1%} {what}" for what, rate in rates.items() if rate]
         if self.agreement is not None:
-            lines.append(f"teacher and first stage agree by a rank correlation of {self.agreement:.2f}")
+            lines.append(f"rank correlation of the teacher with the first stage: {self.agreement:.2f}")
         return "\n  ".join(["DataReport:", *lines])
 
     @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DataReport":
+        """Restore a report from `dataclasses.asdict`, ignoring unknown fields of other versions."""
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+    @classmethod
     def total(cls, reports: Sequence["DataReport"]) -> "DataReport":
-        """The report on pieces of data: counts added up, shares averaged over the groups."""
+        """Combine the reports of chunks: add up counts, average rates over groups."""
         values: dict[str, Any] = {}
         for f in fields(cls):
             found = [(getattr(report, f.name), report.groups) for report in reports]
@@ -71,16 +63,38 @@ class DataReport:
         return cls(**values)
 
     def dropped(self) -> str:
-        """What was left out, in words, for a warning; empty if nothing was."""
-        return "; ".join(self._lines(": left out"))
+        """Describe what was dropped; empty if nothing was."""
+        return "; ".join(self._dropped())
 
-    def contradictions(self) -> str:
-        """Where the data say two things, and which was taken, in words, for a warning; empty if nowhere."""
-        return "; ".join(f"{line} counts" for line in self._lines(" counts"))
+    def conflicts(self) -> str:
+        """Describe where the data contradict themselves; empty if nowhere."""
+        return "; ".join(self._conflicts())
 
-    def _lines(self, end: str) -> list[str]:
-        return [line.strip().removesuffix(end) for line in repr(self).split("\n") if line.endswith(end)]
-
-    def upside_down(self) -> bool:
-        """Whether the teacher seems to rank the worst first: it contradicts the first stage on the whole."""
+    def teacher_looks_inverted(self) -> bool:
+        """Whether the teacher contradicts the first stage, as if its order were reversed."""
         return self.agreement is not None and self.agreement < -0.2
+
+    def _dropped(self) -> list[str]:
+        unjudged = f" ({self.unjudged:,} of them not in the qrels)" if self.unjudged else ""
+        queries = {
+            f"without a relevant document{unjudged}": self.without_relevant,
+            "without a non-relevant document": self.without_negatives,
+            "that the teacher didn't rank": self.without_teacher,
+        }
+        documents = {
+            "that the teacher didn't rank": self.unranked_by_teacher,
+            "without text": self.without_text,
+            "with an empty query": self.without_query,
+        }
+        lines = [f"{count:,} of {self.queries:,} queries {what}" for what, count in queries.items() if count]
+        lines += [f"{_count(count, 'document')} {what}" for what, count in documents.items() if count]
+        return lines + ([_count(self.duplicates, "duplicate result")] if self.duplicates else [])
+
+    def _conflicts(self) -> list[str]:
+        labels = f"{_count(self.judged_twice, 'document')} with two labels in the qrels: the higher one is used"
+        queries = f"{_count(self.several_queries, 'qid')} with several queries: the best-ranked document's is used"
+        return [labels] * bool(self.judged_twice) + [queries] * bool(self.several_queries)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,217 +1,202 @@
-"""First-stage rankings on disk, of any size, as pieces that fit in memory.
+"""Run files of any size, read in chunks with polars (extra `[runs]`).
 
-What is read at a time is bounded, and so is what is kept: each query's top documents, as numbers. polars reads the
-files (extra `[runs]`).
+Memory is bounded by the size of a chunk and by what is kept of each query: its top documents, as integer ids.
 """
 
 import gzip
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from pyterrier_msft.data.frames import PASSAGE, as_ids, as_texts, check_numbers, require_columns
-from pyterrier_msft.data.rankings import ByQuery, Rankings, best_first, number, parent_numbers, places, starts
+from pyterrier_msft.data.frames import PASSAGE_SUFFIX, as_ids, as_texts, order_column, require, require_columns
+from pyterrier_msft.data.rankings import (
+    Rankings,
+    RowsByQuery,
+    assign_ids,
+    best_first,
+    parent_ids,
+    query_offsets,
+    rank_in_query,
+    within_depth,
+)
 
 if TYPE_CHECKING:
     import polars as pl
 
-ROWS = 1_000_000  # of the file, at a time
+CHUNK_ROWS = 1_000_000  # rows of a file read at once
+TREC_COLUMNS = ["qid", "Q0", "docno", "rank", "score", "tag"]
 
 
-TREC = ["qid", "Q0", "docno", "rank", "score", "tag"]
-
-
-def pieces(
+def read_run(
     path: str | Path,
     *,
     depth: int | None,
     relevant: pd.DataFrame | None = None,
     topics: pd.DataFrame | None = None,
 ) -> Iterator[Rankings]:
-    """Read a run in pieces of whole queries.
+    """Read a run in chunks of whole queries.
 
     Args:
-        path: A TREC run, plain or `.gz`, or Parquet with qid, docno, and score or rank (and query); a query's rows
-            stand together.
-        depth: Documents that are kept of each query, from the top. None: all.
-        relevant: qid, docno, as strings: what is kept wherever it stands.
-        topics: qid, query: the queries, for a file without their text; queries that it lacks are left out.
+        path: A TREC run, plain or `.gz`, or Parquet with qid, docno, and score or rank (and query). The rows of a
+            query must be together.
+        depth: Documents to keep per query, from the top. None: all.
+        relevant: qid and docno (strings) of documents to keep at any rank.
+        topics: qid and query, for a file without queries; queries that aren't here are dropped.
 
     Yields:
-        The rankings, docnos in place of texts. They share one numbering.
+        Rankings with docnos in place of texts, and shared document ids.
 
     Raises:
-        ValueError: If the file isn't there or has another form, or a query's rows are scattered.
-        ImportError: Without polars.
+        ValueError: If the file is missing or has another format, or the rows of a query aren't together.
+        ImportError: If polars isn't installed.
     """
     rows = _scan(Path(path))
     columns = rows.collect_schema().names()
     require_columns(pd.DataFrame(columns=columns), ["qid", "docno"], str(path))
-    key = next((name for name in ("score", "rank") if name in columns), None)
+    key = order_column(columns)
     if key is None:
-        raise ValueError(f"expected a score or a rank in {path}, found columns {columns}")
+        raise ValueError(f"{path} must have a score or a rank; got {columns}")
     queries = None
     if "query" not in columns:
         if topics is None:
-            raise ValueError(
-                f"expected the queries' text in {path}, or topics in MonoCE(..., text=dataset), found neither"
-            )
+            raise ValueError(f"{path} must have a column 'query'; got {columns}. Or pass MonoCE(..., text=dataset)")
         require_columns(topics, ["qid", "query"], "topics")
         queries = dict(zip(as_ids(topics["qid"]), as_texts(topics["query"]), strict=True))
-    reader = _Reader(path, key, depth, None if relevant is None else ByQuery(relevant), queries)
-    return reader.read(rows.select([name for name in ("qid", "query", "docno", key) if name in columns]))
+    converter = _Converter(path, key, depth, None if relevant is None else RowsByQuery(relevant), queries)
+    for batch in _whole_queries(
+        rows.select([name for name in ("qid", "query", "docno", key) if name in columns]), path
+    ):
+        yield converter.rankings(batch)
 
 
-class _Reader:
-    """What becomes of a file's rows."""
+def first_docnos(path: str | Path, n: int) -> list[str]:
+    """Return the docnos of a run's first rows."""
+    return _as_ids(_scan(Path(path)).head(n).collect()["docno"]).to_list()
 
-    def __init__(
-        self,
-        path: str | Path,
-        key: str,
-        depth: int | None,
-        relevant: ByQuery | None,
-        queries: dict[str, str] | None,
-    ) -> None:
-        self.path, self.key, self.depth = path, key, depth
-        self.relevant, self.queries = relevant, queries
-        self.docnos: dict[str, int] = {}
-        self.seen: set[str] = set()
 
-    def read(self, rows: "pl.LazyFrame") -> Iterator[Rankings]:
-        import polars as pl
+@dataclass
+class _Converter:
+    """Converts chunks of a file to rankings, as `clean_results` does with a frame."""
 
-        held: pl.DataFrame | None = None  # the last query's rows, which the next batch may go on with
-        try:
-            for part in rows.collect_batches(chunk_size=ROWS, maintain_order=True):
-                batch = part.with_columns(
-                    *map(_ids, part.select("qid", "docno")),
-                    pl.col(self.key).cast(pl.Float64),
-                    pl.col("^query$").cast(pl.String),
-                )
-                if batch["qid"].null_count() or batch["docno"].null_count():
-                    raise ValueError(f"expected a qid and a docno in each row of {self.path}, found one without")
-                if held is not None:
-                    batch = pl.concat([held, batch])
-                if not len(batch):
-                    continue
-                last = batch["qid"][-1]
-                held = batch.filter(pl.col("qid") == last)
-                if len(held) < len(batch):
-                    yield self.rankings(batch.filter(pl.col("qid") != last))
-        except pl.exceptions.PolarsError as error:
-            raise ValueError(
-                f"expected a TREC run or Parquet in {self.path}, found what can't be read: {error}"
-            ) from error
-        if held is not None and len(held):
-            yield self.rankings(held)
+    path: str | Path
+    key: str  # score or rank
+    depth: int | None
+    relevant: RowsByQuery | None
+    queries: dict[str, str] | None  # None: the file has them
+    docnos: dict[str, int] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)  # the qids of earlier chunks
 
     def rankings(self, batch: "pl.DataFrame") -> Rankings:
-        """Whole queries' rows as `groups.clean_results` has them, without what lies below the depth."""
+        """Convert the rows of whole queries."""
         import polars as pl
 
-        runs = batch["qid"].rle().struct.unnest()
-        found = runs["value"].to_list()
-        if scattered := self.seen.intersection(found):
-            raise ValueError(
-                f"expected the rows of a query together in {self.path}, found some of {min(scattered)!r} far from "
-                "others: sort the file by qid"
-            )
-        self.seen.update(found)
-        qids = [qid for qid in dict.fromkeys(found) if self.queries is None or qid in self.queries]
-        numbers = {qid: number for number, qid in enumerate(qids)}
-        query = np.repeat(np.array([numbers.get(qid, -1) for qid in found], dtype=np.int64), runs["len"].to_numpy())
-        key = check_numbers(batch[self.key].to_numpy() * (1.0 if self.key == "score" else -1.0))
-        row = best_first(query, key)
-        if (row[1:] < row[:-1]).any():
-            batch, query, key = batch[row], query[row], key[row]
-        batch = batch.with_columns(query_number=pl.Series(query), key=pl.Series(key)).filter(pl.Series(query >= 0))
-        counts = {"queries": len(qids), "duplicates": len(batch), "without_text": 0}
-        batch = _distinct(batch)
-        counts["duplicates"] -= len(batch)
-        if self.queries is None:
-            asked = batch["query"].str.contains(r"\S").fill_null(False)
-        else:
-            asked = pl.Series(np.array([bool(self.queries[qid].strip()) for qid in qids], bool)[batch["query_number"]])
-        counts["without_query"] = len(batch) - int(asked.sum())
-        batch = batch.filter(asked)
-        query = batch["query_number"].to_numpy()
-        queries, counts["several_queries"] = self._queries(batch, query, qids)
-        passages = bool(batch["docno"].str.contains("%p", literal=True).any())
-        kept = self._kept(batch, query, numbers, passages)
-        docnos = batch["docno"].filter(pl.Series(kept)).to_list()
-        document = number(docnos, self.docnos)
+        batch, qids = self._sort(batch)
+        distinct = batch.filter(pl.col("docno").is_first_distinct().over("query_id"))
+        asked = distinct.filter(pl.col("query").str.contains(r"\S").fill_null(False))
+        query = asked["query_id"].to_numpy()
+        first = query_offsets(query)
+        queries = np.full(len(qids), "", dtype=object)
+        queries[query[first]] = asked["query"].gather(first).to_list()
+        differs = asked["query"] != asked["query"].gather(np.arange(len(query)) - rank_in_query(query))
+        has_passages = bool(asked["docno"].str.contains("%p", literal=True).any())
+        kept = self._keep(asked, qids, has_passages)
+        docnos = asked["docno"].filter(pl.Series(kept)).to_list()
+        document = assign_ids(docnos, self.docnos)
         return Rankings(
             qids=qids,
-            queries=queries,
+            queries=list(queries),
             docnos=self.docnos,
             texts=self.docnos,
             query=query[kept],
             document=document,
-            judged=parent_numbers(docnos, self.docnos) if passages else document,
+            parent=parent_ids(docnos, self.docnos) if has_passages else document,
             text=document,
-            key=batch["key"].to_numpy()[kept],
+            key=asked["key"].to_numpy()[kept],
             ordered_by=self.key,
-            counts=counts,
+            counts={
+                "queries": len(qids),
+                "duplicates": len(batch) - len(distinct),
+                "without_query": len(distinct) - len(asked),
+                "without_text": 0,
+                "several_queries": len(np.unique(query[differs.to_numpy()])),
+            },
         )
 
-    def _queries(self, batch: "pl.DataFrame", query: np.ndarray, qids: list[str]) -> tuple[list[str], int]:
-        """Each qid's query, that of its best document, and of how many qids there are others."""
-        if self.queries is not None:
-            return [self.queries[qid] for qid in qids], 0
-        begins = starts(query)
-        best = np.full(len(qids), "", dtype=object)
-        best[query[begins]] = batch["query"].gather(begins).to_list()
-        differs = batch["query"] != batch["query"].gather(np.arange(len(query)) - places(query))
-        return list(best), len(np.unique(query[differs.to_numpy()]))
-
-    def _kept(self, batch: "pl.DataFrame", query: np.ndarray, numbers: dict[str, int], passages: bool) -> np.ndarray:
-        """(rows,) whether the groups can have a use for a row."""
+    def _sort(self, batch: "pl.DataFrame") -> tuple["pl.DataFrame", list[str]]:
+        """Order rows by query and descending key, without unknown queries; add query, query_id and key."""
         import polars as pl
 
-        kept = np.ones(len(query), dtype=bool) if self.depth is None else places(query) < self.depth
-        if self.relevant is not None:
-            relevant = self.relevant.of(numbers)
-            pairs = pl.DataFrame(
-                {"query_number": [numbers[qid] for qid in relevant["qid"]], "docno": relevant["docno"].tolist()},
-                schema={"query_number": pl.Int64, "docno": pl.String},
+        runs = batch["qid"].rle().struct.unnest()
+        in_file = runs["value"].to_list()
+        if scattered := self.seen.intersection(in_file):
+            raise ValueError(
+                f"{self.path} must have the rows of a query together; got {min(scattered)!r} in several places. Sort "
+                "the file by qid"
             )
-            docno = pl.col("docno").str.replace(PASSAGE, "") if passages else pl.col("docno")
-            below = batch.select("query_number", docno).with_row_index().filter(pl.Series(~kept))
-            kept[below.join(pairs, on=["query_number", "docno"], how="semi")["index"].to_numpy()] = True
+        self.seen.update(in_file)
+        qids = [qid for qid in dict.fromkeys(in_file) if self.queries is None or qid in self.queries]
+        query_ids = {qid: i for i, qid in enumerate(qids)}
+        ids = np.array([query_ids.get(qid, -1) for qid in in_file], dtype=np.int64)
+        query, key = np.repeat(ids, runs["len"].to_numpy()), batch[self.key].to_numpy()
+        require(~np.isnan(key), key, f"{self.key}s must be numeric")
+        key = key if self.key == "score" else -key
+        order = best_first(query, key)
+        if (order[1:] < order[:-1]).any():
+            batch, query, key = batch[order], query[order], key[order]
+        batch = batch.with_columns(query_id=pl.Series(query), key=pl.Series(key)).filter(pl.Series(query >= 0))
+        if self.queries is not None:
+            texts = pl.Series([self.queries[qid] for qid in qids], dtype=pl.String)
+            batch = batch.with_columns(query=texts.gather(batch["query_id"]))
+        return batch, qids
+
+    def _keep(self, batch: "pl.DataFrame", qids: list[str], has_passages: bool) -> np.ndarray:
+        """Return a mask of the rows that are within the depth or relevant."""
+        import polars as pl
+
+        kept = within_depth(batch["query_id"].to_numpy(), self.depth)
+        if self.relevant is not None:
+            relevant = self.relevant.of(qids)
+            query_ids = {qid: i for i, qid in enumerate(qids)}
+            pairs = pl.DataFrame(
+                {"query_id": [query_ids[qid] for qid in relevant["qid"]], "docno": relevant["docno"].tolist()},
+                schema={"query_id": pl.Int64, "docno": pl.String},
+            )
+            docno = pl.col("docno").str.replace(PASSAGE_SUFFIX, "") if has_passages else pl.col("docno")
+            below = batch.select("query_id", docno).with_row_index().filter(pl.Series(~kept))
+            kept[below.join(pairs, on=["query_id", "docno"], how="semi")["index"].to_numpy()] = True
         return kept
 
 
-def first_docnos(path: str | Path, n: int) -> list[str]:
-    """The docnos of a run's first rows."""
-    return _ids(_scan(Path(path)).head(n).collect()["docno"]).to_list()
-
-
-def _ids(values: "pl.Series") -> "pl.Series":
-    """Ids as `groups.as_ids` has them."""
+def _whole_queries(rows: "pl.LazyFrame", path: str | Path) -> Iterator["pl.DataFrame"]:
+    """Read rows in chunks, and hold back the last query of each, as the next chunk may continue it."""
     import polars as pl
 
-    text = values.cast(pl.String).str.strip_chars()
-    return text.str.strip_suffix(".0") if values.dtype.is_float() else text
-
-
-def _distinct(batch: "pl.DataFrame") -> "pl.DataFrame":
-    """The batch with the first row alone of each query and docno."""
-    import polars as pl
-
-    pair = ["query_number", "docno"]
-    # Equal rows have equal hashes, which leave hardly a row to compare.
-    hashes = batch.select(pair).hash_rows().to_numpy()
-    ordered = np.sort(hashes)
-    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-    if not len(repeated):
-        return batch
-    suspects = batch.select(pair).with_row_index().filter(pl.Series(np.isin(hashes, repeated)))
-    again = suspects.filter(~suspects.select(pl.struct(pair).is_first_distinct()).to_series())["index"]
-    return batch.filter(pl.Series(~np.isin(np.arange(len(batch)), again.to_numpy())))
+    held: pl.DataFrame | None = None
+    try:
+        for chunk in rows.collect_batches(chunk_size=CHUNK_ROWS, maintain_order=True):
+            batch = chunk.with_columns(
+                *map(_as_ids, chunk.select("qid", "docno")),
+                pl.col("^(score|rank)$").cast(pl.Float64),
+                pl.col("^query$").cast(pl.String),
+            )
+            for name in ("qid", "docno"):
+                if batch[name].null_count():
+                    raise ValueError(f"{name} is required in every row of {path}; got a row without it")
+            if held is not None:
+                batch = pl.concat([held, batch])
+            if len(batch):
+                is_last = batch["qid"] == batch["qid"][-1]
+                held = batch.filter(is_last)
+                if not is_last.all():
+                    yield batch.filter(~is_last)
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{path} must be a TREC run or Parquet; got an error from polars: {error}") from error
+    if held is not None and len(held):
+        yield held
 
 
 def _scan(path: Path) -> "pl.LazyFrame":
@@ -220,14 +205,22 @@ def _scan(path: Path) -> "pl.LazyFrame":
     except ImportError as error:
         raise ImportError('results from a file need the extra [runs]: pip install "pyterrier-msft[runs]"') from error
     if not path.is_file():
-        raise ValueError(f"expected results as a data frame or the path of a run, found no file {str(path)!r}")
+        raise ValueError(f"results must be a data frame or the path of a run; there is no file {str(path)!r}")
     if path.suffix == ".parquet":
         return pl.scan_parquet(path)
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         line = file.readline()
     separator = "\t" if "\t" in line else " "
-    if len(line.rstrip("\n").split(separator)) != len(TREC):
-        raise ValueError(f"expected the six columns of a TREC run in {path}, found the line {line[:80]!r}")
+    if len(line.rstrip("\n").split(separator)) != len(TREC_COLUMNS):
+        raise ValueError(f"{path} must have the columns of a TREC run {TREC_COLUMNS}; got the line {line[:80]!r}")
     types: dict[str, Any] = {"rank": pl.Int64, "score": pl.Float64}
-    schema = {name: types.get(name, pl.String) for name in TREC}
+    schema = {name: types.get(name, pl.String) for name in TREC_COLUMNS}
     return pl.scan_csv(path, separator=separator, has_header=False, schema=schema, quote_char=None)
+
+
+def _as_ids(values: "pl.Series") -> "pl.Series":
+    """Convert ids to strings, as `frames.as_ids` does."""
+    import polars as pl
+
+    text = values.cast(pl.String).str.strip_chars()
+    return text.str.strip_suffix(".0") if values.dtype.is_float() else text

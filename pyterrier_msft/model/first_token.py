@@ -1,4 +1,4 @@
-"""The last layer, for the first token alone."""
+"""Compute the last layer for the first token only."""
 
 import contextlib
 import math
@@ -8,17 +8,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-# ---- scores
+# The attention implementation that training registers for CPUs, see training/cpu.py.
+CPU_ATTENTION = "pyterrier_msft_cpu"
 
-CPU_ATTENTION = "pyterrier_msft_cpu"  # what training computes attention with where there is dropout
-
-
-# Families whose heads read the first token's state alone, with layers of one build.
+# Model families that score from the first token's state only, and whose layers are built alike.
 FIRST_TOKEN_HEADS = {"bert", "electra", "roberta", "xlm-roberta", "camembert"}
 
 
 def last_layer(model: PreTrainedModel) -> Any:
-    """The last layer of a model whose head reads its first token alone; None if there is none, or it isn't plain."""
+    """The last layer of a model that scores from its first token only; None for other models or adapted layers."""
     if model.config.model_type not in FIRST_TOKEN_HEADS:
         return None
     layer: Any = model.base_model.encoder.layer[-1]
@@ -28,14 +26,14 @@ def last_layer(model: PreTrainedModel) -> Any:
 
 @contextlib.contextmanager
 def first_token_only(model: PreTrainedModel) -> Iterator[None]:
-    """In the last layer compute the first token's row alone, in the forward and the backward pass.
+    """Temporarily patch a model so that its last layer computes the first token's row only, forward and backward.
 
-    Exact, since the head reads no other. A single query needs no keys and values of all tokens either: q · (K x) is
-    (q K) · x, and the weighted mean of V x is V times the mean of x. So next to nothing of the layer's work remains.
-    Models of other families, or whose layers are not plain (LoRA), stay as they are.
+    The scores are the same, since the head reads no other row. With a single query vector, keys and values of all
+    tokens needn't be computed either: q · (K x) = (q K) · x, and the weighted mean of V x is V times the weighted mean
+    of x. Hardly any of the layer's work remains. Other models, and layers with an adapter, stay as they are.
     """
     layer = last_layer(model)
-    # Other attention implementations have masks of another shape; a patched layer is one that is used already.
+    # Other attention implementations have masks of another shape. A layer with its own `forward` is patched already.
     if (
         layer is None
         or model.config._attn_implementation not in {"sdpa", "eager", CPU_ATTENTION}
@@ -50,7 +48,7 @@ def first_token_only(model: PreTrainedModel) -> Iterator[None]:
         key, value = (part.weight.unflatten(0, by_head) for part in (attention.key, attention.value))  # (h, d, H)
         query = attention.query(first).squeeze(1).unflatten(-1, by_head) * attention.scaling  # (B, h, d)
         weights = torch.einsum("bhd,hde->bhe", query, key) @ states.mT  # (B, h, T)
-        # The same for all tokens, so without effect; but a parameter without a gradient stops DDP.
+        # Equal for all tokens, so without effect on the softmax; but DDP needs a gradient for every parameter.
         weights = weights + (query * attention.key.bias.unflatten(0, by_head)).sum(-1, keepdim=True)
         if attention_mask is not None:
             mask = attention_mask[:, 0, :1]  # (B, 1, T)

@@ -1,4 +1,4 @@
-"""Devices and dtypes."""
+"""Devices and floating-point types."""
 
 import contextlib
 import os
@@ -9,77 +9,70 @@ import torch
 from transformers import PreTrainedModel
 
 from pyterrier_msft.model.first_token import last_layer
-from pyterrier_msft.model.loading import _first_line
+from pyterrier_msft.model.loading import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
-# ---- precision
-
-
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device named, or the best there is; a ValueError if the one named isn't there."""
+    """The named device, or the best one available (None); a ValueError if the named device isn't available."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    found = named_device(device)
+    found = parse_device(device)
     if found.type == "cuda" and found.index is None and "LOCAL_RANK" in os.environ:
-        # torchrun's processes have a GPU each: the one that accelerate takes too.
+        # Each of torchrun's processes has a GPU of its own: the one that accelerate chooses too.
         found = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % max(1, torch.cuda.device_count()))
     try:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"expected a device that is there, found {str(device)!r}: {_first_line(error)}") from error
+        raise ValueError(f"device must be available; got {str(device)!r}: {first_line(error)}") from error
     return found
 
 
-def named_device(device: str | torch.device) -> torch.device:
-    """The device of that name, whether it is there or not; a ValueError for what is no name of a device."""
+def parse_device(device: str | torch.device) -> torch.device:
+    """The device of that name, available or not; a ValueError for a name that torch doesn't know."""
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"expected a device that is there, found {device!r}, which is no name such as 'cuda:0'"
-        ) from error
+        raise ValueError(f"device must be a name like 'cpu' or 'cuda:0'; got {device!r}") from error
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The precision to compute in; "auto" takes bfloat16 where the hardware has it and float32 elsewhere.
-
-    Asked of the processor and not of a stopwatch: two runs on a machine must take the same one.
-    """
+    """The precision to compute in; "auto" is bfloat16 where the hardware supports it, else float32."""
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype not in {"auto", *DTYPES}:
-        raise ValueError(f"expected dtype 'auto' or one of {sorted(DTYPES)}, found {dtype!r}")
+        raise ValueError(f"dtype must be 'auto' or one of {sorted(DTYPES)}; got {dtype!r}")
     if dtype == "float16" and device.type == "cpu":
-        raise ValueError("expected dtype 'float32' or 'bfloat16' on a CPU, found 'float16', which it only emulates")
+        raise ValueError("dtype must be 'float32' or 'bfloat16' on a CPU, which only emulates 'float16'; got 'float16'")
     if dtype == "int8" and device.type != "cpu":
-        raise ValueError(f"expected dtype 'int8' on a CPU only, found it for the device {str(device)!r}")
+        raise ValueError(f"dtype 'int8' needs a CPU; got the device {str(device)!r}")
     if dtype == "auto":
         return torch.bfloat16 if _has_bfloat16(device) else torch.float32
     return DTYPES[dtype]
 
 
 def _has_bfloat16(device: torch.device) -> bool:
+    # Decided by the hardware and not by timing, so that two runs on one machine choose the same.
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    # `torch.cpu.is_bf16_supported` is true of every processor; without these instructions it is emulated, and slow.
+    # `torch.cpu.is_bf16_supported` is true for every processor; without these instructions it is emulated, and slow.
     checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return any(check() for check in checks if check is not None)
 
 
-def quantised(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy for CPUs whose linear layers multiply in int8: weights by channel, inputs by their range at hand.
+def quantize(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model for CPUs, with linear layers that multiply in int8.
 
-    Faster where the processor has VNNI or AMX, at the price of scores that are rounded.
+    Weights are quantized per channel, inputs dynamically. Faster on processors with VNNI or AMX, with rounded scores.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch would have a package of its own for this
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch moves this API to another package
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)
-        layer = last_layer(model)  # `first_token_only` reads weights there
+        layer = last_layer(model)  # `first_token_only` reads the weights of its keys and values
         kept = {layer.attention.self.key, layer.attention.self.value} if layer is not None else set()
         settings = {
             name: torch.ao.quantization.per_channel_dynamic_qconfig
@@ -91,5 +84,5 @@ def quantised(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Mixed precision for `dtype`; nothing for float32 and int8. The weights themselves stay in float32."""
+    """Mixed precision in `dtype`, with weights in float32; no effect for float32 and int8."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype not in {torch.float32, torch.int8})

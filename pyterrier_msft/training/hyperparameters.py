@@ -1,4 +1,4 @@
-"""What every fitter takes."""
+"""The settings that all fitters share."""
 
 import math
 from collections.abc import Mapping
@@ -9,32 +9,52 @@ from typing import Any
 import ir_measures
 from ir_measures import nDCG
 
+# Arguments of `transformers.TrainingArguments` that have a name of their own here.
+OWN_NAMES = {
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "learning_rate": "learning_rate",
+    "max_grad_norm": "clip_norm",
+    "max_steps": "max_steps",
+    "num_train_epochs": "epochs",
+    "output_dir": "checkpoint_dir (of fit)",
+    "per_device_train_batch_size": "batch_size",
+    "seed": "seed",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "weight_decay": "weight_decay",
+}
+UNSUPPORTED = ("deepspeed", "fsdp", "fsdp_config")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
-    """What every fitter takes.
+    """The settings that all fitters share.
 
     Args:
-        learning_rate: AdamW's, at its highest; it falls linearly to 0.
-        epochs: Times that each query is learnt from.
-        max_steps: Updates of the weights; in place of `epochs` if given.
-        batch_size: Queries a step (over all processes, so that their number changes no result, but for dropout's
-            random numbers).
-        gradient_accumulation: Steps that are summed for one update.
-        pairs_per_pass: Bounds memory: query-document pairs whose activations are held at once. The gradient is the
-            same, at the price of a second forward pass (Gao et al., RepL4NLP 2021). None: all of a step's pairs, or
-            as many as fit the memory by an estimate.
-        warmup: Updates in which the learning rate rises from 0; below 1, a share of all updates.
-        weight_decay: AdamW's.
-        clip_norm: The gradient's largest norm. None: any.
-        dropout: In place of the backbone's own probabilities while training. None: the backbone's own.
-        max_length: Tokens a pair while training. None: the re-ranker's.
-        freeze_position_embeddings: Whether the position embeddings stay as they are.
-        metric: The `ir_measures` measure that validation computes. None: no validation.
-        eval_every: Updates between validations. None: a tenth of the training.
-        patience: Validations without a new best after which training stops. None: never.
-        seed: Decides the order of queries, the sampled documents and dropout.
-        trainer_args: Any further argument of `transformers.TrainingArguments`, such as `{"report_to": "tensorboard"}`.
+        learning_rate: Peak learning rate of AdamW; it decays linearly to 0.
+        epochs: Number of times that each query is seen.
+        max_steps: Number of updates; overrides `epochs`.
+        batch_size: Queries per step, over all processes, so that the number of GPUs doesn't change the result (but
+            for the random numbers of dropout).
+        gradient_accumulation: Steps whose gradients are averaged for one update.
+        pairs_per_pass: Largest number of query-document pairs whose activations are held in memory. A step with more
+            costs one extra forward pass; the gradient is unchanged (gradient caching: Gao et al., RepL4NLP 2021).
+            None: no limit, until memory runs out.
+        warmup: Updates during which the learning rate rises from 0; below 1, a fraction of all updates.
+        weight_decay: Weight decay of AdamW.
+        clip_norm: Maximum norm of the gradient. None: no clipping.
+        dropout: Dropout probability during training. None: the backbone's own.
+        max_length: Maximum number of tokens per pair during training. None: the re-ranker's.
+        freeze_position_embeddings: Whether to freeze the position embeddings.
+        metric: `ir_measures` measure for validation. None: no validation.
+        eval_every: Updates between validations. None: a tenth of the training run.
+        patience: Stop after this many validations without improvement. None: never stop early.
+        seed: Seed for the order of queries, the sampled documents and dropout.
+        trainer_args: Further arguments of `transformers.TrainingArguments`, for example
+            `{"report_to": "tensorboard"}`.
+
+    Raises:
+        ValueError: If a setting is out of range, or `trainer_args` has one that a field here sets.
     """
 
     learning_rate: float = 1e-5
@@ -56,27 +76,53 @@ class Hyperparameters:
     trainer_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "gradient_accumulation", "pairs_per_pass", "max_length", "eval_every",
-                     "patience"):  # fmt: skip
-            check_number(name, getattr(self, name), whole=True)
-        for name in ("learning_rate", "epochs", "clip_norm"):
-            check_number(name, getattr(self, name))
+        for name in ("batch_size", "gradient_accumulation"):
+            check_number(name, getattr(self, name), integer=True, required=True)
+        for name in ("max_steps", "pairs_per_pass", "max_length", "eval_every", "patience"):
+            check_number(name, getattr(self, name), integer=True)
+        for name in ("learning_rate", "epochs"):
+            check_number(name, getattr(self, name), required=True)
+        check_number("clip_norm", self.clip_norm)
         for name in ("warmup", "weight_decay"):
-            check_number(name, getattr(self, name), zero=True)
-        check_number("dropout", self.dropout, zero=True)
-        check_number("seed", self.seed, whole=True, zero=True)
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ValueError(f"expected dropout from 0 to below 1, found {self.dropout!r}")
-        if isinstance(self.metric, str):
-            object.__setattr__(self, "metric", ir_measures.parse_measure(self.metric))
+            check_number(name, getattr(self, name), minimum_zero=True, required=True)
+        check_number("dropout", self.dropout, minimum_zero=True)
+        check_number("seed", self.seed, integer=True, minimum_zero=True, required=True)
+        if self.dropout is not None and self.dropout >= 1:
+            raise ValueError(f"dropout must be at least 0 and below 1; got {self.dropout!r}")
+        object.__setattr__(self, "metric", _parse_metric(self.metric))
+        _check_trainer_args(self.trainer_args)
 
 
-def check_number(name: str, value: Any, *, whole: bool = False, zero: bool = False) -> None:
-    """Raise a ValueError if a setting is neither None nor a finite number above 0 (or of at least 0)."""
-    least = "of at least 0" if zero else "above 0"
-    if value is None:
+def check_number(
+    name: str, value: Any, *, integer: bool = False, minimum_zero: bool = False, required: bool = False
+) -> None:
+    """Raise a ValueError unless a setting is a finite number above 0 (or of at least 0), or None if not required."""
+    if value is None and not required:
         return
-    if not isinstance(value, Integral if whole else Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"expected {name} as a {'whole ' * whole}number {least}, found {value!r}")
-    if float(value) < 0 or (value == 0 and not zero):
-        raise ValueError(f"expected {name} {least}, found {value!r}")
+    is_number = isinstance(value, Integral if integer else Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0 or (value == 0 and not minimum_zero):
+        kind = "integer" if integer else "number"
+        wanted = f"a non-negative {kind}" if minimum_zero else f"a positive {kind}"
+        raise ValueError(f"{name} must be {wanted}{'' if required else ' or None'}; got {value!r}")
+
+
+def _parse_metric(metric: Any) -> Any:
+    if metric is None or isinstance(metric, ir_measures.Measure):
+        return metric
+    try:
+        return ir_measures.parse_measure(metric)
+    except (NameError, TypeError, ValueError, AttributeError, SyntaxError) as error:
+        raise ValueError(f"metric must be an ir_measures measure such as nDCG @ 10; got {metric!r}") from error
+
+
+def _check_trainer_args(trainer_args: Any) -> None:
+    if not isinstance(trainer_args, Mapping):
+        raise ValueError(f"trainer_args must be a dictionary; got {type(trainer_args).__name__}")
+    for name in trainer_args:
+        if name in OWN_NAMES:
+            raise ValueError(f"trainer_args must not set {name!r}. Use {OWN_NAMES[name]} instead")
+        if name in UNSUPPORTED and trainer_args[name]:
+            raise ValueError(
+                f"trainer_args must not set {name!r}: the weights of an encoder fit one GPU. Run the script with "
+                "torchrun to train on several GPUs, or train fewer weights with MonoCE(..., adapter=LoraConfig(...))"
+            )

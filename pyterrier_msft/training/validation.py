@@ -1,4 +1,4 @@
-"""An IR measure on re-ranked results."""
+"""An IR measure on re-ranked validation results."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,28 +11,34 @@ from transformers import PreTrainedModel
 
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.scoring import score_pairs
-from pyterrier_msft.training import distributed as processes
+from pyterrier_msft.training import distributed
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Results to re-rank, judged: how good a model is on queries that it doesn't learn from."""
+    """Results to re-rank, their qrels, and the measure of how well they are ranked.
 
-    results: pd.DataFrame  # qid, query, docno, text, ids as strings
-    qrels: pd.DataFrame  # qid, docno, label, ids as strings
+    Args:
+        results: Columns qid, query, docno and text; ids as strings.
+        qrels: Columns qid, docno and label; ids as strings.
+        metric: An `ir_measures` measure.
+    """
+
+    results: pd.DataFrame
+    qrels: pd.DataFrame
     metric: Any
 
-    def measure(self, model: PreTrainedModel, encoder: PairEncoder, dtype: torch.dtype) -> float:
-        """The metric's mean over the judged queries. Several processes score a part each."""
-        own = self.results.iloc[processes.rank() :: processes.count()]
-        parts = processes.each(
-            lambda: score_pairs(model, encoder, own["query"].tolist(), own["text"].tolist(), dtype=dtype)
+    def evaluate(self, network: PreTrainedModel, encoder: PairEncoder, dtype: torch.dtype) -> float:
+        """Return the metric's mean over the judged queries. Each rank scores its share of the pairs."""
+        own = self.results.iloc[distributed.rank() :: distributed.world_size()]
+        shares = distributed.gather_objects(
+            score_pairs(network, encoder, own["query"].tolist(), own["text"].tolist(), dtype=dtype)
         )
-        scores = np.empty(len(self.results), dtype=np.float32)
-        for number, part in enumerate(parts):
-            scores[number :: len(parts)] = part
-        run = self.results[["qid", "docno"]].assign(score=scores.astype(np.float64))
-        run.columns = pd.Index(["query_id", "doc_id", "score"])
-        run = run.groupby(["query_id", "doc_id"])["score"].max().reset_index()  # of a document's passages
+        scores = np.empty(len(self.results))
+        for rank, share in enumerate(shares):
+            scores[rank :: len(shares)] = share
+        run = self.results[["qid", "docno"]].rename(columns={"qid": "query_id", "docno": "doc_id"})
+        # A document's score is that of its best passage.
+        run = run.assign(score=scores).groupby(["query_id", "doc_id"])["score"].max().reset_index()
         qrels = self.qrels.rename(columns={"qid": "query_id", "docno": "doc_id", "label": "relevance"})
         return float(ir_measures.calc_aggregate([self.metric], qrels, run)[self.metric])

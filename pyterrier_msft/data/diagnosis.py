@@ -1,0 +1,63 @@
+"""Explanations of why no query can be learned from."""
+
+import pandas as pd
+
+from pyterrier_msft.data.frames import PASSAGE_SUFFIX, as_ids
+from pyterrier_msft.data.report import DataReport
+
+
+def explain_mismatch(results: pd.DataFrame, other: pd.DataFrame, what: str) -> str:
+    """Explain why results and `other`, qrels or a teacher's ranking, have no document in common."""
+    if not len(other):
+        return f"there are no rows in {what}"
+    for column in ("qid", "docno"):
+        here, there = as_ids(results[column]), as_ids(other[column])
+        if column == "docno":
+            here = here.str.replace(PASSAGE_SUFFIX, "", regex=True)
+        if not here.isin(there).any():
+            zeros = here.str.lstrip("0").isin(there.str.lstrip("0")).any()
+            hint = ". Leading zeros are lost when ids are read as numbers: read them with dtype=str" if zeros else ""
+            pair = f"{here.iloc[0]!r} in the results and {there.iloc[0]!r} in {what}"
+            return f"the {column}s don't match, e.g. {pair}{hint}"
+    return f"qids and docnos match, but no document of a query's results is in {what} for that query"
+
+
+def explain_no_positives(report: DataReport, results: pd.DataFrame, grades: pd.Series, min_relevance: float) -> str:
+    """Explain why no query has both a relevant document and a negative; `results` may be a sample."""
+    judged = grades[grades.index.get_level_values("qid").isin(as_ids(results["qid"]))]
+    relevant = grades[grades >= min_relevance].index.to_frame(index=False)
+    if not (why := _explain_missing_texts(report)):
+        if report.without_relevant < report.queries:
+            why = "there are relevant documents, but no others in the top of the results to use as negatives"
+        elif not len(judged):
+            why = explain_mismatch(results, grades.index.to_frame(index=False), "the qrels")
+        elif judged.max() < min_relevance:
+            why = f"the highest label of these queries is {judged.max():g}; min_relevance is {min_relevance:g}"
+        else:
+            why = explain_mismatch(results, relevant, "the qrels")
+            if why.startswith("qids and docnos match"):
+                why = "the first stage found no relevant document. Add them with add_missing_positives=True"
+    return _message("a relevant and a non-relevant document among their results", report, why)
+
+
+def explain_no_preferences(report: DataReport) -> str:
+    """Explain why a teacher ranks no two documents of a query differently."""
+    why = _explain_missing_texts(report)
+    if not why and report.without_teacher == report.queries:
+        why = "the teacher ranked none of them"
+    why = why or "each has only one document, or all of its documents have the same score"
+    return _message("two documents that the teacher ranks differently", report, why)
+
+
+def _message(needed: str, report: DataReport, why: str) -> str:
+    return f"training queries need {needed}; none of {report.queries:,} queries has them: {why}"
+
+
+def _explain_missing_texts(report: DataReport) -> str:
+    """Say if there are no rows, or none with a text and a query; else empty."""
+    if not report.queries:
+        return "the results are empty"
+    if report.documents:
+        return ""
+    counts = {"text": report.without_text, "query": report.without_query}
+    return ", and ".join(f"{count:,} documents have no {name}" for name, count in counts.items() if count)

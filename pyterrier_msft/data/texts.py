@@ -1,0 +1,136 @@
+"""The texts of documents, in a column of the results or looked up elsewhere."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyterrier as pt
+
+from pyterrier_msft.data.frames import as_ids, as_texts, frame_digest, is_blank, require_columns, require_ids
+from pyterrier_msft.data.groups import DIGEST_SAMPLE
+from pyterrier_msft.data.runs import first_docnos
+from pyterrier_msft.notices import warn
+
+MIN_LOOKUPS_FOR_CHECK = 32  # documents without text, and none with one, after which the source must be wrong
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Looks up the texts of documents where results don't have them.
+
+    Args:
+        field: The column of texts.
+        source: Something with `.text_loader()`, e.g. a dataset or an index; None if all results have the column.
+    """
+
+    field: str
+    source: Any = None
+
+    def __post_init__(self) -> None:
+        if self.source is not None and not callable(getattr(self.source, "text_loader", None)):
+            raise ValueError(
+                f"text must have a method text_loader(), as PyTerrier's datasets and indexes do; got "
+                f"{type(self.source).__name__}. Texts in a frame are added to a pipeline with pt.apply.text(...)"
+            )
+
+    def check_and_add_to(self, results: pd.DataFrame, *, context: pt.Transformer) -> pd.DataFrame:
+        """Check results that a transformer is to score, add their texts, and warn about empty ones."""
+        columns = ["query"] if self.source is not None else ["query", self.field]
+        if not isinstance(results, pd.DataFrame):
+            raise ValueError(f"results must be a data frame; got {type(results).__name__}")
+        try:
+            pt.validate.result_frame(results, extra_columns=columns, context=context)
+        except pt.validate.InputValidationError as error:
+            try:
+                require_columns(results, ["qid", "docno", *columns], "results")
+            except ValueError as explanation:
+                error.add_note(str(explanation))
+            raise
+        require_columns(results, ["qid", "docno", *columns], "results")
+        if not len(results):
+            has_texts = self.field in results.columns
+            return results if has_texts else results.assign(**{self.field: pd.Series(dtype="object")})
+        require_ids(results, ["qid", "docno"])
+        results = self.add_to(results)
+        for name in ("query", self.field):
+            if blank := int(is_blank(results[name]).sum()):
+                warn(f"{blank:,} of {len(results):,} rows to score have no {name!r}; it is read as empty")
+        return results
+
+    def add_to(self, results: pd.DataFrame) -> pd.DataFrame:
+        """Add the texts to results that lack them, as far as there is a source."""
+        return results if self.source is None or self.field in results.columns else self.load(results)
+
+    def load(self, results: pd.DataFrame) -> pd.DataFrame:
+        """Look up the texts of results."""
+        try:
+            loaded: pd.DataFrame = self.source.text_loader(fields=[self.field])(results)
+        except KeyError as error:  # from PyTerrier's loader for irds: datasets
+            raise ValueError(
+                f"text source must have all documents of the results; some are missing: {error}"
+            ) from error
+        require_columns(loaded, [self.field], "text loader's results")
+        if len(loaded) != len(results):
+            raise ValueError(f"text loader must keep all {len(results):,} rows of the results; got {len(loaded):,}")
+        return loaded
+
+    def topics(self) -> pd.DataFrame | None:
+        """The source's topics; None if it has none."""
+        with contextlib.suppress(AttributeError, NotImplementedError):  # e.g. an index
+            return self.source.get_topics()
+        return None
+
+    def digest(self, results: pd.DataFrame | str | Path) -> str:
+        """A digest of a sample of what the source adds to results: texts and, for a run file, queries.
+
+        Empty if the results have their own texts.
+        """
+        if self.source is None or (isinstance(results, pd.DataFrame) and self.field in results.columns):
+            return ""
+        topics = None
+        if isinstance(results, pd.DataFrame):
+            docnos = as_ids(results["docno"].iloc[:: max(1, len(results) // DIGEST_SAMPLE)]).tolist()
+        else:
+            docnos, topics = first_docnos(results, DIGEST_SAMPLE), self.topics()
+        texts = self.load(pd.DataFrame({"docno": list(dict.fromkeys(docnos))}))
+        frames = [texts[["docno", self.field]], *([] if topics is None else [topics[["qid", "query"]]])]
+        return hashlib.sha256(json.dumps([*map(frame_digest, frames)]).encode()).hexdigest()[:16]
+
+
+class TextLookup:
+    """Looks up texts by docno; missing texts are read as empty, with one warning.
+
+    Args:
+        load: Adds the column of texts to a frame of docnos.
+        field: The name of that column.
+    """
+
+    def __init__(self, load: Callable[[pd.DataFrame], pd.DataFrame], field: str) -> None:
+        self.load, self.field = load, field
+        self.n_found = self.n_missing = 0
+
+    def __call__(self, docnos: list[str]) -> list[str]:
+        """Return the texts of documents.
+
+        Raises:
+            ValueError: If no document has had a text so far.
+        """
+        loaded = self.load(pd.DataFrame({"docno": list(dict.fromkeys(docnos))}))
+        by_docno = dict(zip(loaded["docno"], as_texts(loaded[self.field]), strict=True))
+        texts = [by_docno.get(docno, "") for docno in docnos]
+        missing = [docno for docno, text in zip(docnos, texts, strict=True) if not text.strip()]
+        if missing and not self.n_missing:
+            warn(f"some documents have no text, e.g. {missing[0]!r}; they are read as empty")
+        self.n_found += len(docnos) - len(missing)
+        self.n_missing += len(missing)
+        if not self.n_found and self.n_missing >= MIN_LOOKUPS_FOR_CHECK:
+            raise ValueError(
+                f"text source: {self.n_missing} of {self.n_missing} documents have no text, e.g. {missing[0]!r}. Check "
+                "that MonoCE(..., text=dataset) is the dataset of the results"
+            )
+        return texts

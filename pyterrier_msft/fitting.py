@@ -1,0 +1,159 @@
+"""Prepare a stage's data, train a cross-encoder on it, and record what happened."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from pyterrier_msft.data.frames import frame_digest, require_columns
+from pyterrier_msft.data.groups import Groups
+from pyterrier_msft.data.report import DataReport
+from pyterrier_msft.data.texts import TextSource
+from pyterrier_msft.fitters import Fitter
+from pyterrier_msft.model.cross_encoder import CrossEncoder
+from pyterrier_msft.model.encoding import PairEncoder
+from pyterrier_msft.model.record import StageRecord, library_versions
+from pyterrier_msft.notices import warn
+from pyterrier_msft.training.checkpoints import checkpoint_identity
+from pyterrier_msft.training.run import train
+from pyterrier_msft.training.validation import Validation
+
+ValidationFrames = tuple[pd.DataFrame, pd.DataFrame]  # results and qrels
+
+TRUNCATION_SAMPLE = 1000  # pairs tokenized to estimate how many are truncated
+
+
+@dataclass(frozen=True)
+class StageData:
+    """A fitter and the data it trains on."""
+
+    fitter: Fitter
+    groups: Groups
+    report: DataReport
+    digest: str
+
+
+def prepare_stage(
+    fitter: Fitter, results: pd.DataFrame | str | Path, qrels: pd.DataFrame | None, texts: TextSource, *, verbose: bool
+) -> StageData:
+    """Check a stage's training data and turn them into groups; warn about what was dropped."""
+    topics = None
+    if isinstance(results, pd.DataFrame):
+        require_columns(results, ["qid", "query", "docno"], "training results")
+        if texts.source is None and texts.field not in results.columns:
+            raise ValueError(
+                f"training results must have a column {texts.field!r} with the documents' text; got "
+                f"{[*map(str, results.columns)]}. Put dataset.text_loader() before MonoCE, or pass "
+                "MonoCE(..., text=dataset)"
+            )
+        results = texts.add_to(results.reset_index(drop=True))
+    elif isinstance(results, str | Path):
+        topics = texts.topics()
+    else:
+        raise ValueError(f"training results must be a data frame or a run's path; got {type(results).__name__}")
+    load_text = None if texts.source is None else texts.load
+    groups, report = fitter.groups(
+        results, qrels, text_field=texts.field, load_text=load_text, topics=topics, verbose=verbose
+    )
+    if report.dropped():
+        warn(f"{type(fitter).__name__} dropped {report.dropped()}")
+    if report.conflicts():
+        warn(f"{type(fitter).__name__} found {report.conflicts()}")
+    return StageData(fitter, groups, report, groups.digest())
+
+
+def train_stage(
+    model: CrossEncoder, encoder: PairEncoder, data: StageData, stages: list[StageRecord], *, place: int,
+    validation: ValidationFrames | None, checkpoint_dir: str | Path | None, verbose: bool,
+) -> None:  # fmt: skip
+    """Train a model in place, and add a record to those of its earlier stages.
+
+    Args:
+        model: The model.
+        encoder: The encoder of pairs.
+        data: The fitter and its data.
+        stages: The records.
+        place: The stage's place in its call of fit, from 1.
+        validation: Validation data, or None.
+        checkpoint_dir: The stage's own folder for checkpoints, or None.
+        verbose: Whether to show a progress bar.
+    """
+    fitter, before = data.fitter, model.fingerprint
+    resumed = _pop_resumed(stages, checkpoint_dir) if place == 1 else []
+    start = resumed[0].start if resumed else before
+    record = _new_record(encoder, data, place, start)
+    stages.append(record)
+    was_new, model.head_is_new = model.head_is_new, False
+    model.mark_changed()
+    try:
+        train(
+            model, encoder, data.groups, fitter.loss, fitter,
+            validation=Validation(*validation, fitter.metric) if validation and fitter.metric is not None else None,
+            checkpoint_dir=checkpoint_dir, identity=_identity(model, encoder, data, validation, start),
+            history=record.history, verbose=verbose,
+        )  # fmt: skip
+    except BaseException:
+        record.fingerprint = model.fingerprint
+        if record.fingerprint == before:  # nothing was learned: as if there had been no fit
+            model.head_is_new = was_new
+            stages[-1:] = resumed
+        else:
+            record.interrupted = record.history[-1]["step"] if record.history else 0
+        raise
+    record.fingerprint = model.fingerprint
+    if record.fingerprint == start:
+        model.head_is_new = was_new
+        settings = f"learning_rate={fitter.learning_rate}, warmup={fitter.warmup}"
+        updates = record.history[-1]["step"] if record.history else 0
+        warn(f"{type(fitter).__name__} changed no weight in {updates} updates with {settings}")
+
+
+def _pop_resumed(stages: list[StageRecord], checkpoint_dir: str | Path | None) -> list[StageRecord]:
+    """Remove and return the records of an interrupted fit if training resumes from its checkpoints."""
+    if stages and stages[-1].interrupted is not None:
+        first = len(stages) - stages[-1].place
+        if checkpoint_identity(checkpoint_dir).get("start weights") == stages[first].start:
+            resumed = stages[first:]
+            del stages[first:]
+            return resumed
+    return []
+
+
+def _new_record(encoder: PairEncoder, data: StageData, place: int, start: str) -> StageRecord:
+    groups, fitter = data.groups, data.fitter
+    step = max(1, len(groups) * 4 // TRUNCATION_SAMPLE)
+    sample = [(i, document) for i in range(0, len(groups), step) for document in groups.documents[i][:4]]
+    queries, texts = [groups.queries[i] for i, _ in sample], groups.text(document for _, document in sample)
+    query_rate, text_rate = encoder.truncation_rates(queries, texts)
+    report = dataclasses.replace(data.report, truncated_queries=query_rate, truncated_documents=text_rate)
+    return StageRecord(
+        fitter=repr(fitter),
+        loss=getattr(fitter.loss, "__name__", repr(fitter.loss)),
+        digest=fitter.settings_digest(),
+        data=data.digest,
+        queries=len(groups),
+        documents=report.documents,
+        place=place,
+        start=start,
+        seed=fitter.seed,
+        versions=library_versions(),
+        data_report=dataclasses.asdict(report),
+    )
+
+
+def _identity(
+    model: CrossEncoder, encoder: PairEncoder, data: StageData, validation: ValidationFrames | None, start: str
+) -> dict[str, str]:
+    """What determines the result of training, by name: a checkpoint with another identity is refused."""
+    frames = json.dumps([*map(frame_digest, validation or ())])
+    return {
+        **data.fitter.readable_settings(),
+        **{name: str(getattr(encoder, name)) for name in ("max_length", "max_query_length", "passages")},
+        "dtype": str(model.dtype),
+        "data": data.digest[:16],
+        "validation": hashlib.sha256(frames.encode()).hexdigest()[:16] if validation else "none",
+        "start weights": start,
+    }

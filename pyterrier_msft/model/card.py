@@ -1,0 +1,141 @@
+"""Model cards, written from a model's record."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from pyterrier_msft.model.record import ModelRecord, StageRecord
+
+
+def model_card(
+    record: ModelRecord,
+    *,
+    name: str,
+    is_adapter: bool,
+    license: str | None = None,
+    metrics: pd.DataFrame | None = None,
+    **data: Any,
+) -> str:
+    """Write a model card in Markdown, with the front matter that the hub reads.
+
+    Args:
+        record: The model's record.
+        name: The model's name, e.g. "user/model".
+        is_adapter: Whether the folder holds an adapter without its backbone's weights.
+        license: Its identifier on the hub, e.g. "apache-2.0".
+        metrics: A table to show, e.g. the result of `pt.Experiment`.
+        **data: Other fields of `huggingface_hub.ModelCardData`, e.g. `language="en"`.
+    """
+    base = data.get("base_model", record.base)
+    validation = record.stages[-1].metrics if record.stages else {}
+    known = {
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "text-ranking",
+        "license": license,
+        "base_model": base,
+        "model_name": name,
+        "eval_results": [_eval_result(metric, value) for metric, value in validation.items()] or None,
+    }
+    tags = ["cross-encoder", "reranker", "sentence-transformers", "pyterrier", *data.pop("tags", [])]
+    front_matter = ModelCardData(**{**known, **data, "tags": tags})
+    parts = [
+        f"---\n{front_matter.to_yaml()}\n---\n",
+        f"# {name.rpartition('/')[2]}\n",
+        f"A cross-encoder that re-ranks documents for a query{f', made from `{base}`' if base else ''}, trained with "
+        f"[pyterrier_msft](https://github.com/terrierteam/pyterrier_msft) {record.versions['pyterrier_msft']}.\n",
+        "## How to use\n",
+        _usage(record.settings, name, is_adapter=is_adapter),
+        "## Training\n",
+        _training(record.stages),
+        *(["## Evaluation\n"] if metrics is not None or validation else []),
+        *([_validation_table(validation)] if validation else []),
+        *([markdown_table(metrics)] if metrics is not None else []),
+        "## Versions\n",
+        ", ".join(f"{package} {version}" for package, version in record.versions.items()) + ".\n",
+        f"Weights: `{record.fingerprint}` (`MonoCE.fingerprint`). `msft.json` holds the whole training record.\n",
+    ]
+    return str(ModelCard("\n".join(parts)))
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """Format a frame in Markdown, numbers with four decimals."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return "" if pd.isna(value) else f"{value:.4f}"
+        return str(value).replace("|", "\\|").replace("\n", " ")
+
+    rows = [[cell(value) for value in row] for row in frame.itertuples(index=False, name=None)]
+    return _table([str(column) for column in frame.columns], rows)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _usage(settings: Mapping[str, Any], name: str, *, is_adapter: bool) -> str:
+    length = settings["max_length"]
+    model_class = "AutoPeftModelForSequenceClassification" if is_adapter else "AutoModelForSequenceClassification"
+    imports = (
+        f"from peft import {model_class}\nfrom transformers import AutoTokenizer"
+        if is_adapter
+        else f"from transformers import {model_class}, AutoTokenizer"
+    )
+    examples = {
+        "PyTerrier": f'from pyterrier_msft import MonoCE\n\npipeline = first_stage >> MonoCE.load("{name}")',
+        "transformers": (
+            f"{imports}\n\n"
+            f'model = {model_class}.from_pretrained("{name}"{", num_labels=1" * is_adapter}).eval()\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+            f"inputs = tokenizer(query, document, truncation=True, max_length={length}, return_tensors='pt')\n"
+            "score = model(**inputs).logits.item()"
+        ),
+    }
+    if not is_adapter:
+        examples["sentence-transformers"] = (
+            "from sentence_transformers import CrossEncoder\n\n"
+            f'scores = CrossEncoder("{name}").predict([(query, document)])'
+        )
+    notes = f"The score is the model's raw output. Query and document are truncated to {length} tokens together."
+    if settings.get("max_query_length"):
+        notes += f" PyTerrier truncates a query to {settings['max_query_length']} tokens; the others don't."
+    if settings.get("passages", 1) > 1:
+        notes += (
+            f" PyTerrier reads a longer document in up to {settings['passages']} windows and takes the best one's "
+            "score; the others truncate it."
+        )
+    return "\n".join(f"{library}:\n\n```python\n{code}\n```\n" for library, code in examples.items()) + f"\n{notes}\n"
+
+
+def _training(stages: Sequence[StageRecord]) -> str:
+    if not stages:
+        return "None with pyterrier_msft.\n"
+    columns = ["stage", "objective", "loss", "queries", "documents", "updates", "seed"]
+    rows = [
+        [
+            str(number), stage.objective, stage.loss, f"{stage.queries:,}", f"{stage.documents:,}",
+            f"{stage.history[-1]['step']:,}" if stage.history else "", str(stage.seed),
+        ]
+        for number, stage in enumerate(stages, 1)
+    ]  # fmt: skip
+    fitters = "\n".join(stage.fitter for stage in stages)
+    return f"{_table(columns, rows)}\n```python\n{fitters}\n```\n"
+
+
+def _eval_result(metric: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-ranking",
+        dataset_type="validation",
+        dataset_name="validation queries",
+        metric_type=metric,
+        metric_name=metric,
+        metric_value=round(value, 4),
+    )
+
+
+def _validation_table(validation: Mapping[str, float]) -> str:
+    rows = [[metric, f"{value:.4f}"] for metric, value in validation.items()]
+    return "On the validation queries that selected the weights:\n\n" + _table(["metric", "value"], rows)

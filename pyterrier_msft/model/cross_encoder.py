@@ -1,0 +1,260 @@
+"""A cross-encoder as one object."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pyterrier_msft.model import adapters
+from pyterrier_msft.model.encoding import PairEncoder
+from pyterrier_msft.model.loading import as_single_score, load_model, load_tokenizer, quiet_transformers, token_limit
+from pyterrier_msft.model.precision import parse_device, quantize, resolve_device, resolve_dtype
+from pyterrier_msft.model.record import ModelRecord
+from pyterrier_msft.model.scoring import score_pairs
+from pyterrier_msft.model.storage import check_source
+
+
+class CrossEncoder:
+    """A cross-encoder with one score: network, tokenizer and adapter, on a device and in a precision.
+
+    Nothing is loaded before it is needed. A pickled cross-encoder carries its weights only if they can't be loaded
+    again from a folder or the hub. For the arguments see `MonoCE`.
+    """
+
+    def __init__(
+        self, model: str | Path | PreTrainedModel, *, adapter: Any = None, dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None, seed: int = 42, revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:  # fmt: skip
+        self._network: PreTrainedModel | None = None
+        self.hub_name: str | None = None  # of the backbone
+        if isinstance(model, PreTrainedModel):
+            self.name = model.name_or_path or type(model).__name__
+            self._network = as_single_score(model)
+        elif isinstance(model, str | Path):
+            self.name = str(Path(model).expanduser()) if str(model).startswith("~") else str(model)
+            check_source(self.name)
+            self.hub_name = None if Path(self.name).is_dir() else self.name
+        else:
+            raise ValueError(f"model must be a name, a folder or a PreTrainedModel; got {type(model).__name__}")
+        if adapter is not None:
+            adapters.check(adapter)
+        resolve_dtype(dtype, resolve_device(None) if device is None else parse_device(device))
+        self.adapter = adapter
+        self.adapter_folder: str | None = None  # of a saved adapter
+        self.requested_dtype = dtype
+        self.requested_device = device
+        self.seed = seed
+        self.revision = revision
+        self.trust_remote_code = trust_remote_code
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._peft_model: Any = None  # wraps the network if there is an adapter
+        self._head_is_new = False
+        self._source: str | None = None  # folder or name to load the present weights from
+        self._expected_fingerprint: str | None = None  # of weights still to be loaded
+        self._int8: tuple[str, PreTrainedModel] | None = None  # with the fingerprint of the weights quantized
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the network is in memory."""
+        return self._network is not None
+
+    @property
+    def network(self) -> PreTrainedModel:
+        """The network on its device, loaded at first use."""
+        if self._network is None:
+            self._network, self._tokenizer, self._head_is_new = load_model(
+                self.name, seed=self.seed, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+            self._head_is_new |= ModelRecord.read(self.name).head_is_new
+            self._source = self.name
+        if self._peft_model is None and self.adapter_folder is not None:
+            self._peft_model, self._head_is_new = adapters.load(self._network, self.adapter_folder), False
+        elif self._peft_model is None and self.adapter is not None:
+            self._peft_model = adapters.add(
+                self._network, self.adapter, base=_absolute(self.name), revision=self.revision, seed=self.seed
+            )
+        if self._expected_fingerprint is not None:
+            self._check_fingerprint(self._expected_fingerprint)
+        if self._network.device != self.device:
+            self._network.to(self.device)
+        return self._network
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The network's tokenizer, loaded at first use."""
+        network = self.network
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(network)
+        return self._tokenizer
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the network has an adapter. Loads the model."""
+        return self.network is not None and self._peft_model is not None
+
+    @property
+    def backbone_folder(self) -> Path | None:
+        """The folder of an adapter's backbone; None without an adapter or for a backbone on the hub."""
+        name = self._peft_model.active_peft_config.base_model_name_or_path if self.has_adapter else None
+        return Path(name) if name is not None and Path(name).is_dir() else None
+
+    @property
+    def head_is_new(self) -> bool:
+        """Whether the head has random weights, so that scores mean nothing. Loads the model."""
+        return self.network is not None and self._head_is_new
+
+    @head_is_new.setter
+    def head_is_new(self, value: bool) -> None:
+        self._head_is_new = value
+
+    @property
+    def device(self) -> torch.device:
+        """The device to compute on."""
+        return resolve_device(self.requested_device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision to score in."""
+        return resolve_dtype(self.requested_dtype, self.device)
+
+    @property
+    def training_dtype(self) -> torch.dtype:
+        """The precision to train in."""
+        return torch.float32 if self.dtype == torch.int8 else self.dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the weights, see `fingerprint_of`. Computed at each access, since weights may change."""
+        return fingerprint_of(self.network, self._peft_model)
+
+    def pair_encoder(self, *, max_length: int, max_query_length: int | None = None, passages: int = 1) -> PairEncoder:
+        """Return an encoder of pairs; a ValueError if the model has fewer positions than `max_length`."""
+        limit = token_limit(self.network, self.tokenizer)
+        if max_length > limit:
+            raise ValueError(f"max_length must be at most {limit}, the positions of {self.name}; got {max_length}")
+        return PairEncoder(self.tokenizer, max_length, max_query_length, passages)
+
+    def score(
+        self, encoder: PairEncoder, queries: Sequence[Any], texts: Sequence[Any], *, batch_size: int | None = None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """Score pairs, see `score_pairs`; a ValueError if a score isn't finite."""
+        network, dtype = self.network, self.dtype
+        if dtype == torch.int8:
+            network = self._int8_copy()
+        scores = score_pairs(network, encoder, queries, texts, dtype=dtype, batch_size=batch_size, progress=progress)
+        if bad := int(np.sum(~np.isfinite(scores))):
+            raise ValueError(f"scores must be finite; {bad:,} of {len(scores):,} aren't. Check the model's weights")
+        return scores
+
+    def clone(self, **settings: Any) -> "CrossEncoder":
+        """Copy the cross-encoder, weights included, with some arguments of the constructor changed."""
+        other = self._shallow_copy()
+        # In one call, since the two share modules.
+        other._network, other._peft_model = copy.deepcopy((self._network, self._peft_model))
+        attributes = {"model": "name", "dtype": "requested_dtype", "device": "requested_device"}
+        for name, value in settings.items():
+            setattr(other, attributes.get(name, name), value)
+        return other
+
+    def reseeded(self, seed: int) -> "CrossEncoder":
+        """Copy the cross-encoder for a replicate: a new head gets other random weights, trained weights stay."""
+        if not self.head_is_new:
+            return self.clone(seed=seed)
+        other = self._shallow_copy()
+        other.seed, other._network, other._peft_model = seed, None, None
+        return other
+
+    def take_weights(self, other: "CrossEncoder") -> None:
+        """Share the weights of another cross-encoder and keep one's own settings."""
+        self._network, self._tokenizer, self._peft_model = other.network, other.tokenizer, other._peft_model
+        self._source = other._source if self.seed == other.seed else None
+        self.adapter_folder, self._head_is_new = other.adapter_folder, other._head_is_new
+
+    def mark_changed(self) -> None:
+        """Note that the weights are no longer those on disk."""
+        self._source = None
+
+    def mark_saved(self, folder: Path) -> None:
+        """Note that the weights can be loaded from a folder, so that they needn't travel with a pickle."""
+        if not self.has_adapter:
+            self._source = str(folder)
+
+    def write(self, folder: Path, *, max_length: int, merged: bool) -> str:
+        """Write weights and tokenizer into a folder and return the fingerprint of the weights written.
+
+        They have the format of transformers or, for an adapter that isn't merged, of peft.
+        """
+        network, peft_model = self.network, self._peft_model
+        if peft_model is not None and merged:
+            network, peft_model = adapters.merge(peft_model), None
+        # sentence-transformers applies a sigmoid to a single label unless it is told not to.
+        activation = {"activation_fn": "torch.nn.modules.linear.Identity"}
+        network.config.sentence_transformers = {**getattr(network.config, "sentence_transformers", {}), **activation}
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.model_max_length = max_length  # where sentence-transformers truncates
+        with quiet_transformers():
+            if peft_model is not None:
+                peft_model.save_pretrained(folder, save_embedding_layers=False)
+            else:
+                network.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        return fingerprint_of(network, peft_model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_int8": None}
+        if self._network is None:
+            return {**state, "name": _absolute(self.name)}
+        fingerprint = self.fingerprint
+        if self._source is not None and ModelRecord.read(self._source).fingerprint in {None, fingerprint}:
+            to_load = {"_network": None, "_peft_model": None, "_tokenizer": None, "_expected_fingerprint": fingerprint}
+            return {**state, **to_load, "name": _absolute(self._source)}
+        network, peft_model = self._network, self._peft_model
+        if network.device.type != "cpu":  # the other process may have no such device
+            network, peft_model = copy.deepcopy((network, peft_model))
+            network.cpu()
+        return {**state, "_tokenizer": self.tokenizer, "_network": network, "_peft_model": peft_model}
+
+    def _shallow_copy(self) -> Self:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)  # copy.copy would use __getstate__
+        return other
+
+    def _check_fingerprint(self, expected: str) -> None:
+        assert self._network is not None
+        if (found := fingerprint_of(self._network, self._peft_model)) != expected:
+            self._network = self._peft_model = None
+            raise ValueError(f"{self.name} must hold the weights {expected}, as when it was pickled; got {found}")
+        self._expected_fingerprint = None
+
+    def _int8_copy(self) -> PreTrainedModel:
+        fingerprint = self.fingerprint
+        if self._int8 is None or self._int8[0] != fingerprint:
+            network = adapters.merge(self._peft_model) if self.has_adapter else self.network
+            self._int8 = fingerprint, quantize(network)
+        return self._int8[1]
+
+
+def fingerprint_of(network: PreTrainedModel, peft_model: Any = None) -> str:
+    """A digest of a network's weights and its adapter's configuration. It takes a third of a second for BERT-base."""
+    state, digest = network.state_dict(), hashlib.sha256()
+    if peft_model is not None:
+        config = adapters.digestible_config(peft_model)
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _absolute(name: str) -> str:
+    """Make a folder's path absolute; leave a hub name as it is."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name

@@ -1,0 +1,108 @@
+"""What a model's folder records about its training."""
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+
+from pyterrier_msft import __version__
+
+RECORD = "msft.json"
+
+# Columns of every history row; a validation metric adds a column under its own name.
+HISTORY_START = ("stage", "fitter", "step", "epoch", "loss", "learning_rate")
+HISTORY_END = ("seconds", "pairs_per_second")
+
+
+class _Record:
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read a record of any version: missing fields get their defaults, unknown ones are ignored."""
+        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})  # type: ignore[arg-type]
+
+
+@dataclass
+class StageRecord(_Record):
+    """What one stage of training did, and on what data."""
+
+    fitter: str = ""  # its repr
+    loss: str = ""
+    digest: str = ""  # of the fitter's settings
+    data: str = ""  # digest of the groups
+    queries: int = 0
+    documents: int = 0
+    place: int = 1  # in its call of fit, from 1
+    start: str = ""  # fingerprint of the weights before the stage
+    seed: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    data_report: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str | None = None  # of the weights after the stage
+    interrupted: int | None = None  # the step at which training was interrupted
+
+    @property
+    def objective(self) -> str:
+        """The fitter's class name."""
+        return self.fitter.partition("(")[0]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The best value of each validation metric."""
+        columns = {name for row in self.history for name in row} - {*HISTORY_START, *HISTORY_END}
+        return {name: max(row[name] for row in self.history if name in row) for name in sorted(columns)}
+
+
+@dataclass
+class ModelRecord(_Record):
+    """What `msft.json` in a model's folder holds."""
+
+    settings: dict[str, Any] = field(default_factory=dict)  # arguments of MonoCE that belong to the model
+    base: str | None = None  # name of the backbone on the hub
+    head_is_new: bool = False
+    fingerprint: str | None = None
+    stages: list[StageRecord] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read a record and those of its stages."""
+        record = super().from_dict(values)
+        stages = [dict(stage) for stage in values.get("stages") or ()]
+        # Early versions kept the data reports in a list of their own.
+        for stage, report in zip(stages, values.get("reports") or (), strict=False):
+            stage.setdefault("data_report", report)
+        record.stages = [StageRecord.from_dict(stage) for stage in stages]
+        return record
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """Read the record in a folder; an empty one if there is none."""
+        path = Path(folder) / RECORD
+        return cls.from_dict(json.loads(path.read_text())) if path.is_file() else cls()
+
+    def write(self, folder: Path) -> None:
+        """Write the record into a folder."""
+        (folder / RECORD).write_text(json.dumps(dataclasses.asdict(self), indent=1))
+
+
+def history_frame(stages: Sequence[StageRecord]) -> pd.DataFrame:
+    """Put the histories of all stages into one frame, with the stage's number and fitter in each row."""
+    rows = [
+        {"stage": number, "fitter": stage.objective, **row}
+        for number, stage in enumerate(stages, 1)
+        for row in stage.history
+    ]
+    frame = pd.DataFrame(rows, columns=None if rows else [*HISTORY_START, *HISTORY_END])
+    metrics = [name for name in frame.columns if name not in {*HISTORY_START, *HISTORY_END}]
+    return frame[[*HISTORY_START, *metrics, *HISTORY_END]]
+
+
+def library_versions() -> dict[str, str]:
+    """The installed versions of the libraries that decide what training computes."""
+    names = ("torch", "transformers", "accelerate", "pyterrier")
+    return {"pyterrier_msft": __version__, **{name: importlib.metadata.version(name) for name in names}}

@@ -1,0 +1,123 @@
+"""Save a re-ranker to a folder or the Hugging Face hub, and load it again."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+from huggingface_hub import HfApi
+
+from pyterrier_msft.model import adapters, hub, storage
+from pyterrier_msft.model.cross_encoder import CrossEncoder
+from pyterrier_msft.model.record import RECORD, ModelRecord, StageRecord
+from pyterrier_msft.training import distributed
+
+# Arguments of the re-ranker that a model's record holds and `load` restores.
+SAVED_SETTINGS = ("text_field", "max_length", "max_query_length", "passages", "seed")
+
+
+class SavingMixin:
+    """The methods of a re-ranker that write and read models."""
+
+    cross_encoder: CrossEncoder
+    stages: list[StageRecord]
+
+    def save(
+        self, path: str | Path, *, merged: bool = True, license: str | None = None, metrics: pd.DataFrame | None = None,
+        **card: Any,
+    ) -> None:  # fmt: skip
+        """Write the model as an ordinary Hugging Face folder, with a model card and a record of its training.
+
+        A model that is already there is replaced; other files in the folder stay.
+
+        Args:
+            path: The folder.
+            merged: Whether to merge an adapter into the weights. False: the folder holds the adapter only, which
+                `MonoCE.load` and peft add to the backbone. No effect without an adapter.
+            license: For the card, the license's identifier on the hub, e.g. "apache-2.0".
+            metrics: For the card, a table, e.g. the result of `pt.Experiment`.
+            **card: Other fields of `huggingface_hub.ModelCardData`, e.g. `language="en"`.
+
+        Raises:
+            ValueError: If `path` is a file, or a folder with files but no model.
+        """
+        folder = Path(path).expanduser().absolute()
+        storage.check_target(folder)
+        backbone = None if merged else self.cross_encoder.backbone_folder
+        if backbone is not None and backbone.resolve() == folder.resolve():
+            raise ValueError(f"path must be another folder than that of the adapter's backbone; got {str(folder)!r}")
+        if distributed.rank() == 0:
+            with storage.replace_model(folder) as partial:
+                self._write(partial, name=folder.name, merged=merged, license=license, metrics=metrics, **card)
+            self.cross_encoder.mark_saved(folder)
+
+    def push_to_hub(
+        self, repo: str, *, private: bool | None = None, merged: bool = True, license: str | None = None,
+        metrics: pd.DataFrame | None = None, token: str | None = None, **card: Any,
+    ) -> str:  # fmt: skip
+        """Publish what `save` writes as a model on the Hugging Face hub.
+
+        Args:
+            repo: The repository, e.g. "user/model". It is created if need be; a model in it is replaced, and other
+                files stay.
+            private: Whether a new repository is private. None: the hub's default.
+            merged: See `save`.
+            license: See `save`.
+            metrics: See `save`.
+            token: A token for the hub. None: that of `hf auth login`.
+            **card: See `save`.
+
+        Returns:
+            The commit's URL. With several processes rank 0 publishes; the others return the model's URL at once.
+        """
+        api = HfApi(token=token)
+        if distributed.rank() != 0:
+            return f"{api.endpoint}/{repo}"
+        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory(prefix="pyterrier_msft_") as folder:
+            self._write(Path(folder), name=repo, merged=merged, license=license, metrics=metrics, **card)
+            commit = api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=f"{len(self.stages)} stages, weights {self.cross_encoder.fingerprint}",
+                delete_patterns=[*storage.MODEL_FILES],  # of an earlier model
+            )
+        return str(commit.commit_url)
+
+    @classmethod
+    def load(cls, path: str | Path, **settings: Any) -> Self:
+        """Load a re-ranker that `save` or `push_to_hub` wrote: its weights, settings and history.
+
+        `MonoCE(path)`, in contrast, takes the weights only, to start something new. For cross-encoders published by
+        others, both take the weights.
+
+        Args:
+            path: A folder, or a name on the Hugging Face hub.
+            **settings: Arguments of `MonoCE` to use instead of the saved ones, e.g. `device="cpu"`.
+
+        Raises:
+            ValueError: If there is no such model.
+        """
+        name = str(Path(path).expanduser()) if str(path).startswith("~") else str(path)
+        folder = Path(name)
+        if not folder.is_dir():
+            storage.check_source(name)
+            folder = hub.fetch(name, revision=settings.get("revision"), files=[RECORD, "adapter*"])
+        storage.check_complete(folder)
+        record = ModelRecord.read(folder)
+        # Only what `save` writes: a record from the hub must not enable trust_remote_code.
+        settings = {key: value for key, value in record.settings.items() if key in SAVED_SETTINGS} | settings
+        adapter_folder = None
+        if (folder / adapters.CONFIG).is_file():
+            adapter_folder = str(folder.absolute())
+            name, settings["revision"] = adapters.backbone_of(folder)
+        loaded = cls(name, **settings)  # type: ignore[call-arg]
+        loaded.cross_encoder.adapter_folder = adapter_folder
+        if (folder / RECORD).is_file():
+            loaded.cross_encoder.hub_name = record.base
+        loaded.stages = record.stages
+        return loaded
+
+    def _write(self, folder: Path, **options: Any) -> None:
+        settings = {name: getattr(self, name) for name in SAVED_SETTINGS}
+        storage.write_model(self.cross_encoder, folder, settings, self.stages, **options)

@@ -1,0 +1,210 @@
+"""What happens beside the updates: history, progress bar, validation, early stopping, checkpoints, and a warning.
+
+Callbacks that a resumed run needs export their state into Trainer's checkpoints.
+"""
+
+# ruff: noqa: D102 (TrainerCallback documents the hooks)
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyterrier as pt
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+
+from pyterrier_msft.notices import warn
+from pyterrier_msft.training import distributed
+from pyterrier_msft.training.batches import BatchSchedule
+from pyterrier_msft.training.checkpoints import Checkpoint
+from pyterrier_msft.training.hyperparameters import Hyperparameters
+
+# A resumed run loses at most this much work. Of one process alone: several would have to agree at every step.
+SECONDS_BETWEEN_CHECKPOINTS = 900
+# Scores of a query's documents that differ by less are equal for ranking; logits are of order 1.
+COLLAPSED_SPREAD = 1e-3
+
+
+class HistoryCallback(TrainerCallback, ExportableState):
+    """Log some fifty times per training run, append each to the history, and show the progress bar if `verbose`."""
+
+    def __init__(
+        self,
+        history: list[dict[str, Any]],
+        schedule: BatchSchedule,
+        hyperparameters: Hyperparameters,
+        *,
+        verbose: bool,
+    ) -> None:
+        self.history, self.schedule = history, schedule
+        self.accumulation = hyperparameters.gradient_accumulation
+        self.metric = str(hyperparameters.metric)
+        self.log_every = max(1, min(schedule.eval_every, schedule.updates // 50))
+        self.first_row = len(history)
+        self.pairs: torch.Tensor | int = 0  # since the last row, over all ranks; on the device, which isn't waited for
+        self.seconds_before = 0.0  # a resume
+        self.started = self.last_row_at = time.monotonic()
+        self.bar = pt.tqdm(total=schedule.updates, desc="training", unit="step") if verbose else None
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        return {"args": {}, "attributes": {"rows": self.history[self.first_row :], "seconds": self._seconds()}}
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue the history of a checkpoint."""
+        attributes = checkpoint.callbacks["HistoryCallback"]
+        self.history.extend(attributes["rows"])
+        self.seconds_before = attributes["seconds"]
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log |= is_due(state.global_step, self.log_every, self.schedule)
+        # A checkpoint's history must hold the loss up to its step.
+        control.should_log |= control.should_evaluate or control.should_save
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return  # validation, or Trainer's summary
+        now = time.monotonic()
+        batches = min(state.global_step * self.accumulation, len(self.schedule))
+        row = {
+            "step": state.global_step,
+            "epoch": batches / self.schedule.batches_per_epoch,
+            "loss": float(logs["loss"]),
+            "learning_rate": float(logs["learning_rate"]),
+            "seconds": self._seconds(),
+            "pairs_per_second": int(self.pairs) / max(now - self.last_row_at, 1e-9),
+        }
+        self.history.append(row)
+        self.last_row_at, self.pairs = now, 0
+        if self.bar is not None:
+            self.bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", self.metric) if name in row})
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        self.history[-1] |= {self.metric: float(metrics[f"eval_{self.metric}"]), "seconds": self._seconds()}
+        self.last_row_at = time.monotonic()  # validation doesn't count as training time
+
+    def close(self) -> None:
+        """Close the progress bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+
+class BestWeightsCallback(TrainerCallback, ExportableState):
+    """Validate, keep a copy of the best of the `weights` in memory, and stop early when the metric doesn't improve."""
+
+    def __init__(
+        self,
+        schedule: BatchSchedule,
+        hyperparameters: Hyperparameters,
+        *,
+        weights: Callable[[], Mapping[str, torch.Tensor]],
+    ) -> None:
+        self.metric, self.patience = str(hyperparameters.metric), hyperparameters.patience
+        self.schedule, self.weights = schedule, weights
+        self.best = -math.inf
+        self.best_weights: dict[str, torch.Tensor] | None = None
+        self.evals_without_improvement = 0
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the metric hasn't improved for as many validations as `patience` allows."""
+        return self.patience is not None and self.evals_without_improvement >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs besides the best weights."""
+        attributes = {"best": self.best, "evals_without_improvement": self.evals_without_improvement}
+        return {"args": {}, "attributes": attributes}
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint's best metric and weights."""
+        attributes = checkpoint.callbacks["BestWeightsCallback"]
+        self.best, self.evals_without_improvement = attributes["best"], attributes["evals_without_improvement"]
+        self.best_weights = checkpoint.best_weights()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_evaluate |= is_due(state.global_step, self.schedule.eval_every, self.schedule)
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        value = float(metrics[f"eval_{self.metric}"])
+        if value > self.best:
+            self.best, self.evals_without_improvement = value, 0
+            self.best_weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights().items()}
+        else:
+            self.evals_without_improvement += 1
+            control.should_training_stop |= self.out_of_patience
+            control.should_save |= self.out_of_patience
+
+
+class CheckpointCallback(TrainerCallback, ExportableState):
+    """Save a checkpoint at the start, at each validation's step, and at least every quarter of an hour.
+
+    The one at the start makes a run resumable that is interrupted before the next. A checkpoint's `identity` says
+    what determines the result of the run, by name.
+    """
+
+    def __init__(self, identity: Mapping[str, str], schedule: BatchSchedule, *, save: Callable[[], None]) -> None:
+        self.identity, self.schedule, self.save = dict(identity), schedule, save
+        self.saved_at = time.monotonic()
+        self.is_resumed = False
+
+    def state(self) -> dict[str, Any]:
+        """Return what tells whether a run may resume from the checkpoint."""
+        return {"args": {}, "attributes": {"identity": self.identity, "world_size": distributed.world_size()}}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.is_resumed:
+            self.save()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_save |= is_due(state.global_step, self.schedule.eval_every, self.schedule)
+        is_overdue = time.monotonic() - self.saved_at > SECONDS_BETWEEN_CHECKPOINTS
+        control.should_save |= is_overdue and distributed.world_size() == 1
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saved_at = time.monotonic()
+
+
+class CollapseCallback(TrainerCallback):
+    """Warn once if all documents of a query get the same score: the model has collapsed, or never started to learn."""
+
+    def __init__(self, schedule: BatchSchedule) -> None:
+        self.updates = schedule.updates
+        self.spread: torch.Tensor | None = None
+        self.collapse_reported = False
+
+    def observe(self, scores: torch.Tensor, mask: torch.Tensor) -> None:
+        """Note by how much the scores, [G, L], of the median list differ; on the device, which isn't waited for."""
+        low = scores.masked_fill(~mask, math.inf).amin(-1)
+        high = scores.masked_fill(~mask, -math.inf).amax(-1)
+        # The median, so that a list of one document, or one that is learned already, doesn't hide the rest.
+        self.spread = (high - low).median()
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        # A new head's scores differ little at the start.
+        step, is_last = state.global_step, state.global_step >= self.updates
+        has_settled = step >= max(10, self.updates // 5) or (is_last and step >= 4)
+        if self.collapse_reported or not has_settled or self.spread is None:
+            return
+        if (spread := float(self.spread)) < COLLAPSED_SPREAD:
+            self.collapse_reported = True
+            warn(
+                f"All documents of a query get the same score: they differ by {spread:.1e} at step {step}. Check that "
+                "the qids of results and qrels match, that the labels of a query differ, and the learning rate: too "
+                "high, it collapses a model; too low, the new head never leaves its start"
+            )
+
+
+def is_due(step: int, every: int, schedule: BatchSchedule) -> bool:
+    """Return whether something that happens every so many updates, and at the end, happens at a step."""
+    return step % every == 0 or step >= schedule.updates

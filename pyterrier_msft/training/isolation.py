@@ -1,0 +1,79 @@
+"""What training changes outside the weights, and restores."""
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from transformers import PreTrainedModel
+
+from pyterrier_msft.notices import warn
+from pyterrier_msft.training import cpu
+from pyterrier_msft.training.hyperparameters import Hyperparameters
+
+
+@contextlib.contextmanager
+def preserve_global_state() -> Iterator[None]:
+    """Restore the global random states, accelerate's state, and its environment variables.
+
+    Trainer seeds all three random states when it is constructed. accelerate keeps the precision of the last
+    `Accelerator`, which the next one would take over.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    accelerator_state = dict(AcceleratorState._shared_state)
+    environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            AcceleratorState._shared_state.clear()
+            AcceleratorState._shared_state.update(accelerator_state)
+            for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+                del os.environ[name]
+            os.environ.update(environment)
+
+
+@contextlib.contextmanager
+def training_mode(network: PreTrainedModel, hyperparameters: Hyperparameters, dtype: torch.dtype) -> Iterator[None]:
+    """Temporarily set the network's dropout, frozen parameters and attention for training."""
+    dropouts = [(module, "p", module.p) for module in network.modules() if isinstance(module, torch.nn.Dropout)]
+    # Some families keep the probability of attention's dropout as a plain number.
+    dropouts += [
+        (module, name, getattr(module, name))
+        for module in network.modules()
+        for name in ("attention_dropout", "dropout_prob")
+        if isinstance(getattr(module, name, None), float)
+    ]
+    trainable = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    attention = network.config._attn_implementation
+    try:
+        if hyperparameters.dropout is not None:
+            for module, name, _ in dropouts:
+                setattr(module, name, hyperparameters.dropout)
+        if network.device.type == "cpu":
+            cpu.patch_for_cpu(network, dtype)
+        if hyperparameters.freeze_position_embeddings:
+            _freeze_position_embeddings(network)
+        yield
+    finally:
+        for module, name, probability in dropouts:
+            setattr(module, name, probability)
+            vars(module).pop("forward", None)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+        if network.config._attn_implementation != attention:
+            network.set_attn_implementation(attention)
+
+
+def _freeze_position_embeddings(network: PreTrainedModel) -> None:
+    embeddings = [module for name, module in network.named_modules() if name.endswith("position_embeddings")]
+    if not embeddings:
+        warn(f"freeze_position_embeddings has no effect: {type(network).__name__} has no position embeddings")
+    for module in embeddings:
+        module.requires_grad_(False)

@@ -1,0 +1,181 @@
+"""A training run: from groups, a loss and a cross-encoder to trained weights."""
+
+import contextlib
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir
+
+from pyterrier_msft.data.groups import Groups
+from pyterrier_msft.model.cross_encoder import CrossEncoder
+from pyterrier_msft.model.encoding import PairEncoder
+from pyterrier_msft.model.first_token import first_token_only
+from pyterrier_msft.model.loading import quiet_transformers
+from pyterrier_msft.training import distributed
+from pyterrier_msft.training.batches import BatchSchedule
+from pyterrier_msft.training.checkpoints import Checkpoint, check_writable, checkpoint_to_resume
+from pyterrier_msft.training.hyperparameters import Hyperparameters
+from pyterrier_msft.training.isolation import preserve_global_state, training_mode
+from pyterrier_msft.training.trainer import ListwiseTrainer, Loss
+from pyterrier_msft.training.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    model: CrossEncoder,
+    encoder: PairEncoder,
+    groups: Groups,
+    loss: Loss,
+    hyperparameters: Hyperparameters,
+    *,
+    validation: Validation | None = None,
+    checkpoint_dir: str | Path | None = None,
+    identity: Mapping[str, str] | None = None,
+    history: list[dict[str, Any]] | None = None,
+    verbose: bool = False,
+) -> list[dict[str, Any]]:
+    """Train a cross-encoder in place, on its device and in its precision; weights and loss are float32.
+
+    Args:
+        model: The cross-encoder.
+        encoder: The encoder of pairs.
+        groups: What to learn from.
+        loss: The loss.
+        hyperparameters: The settings.
+        validation: If given, the best weights by its metric remain, and `patience` applies.
+        checkpoint_dir: Folder of checkpoints; an interrupted run is resumed from its newest one.
+        identity: What determines the result, by name; a checkpoint of another identity is refused.
+        history: A list to append rows to as they come, so that an interruption leaves them. None: a new list.
+        verbose: Whether to show a progress bar.
+
+    Returns:
+        The history, a dictionary for each logged step.
+
+    Raises:
+        ValueError: If the loss isn't finite, or `checkpoint_dir` can't be written to or holds a checkpoint of another
+            training run.
+    """
+    history, identity = [] if history is None else history, dict(identity or {})
+    network, dtype = model.network, model.training_dtype
+    schedule = BatchSchedule(groups, hyperparameters)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(preserve_global_state())
+        stack.enter_context(quiet_transformers())
+        if checkpoint_dir is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyterrier_msft_")))
+        else:
+            folder = check_writable(checkpoint_dir, "checkpoint_dir")
+        arguments = training_arguments(hyperparameters, schedule.updates, network.device, dtype, folder)
+        distributed.check_same_on_all_ranks(identity)
+        stack.enter_context(training_mode(network, hyperparameters, dtype))
+        stack.enter_context(first_token_only(network))
+        trainer = ListwiseTrainer(
+            loss, network, encoder, groups, schedule, hyperparameters,
+            dtype=dtype, validation=validation, history=history, verbose=verbose,
+            identity=None if checkpoint_dir is None else identity, args=arguments,
+        )  # fmt: skip
+        stack.callback(trainer.rows.close)
+        if checkpoint_dir is None:
+            _keep_tensorboard_events(trainer)
+            _run(trainer)
+        else:
+            _run(trainer, folder, checkpoint_to_resume(folder, identity))
+    return history
+
+
+def _run(trainer: ListwiseTrainer, folder: Path | None = None, checkpoint: Checkpoint | None = None) -> None:
+    """Train, from a checkpoint if there is one; leave the best weights in the network."""
+    best, network = trainer.best, trainer.network
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint.path)
+        trainer.resume_callbacks(checkpoint)
+    try:
+        if best is None or not best.out_of_patience:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
+    except KeyboardInterrupt:
+        logger.warning(
+            "training was interrupted at step %d of %d; the re-ranker keeps the %s weights so far; %s",
+            trainer.state.global_step, trainer.schedule.updates,
+            "last" if best is None or best.best_weights is None else "best",
+            "pass checkpoint_dir=... to make training resumable" if folder is None
+            else f"repeat the call to resume from the last checkpoint in {folder}",
+        )  # fmt: skip
+        raise
+    finally:
+        # Mixed precision leaves a patched `forward` behind, which would round later scores in float32.
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        if best is not None and best.best_weights is not None:
+            network.load_state_dict(best.best_weights)
+        network.eval()
+        if distributed.world_size() > 1:
+            trainer.accelerator.free_memory()  # removes DDP's hooks from the parameters
+
+
+def training_arguments(
+    hyperparameters: Hyperparameters, updates: int, device: torch.device, dtype: torch.dtype, folder: Path
+) -> TrainingArguments:
+    """Translate the settings for Trainer. Under torchrun this joins the process group.
+
+    Raises:
+        ValueError: If there is a process group that Trainer takes no part in.
+    """
+    warmup = hyperparameters.warmup if hyperparameters.warmup >= 1 else math.ceil(hyperparameters.warmup * updates)
+    own: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": updates,
+        "per_device_train_batch_size": hyperparameters.batch_size,
+        "gradient_accumulation_steps": hyperparameters.gradient_accumulation,
+        "learning_rate": hyperparameters.learning_rate,
+        "weight_decay": hyperparameters.weight_decay,
+        "max_grad_norm": hyperparameters.clip_norm or 0.0,
+        "warmup_steps": min(warmup, updates - 1),  # whose first update has a learning rate of 0
+        "lr_scheduler_type": "linear",
+        "seed": hyperparameters.seed,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": device.type == "cpu",
+        "remove_unused_columns": False,
+        "logging_strategy": "no",  # the callbacks decide when to log, validate and save
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "save_total_limit": 1,
+        "ddp_find_unused_parameters": False,
+        # Buffers never change, and broadcasting them in each pass would need as many passes on every rank.
+        "ddp_broadcast_buffers": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    arguments = TrainingArguments(**{**own, **hyperparameters.trainer_args})
+    if arguments.world_size != distributed.world_size():
+        raise ValueError(
+            f"the process group must be started by torchrun; got one of {distributed.world_size()} processes that "
+            "Trainer takes no part in"
+        )
+    # Several GPUs in one process would mean DataParallel, which splits lists.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def check_training_device(device: torch.device) -> None:
+    """Raise a ValueError for a GPU other than the one that Trainer uses."""
+    index = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
+    if device.type == "cuda" and device.index not in {None, index}:
+        raise ValueError(
+            f"device must be 'cuda:{index}' for training; got {str(device)!r}. Choose a GPU with the environment "
+            "variable CUDA_VISIBLE_DEVICES, and leave device out under torchrun"
+        )
+
+
+def _keep_tensorboard_events(trainer: Trainer) -> None:
+    """Write TensorBoard's events to its default ./runs where the output folder is a temporary one."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = default_logdir()
