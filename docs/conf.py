@@ -1,4 +1,4 @@
-"""The documentation: `sphinx-build -W docs docs/_build` (extra `[docs]`), without the internet."""
+"""Sphinx configuration: `sphinx-build -W docs docs/_build` (extra `[docs]`). Needs no internet connection."""
 
 import os
 
@@ -16,15 +16,15 @@ html_title = f"pyterrier_msft {version}"
 html_theme_options = {"source_repository": "https://github.com/terrierteam/pyterrier_msft/", "source_branch": "main",
                       "source_directory": "docs/"}  # fmt: skip
 
-default_role = "code"  # docstrings write `names` as Markdown does
+default_role = "code"  # `name` in docstrings is code, as in Markdown
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # signatures have them, and a page for each class of torch's isn't wanted
+autodoc_typehints = "none"  # they are in the signatures
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 myst_heading_anchors = 3
 
-# Links to other projects' pages need the internet: where there is some, DOCS_INTERSPHINX=1 makes them.
+# Links to the documentation of other projects need the internet; set DOCS_INTERSPHINX=1 to add them.
 if os.environ.get("DOCS_INTERSPHINX"):
     extensions.append("sphinx.ext.intersphinx")
     intersphinx_mapping = {

@@ -1,4 +1,4 @@
-"""Executes the notebooks in full and keeps their outputs: `python notebooks/execute.py`, or with the names of some."""
+"""Execute the notebooks and save their outputs: `python notebooks/execute.py [name …]`."""
 
 import argparse
 import os
@@ -11,11 +11,15 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
-BAR = re.compile(r"(.*\d+%\|.*|\s*)")  # tqdm's, in text
+BAR = re.compile(r"(.*\d+%\|.*|\s*)")  # a progress bar of tqdm as text
 
 
 def execute(path: Path, *, folder: Path = FOLDER, **environment: str) -> nbformat.NotebookNode:
-    """The notebook as it is after an execution in `folder`; raises nbclient's CellExecutionError for a cell's error."""
+    """Return the notebook with the outputs of an execution in `folder`.
+
+    Raises:
+        CellExecutionError: If a cell raises an error.
+    """
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook, timeout=None, record_timing=False, store_widget_state=False, resources={"metadata": {"path": folder}}
@@ -25,22 +29,22 @@ def execute(path: Path, *, folder: Path = FOLDER, **environment: str) -> nbforma
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not is_bar(output)]
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")}
-    # Where packages and data lie on this machine is nobody's business.
+    # Don't publish the paths of this machine.
     text = re.sub(rf"{re.escape(sys.prefix)}/[\w./-]*site-packages", "…/site-packages", nbformat.writes(notebook))
     return nbformat.reads(text.replace(str(Path.home()), "~"), as_version=4)
 
 
 def is_bar(output: nbformat.NotebookNode) -> bool:
-    """Whether an output is a progress bar: it is for those who wait, and afterwards noise."""
+    """Return whether an output is only a progress bar."""
     if output.output_type == "stream":
         return output.name == "stderr" and all(map(BAR.fullmatch, re.split(r"[\r\n]", output.text)))
     return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
 def main() -> None:
-    """Execute the notebooks named, one after another, and write each when it is done."""
+    """Execute the named notebooks in turn and write each when it is done."""
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("names", nargs="*", help="such as 01-rerank; default: all")
+    parser.add_argument("names", nargs="*", help="for example 01-rerank; default: all")
     names = parser.parse_args().names or sorted(path.stem for path in FOLDER.glob("*.ipynb"))
     for name in names:
         path, started = FOLDER / f"{name}.ipynb", time.monotonic()
