@@ -94,6 +94,7 @@ setup(
         ],
     },
     entry_points={
+        # "<type>.<format>" of pyterrier_msft.saving.ARTIFACT
         "pyterrier.artifact": ["cross_encoder.hf = pyterrier_msft.reranker:MonoCE.load"],
         "pyterrier.artifact.url_protocol_resolver": ["hf-model = pyterrier_msft.model.hub:resolve"],
         "pyterrier.dataset_provider": ["pydocs = pyterrier_msft.pydocs:PyDocsProvider"],

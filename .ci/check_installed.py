@@ -1,4 +1,4 @@
-"""Whether an installed package is whole: run outside the repository, in an environment with the wheel alone."""
+"""Check that an installed wheel is complete. Run it outside the repository, in an environment with only the wheel."""
 
 import importlib.resources
 from importlib.metadata import distribution

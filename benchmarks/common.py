@@ -1,4 +1,4 @@
-"""What the benchmarks share: input, interleaved timing, and how much of the machine was used."""
+"""Shared by the benchmarks: input, interleaved timing, and reports of time and memory."""
 
 import argparse
 import contextlib
@@ -22,14 +22,14 @@ import pyterrier as pt
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from ecir2025 import Shape, matmul_speed
+from cost import Shape, matmul_speed
 from quickstart import minilm
 
 __all__ = ["Shape", "System", "arguments", "candidates", "interleaved", "minilm", "report"]
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """The options of every benchmark."""
+    """Create a parser with the options of all benchmarks."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--backbone", help="a folder or a name; default: all-MiniLM-L6-v2; or electra-base-random")
     parser.add_argument("--max-length", type=int, default=128)
@@ -39,7 +39,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def candidates(queries: int, depth: int, part: str = "test") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Queries of a part of PyDocs with BM25's top documents, lengths as they come; and the qrels."""
+    """Retrieve BM25's top documents, of any length, for queries of a part of PyDocs; return them and the qrels."""
     from pyterrier_pisa import PisaIndex
 
     dataset = pt.get_dataset(f"pydocs:{part}")
@@ -48,17 +48,17 @@ def candidates(queries: int, depth: int, part: str = "test") -> tuple[pd.DataFra
 
 
 System = Callable[[pd.DataFrame], Callable[[], Any]]
-"""Makes ready to work on results, and returns the call to measure."""
+"""Prepares to process results, and returns the call to measure."""
 
 
 def interleaved(
     systems: Mapping[str, System], results: pd.DataFrame, warm_up: pd.DataFrame, *, repeats: int
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Run each system `repeats` times, in turns, after a warming-up on other results.
+    """Run each system `repeats` times, in turn, after a warm-up on other results.
 
     Returns:
-        A row a run: system, seconds, CPU seconds, and the most memory taken above what was held before (bytes); and
-        the last value of each system.
+        A row for each run: system, seconds, CPU seconds, and the peak memory above that before the run (bytes); and
+        each system's last value.
     """
     for system in systems.values():
         system(warm_up)()
@@ -76,9 +76,9 @@ def interleaved(
 
 @contextlib.contextmanager
 def _peak_memory() -> Iterator[list[float]]:
-    """The process's resident memory at its highest, above that at the start; a GPU's where there is one."""
+    """Measure the peak of the process's resident memory above that at the start; on a GPU, of its memory."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # what earlier runs have freed must not be there to be used
+    with contextlib.suppress(OSError, AttributeError):  # return memory freed by earlier runs, so that it counts again
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     process, peak, done = psutil.Process(), [0.0], threading.Event()
     before = process.memory_info().rss
@@ -110,7 +110,7 @@ def report(
     agreement: pd.DataFrame,
     args: argparse.Namespace,
 ) -> None:
-    """Print the table and write it to --out."""
+    """Print the table, and write it to --out."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     speeds = {dtype: matmul_speed(device, dtype) for dtype in set(dtypes.values())}
     by_system = runs.groupby("system", sort=False)
@@ -119,7 +119,7 @@ def report(
         {
             "pairs/s": pairs / median,
             f"{ours} is faster by": median / median[ours],
-            "by CPU time": cpu / cpu[ours],  # what other work on the machine disturbs less
+            "by CPU time": cpu / cpu[ours],  # less sensitive to other processes
             "spread": by_system["seconds"].agg(np.ptp) / median,
             "% of GEMM": 100 * operations / median / median.index.map({name: speeds[dtypes[name]] for name in dtypes}),
             "peak MiB": by_system["peak"].max() / 2**20,

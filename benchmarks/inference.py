@@ -1,9 +1,9 @@
-"""Scoring, side by side: MonoCE, sentence-transformers' CrossEncoder, a plain Hugging Face loop, ElectraScorer.
+"""Compare scoring: MonoCE, sentence-transformers' CrossEncoder, a plain Hugging Face loop, and ElectraScorer.
 
-Same weights, same pairs, same max_length; in turns, medians. CrossEncoder runs as its users call it and in the best of
-its settings, which is searched for among batch sizes and the precisions that the hardware has. pyterrier-dr's
-ElectraScorer takes part where it is installed and the backbone is an ELECTRA (`--backbone electra-base-random`).
-lightning-ir 0.0.6 doesn't load a tokenizer of transformers 5: "type 'BertTokenizer' is not subscriptable".
+All have the same weights, pairs and max_length, and run in turn; times are medians. CrossEncoder runs with its default
+settings and with its best ones, which are searched among batch sizes and the hardware's precisions. pyterrier-dr's
+ElectraScorer is included if it is installed and the backbone is an ELECTRA (`--backbone electra-base-random`).
+lightning-ir 0.0.6 can't load tokenizers of transformers 5: "type 'BertTokenizer' is not subscriptable".
 
     pip install -c constraints.txt -e ".[bench]" && python benchmarks/inference.py
 """
@@ -30,25 +30,25 @@ OURS = "MonoCE"
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure and print the table."""
     parser = arguments(__doc__.partition("\n")[0])
     parser.add_argument("--queries", type=int, default=25)
     parser.add_argument("--depth", type=int, default=16)
-    parser.add_argument("--long", type=int, default=1, help="repeat each text so many times: long documents")
-    parser.add_argument("--train", type=int, default=400, help="queries that the model learns from before, a minute's")
+    parser.add_argument("--long", type=int, default=1, help="repetitions of each text, for long documents")
+    parser.add_argument("--train", type=int, default=400, help="queries to train the model on first; takes a minute")
     args = parser.parse_args()
     results, qrels = candidates(args.queries, args.depth)
     results["text"] = results["text"].map(lambda text: " ".join([text] * args.long))
     with tempfile.TemporaryDirectory() as folder:
         save_model(args.backbone or minilm(), folder)
-        if args.train:  # the scores of a new head say little about what rounding does to a ranking
+        if args.train:  # the scores of a new head don't show how rounding affects a ranking
             fitter = Contrastive(n_negatives=3, depth=50, learning_rate=2e-4, batch_size=8, dropout=0.0)
             MonoCE(folder, max_length=64, fitter=fitter).fit(*candidates(args.train, 50, "train")).save(folder)
         measure(folder, results, qrels, args)
 
 
 def save_model(backbone: str, folder: str) -> None:
-    """The backbone, or a random one of ELECTRA-base's shape, as a cross-encoder of a single score."""
+    """Save the backbone, or a random model of ELECTRA-base's shape, as a cross-encoder with a single score."""
     torch.manual_seed(0)
     if backbone == "electra-base-random":
         config = ElectraConfig(
@@ -79,7 +79,7 @@ def measure(folder: str, results: pd.DataFrame, qrels: pd.DataFrame, args: Any) 
     if device.type == "cpu":
         add("MonoCE, int8", monoce(folder, args, "int8"))
     cross = {dtype: cross_encoder(folder, args, dtype) for dtype in dict.fromkeys([torch.float32, auto])}
-    add("CrossEncoder, as called", cross[torch.float32](None))
+    add("CrossEncoder, defaults", cross[torch.float32](None))
     dtype, batch_size = search(cross, sample)
     name = f"CrossEncoder, {str(dtype).removeprefix('torch.')}, batches of {batch_size}"
     add(name, cross[dtype](batch_size), dtype)
@@ -88,7 +88,7 @@ def measure(folder: str, results: pd.DataFrame, qrels: pd.DataFrame, args: Any) 
         try:
             add("ElectraScorer", electra_scorer(folder, args, device))
         except ImportError as error:
-            print(f"without ElectraScorer: {error}")
+            print(f"skipped ElectraScorer: {error}")
 
     runs, scores = interleaved(systems, results, sample.head(32), repeats=args.repeats)
     reference = scores["plain Hugging Face"]
@@ -115,36 +115,36 @@ def measure(folder: str, results: pd.DataFrame, qrels: pd.DataFrame, args: Any) 
 
 
 def monoce(folder: str, args: Any, dtype: str) -> System:
-    """Ours."""
+    """Prepare MonoCE."""
     ce = MonoCE(folder, max_length=args.max_length, dtype=dtype)
 
-    def ready(results: pd.DataFrame) -> Any:
+    def prepare(results: pd.DataFrame) -> Any:
         order = pd.MultiIndex.from_frame(results[["qid", "docno"]])
         return lambda: ce.transform(results).set_index(["qid", "docno"])["score"].reindex(order).to_numpy()
 
-    return ready
+    return prepare
 
 
 def cross_encoder(folder: str, args: Any, dtype: torch.dtype) -> Any:
-    """sentence-transformers', for a batch size; None: its default."""
+    """Prepare sentence-transformers' CrossEncoder for a batch size; None: its default."""
     model = CrossEncoder(folder, max_length=args.max_length, model_kwargs={"dtype": dtype})
 
-    def of(batch_size: int | None) -> System:
+    def with_batch_size(batch_size: int | None) -> System:
         options = {} if batch_size is None else {"batch_size": batch_size}
 
-        def ready(results: pd.DataFrame) -> Any:
+        def prepare(results: pd.DataFrame) -> Any:
             pairs = list(zip(results["query"], results["text"], strict=True))
             return lambda: model.predict(
                 pairs, show_progress_bar=False, activation_fn=torch.nn.Identity(), **options
             )  # fmt: skip
 
-        return ready
+        return prepare
 
-    return of
+    return with_batch_size
 
 
 def search(cross: dict[torch.dtype, Any], sample: pd.DataFrame) -> tuple[torch.dtype, int]:
-    """The fastest setting of the peer."""
+    """Find CrossEncoder's fastest setting."""
     times = {}
     for dtype, batch_size in itertools.product(cross, (8, 16, 32, 64, 128)):
         if batch_size <= len(sample):
@@ -156,7 +156,7 @@ def search(cross: dict[torch.dtype, Any], sample: pd.DataFrame) -> tuple[torch.d
 
 
 def hugging_face(folder: str, args: Any, device: torch.device) -> System:
-    """A loop as one writes it oneself."""
+    """Prepare a plain Hugging Face loop."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval().to(device)
 
@@ -175,7 +175,7 @@ def hugging_face(folder: str, args: Any, device: torch.device) -> System:
 
 
 def electra_scorer(folder: str, args: Any, device: torch.device) -> System:
-    """pyterrier-dr's, which takes the second of two labels as the score."""
+    """Prepare pyterrier-dr's ElectraScorer, which reads the second of two labels as the score."""
     from pyterrier_dr import ElectraScorer
 
     model = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -190,11 +190,11 @@ def electra_scorer(folder: str, args: Any, device: torch.device) -> System:
     scorer.tokeniser = AutoTokenizer.from_pretrained(folder, model_max_length=args.max_length)
     scorer.model = model.eval().to(device)
 
-    def ready(results: pd.DataFrame) -> Any:
+    def prepare(results: pd.DataFrame) -> Any:
         order = pd.MultiIndex.from_frame(results[["qid", "docno"]])
         return lambda: scorer(results).set_index(["qid", "docno"])["score"].reindex(order).to_numpy()
 
-    return ready
+    return prepare
 
 
 if __name__ == "__main__":

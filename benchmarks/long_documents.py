@@ -1,7 +1,7 @@
-"""Documents longer than the model reads at once: cut, scored in windows, and trained in windows.
+"""Compare treatments of documents longer than max_length: truncated, scored in windows, or trained in windows.
 
-PyDocs made long: half of the documents each stand at a random place among texts of the other half, which no query asks
-for any more. BM25 searches the long documents.
+Half of PyDocs' documents become long: each is placed at a random position among texts of the other half, whose queries
+are left out. BM25 searches the long documents.
 
     pip install -c constraints.txt -e ".[demo]" && python benchmarks/long_documents.py
 """
@@ -22,7 +22,7 @@ from pyterrier_msft.pydocs import silenced
 
 
 def main() -> None:
-    """Train, compare, and print the table."""
+    """Train, compare and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--queries", type=int, default=256, help="training queries")
     parser.add_argument("--test-queries", type=int, default=100)
@@ -36,14 +36,14 @@ def main() -> None:
     documents = long_documents(pd.DataFrame(train.get_corpus_iter()), args)
     texts = documents.set_index("docno")["text"]
     with_text = pt.apply.text(lambda row: texts[row["docno"]])
-    judged = chosen(test, documents).sample(args.test_queries, random_state=args.seed), test.get_qrels()
+    judged = answerable(test, documents).sample(args.test_queries, random_state=args.seed), test.get_qrels()
     fitter = Contrastive(n_negatives=3, depth=None, learning_rate=2e-4, batch_size=8, dropout=0.0, seed=args.seed)
     sliding = pt.text.sliding(text_attr="text", length=args.words, stride=args.words // 2, prepend_attr=None)
 
     with tempfile.TemporaryDirectory() as folder:
         bm25 = index(documents, folder) % args.depth
         candidates = bm25 >> with_text
-        found = candidates(chosen(train, documents).sample(3 * args.queries, random_state=args.seed))
+        found = candidates(answerable(train, documents).sample(3 * args.queries, random_state=args.seed))
         found = found.merge(train.get_qrels(), on=["qid", "docno"])["qid"].unique()[: args.queries]
         topics = train.get_topics()[train.get_topics()["qid"].isin(found)]
 
@@ -54,23 +54,23 @@ def main() -> None:
                 fitter=fitter, **settings,
             )  # fmt: skip
             ce.fit(data(topics), train.get_qrels())
-            print(f"trained on {ce.data_report} in {time.perf_counter() - start:.0f} s", flush=True)
+            print(f"training took {time.perf_counter() - start:.0f} s: {ce.data_report}", flush=True)
             return ce
 
-        cut, maxp, passages = trained(candidates), trained(candidates, passages=4), trained(candidates >> sliding)
+        truncated, maxp, passages = trained(candidates), trained(candidates, passages=4), trained(candidates >> sliding)
         systems = {
             "BM25": bm25,
-            "cut": candidates >> cut,
-            "cut, scored in windows": candidates >> cut.apply_attributes(passages=4),
+            "truncated": candidates >> truncated,
+            "truncated, scored in windows": candidates >> truncated.apply_attributes(passages=4),
             "sliding, every passage labelled": candidates >> sliding >> passages >> pt.text.max_passage(),
             "passages=4": candidates >> maxp,
         }
-        table = pt.Experiment(systems, *judged, [nDCG @ 10, RR @ 10], baseline="cut, scored in windows")
+        table = pt.Experiment(systems, *judged, [nDCG @ 10, RR @ 10], baseline="truncated, scored in windows")
     print(table[["name", "nDCG@10", "RR@10", "nDCG@10 p-value"]].round(4).to_string(index=False))
 
 
 def long_documents(documents: pd.DataFrame, args: argparse.Namespace) -> pd.DataFrame:
-    """Each document's text at a random place among the texts of others."""
+    """Place each document's text at a random position among the texts of others."""
     rng = np.random.default_rng(args.seed)
     documents = documents.sample(frac=1, random_state=args.seed)
     pieces = documents["text"].str.split().str[: args.words].str.join(" ").to_numpy()
@@ -83,15 +83,15 @@ def long_documents(documents: pd.DataFrame, args: argparse.Namespace) -> pd.Data
     return documents[["docno"]].head(half).assign(text=texts)
 
 
-def chosen(dataset: pt.datasets.Dataset, documents: pd.DataFrame) -> pd.DataFrame:
-    """The queries whose relevant documents are all there."""
+def answerable(dataset: pt.datasets.Dataset, documents: pd.DataFrame) -> pd.DataFrame:
+    """Select the queries of which all relevant documents are left."""
     qrels, topics = dataset.get_qrels(), dataset.get_topics()
-    gone = qrels[~qrels["docno"].isin(documents["docno"])]["qid"]
-    return topics[~topics["qid"].isin(gone)]
+    removed = qrels[~qrels["docno"].isin(documents["docno"])]["qid"]
+    return topics[~topics["qid"].isin(removed)]
 
 
 def index(documents: pd.DataFrame, folder: str) -> pt.Transformer:
-    """BM25 on the long documents."""
+    """Index the long documents for BM25."""
     pisa = PisaIndex(folder, text_field="text")
     with silenced():
         pisa.index(documents.to_dict("records"))

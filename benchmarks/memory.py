@@ -1,7 +1,7 @@
-"""Peak memory of a training step against the length of its lists, with a budget of pairs a pass and without.
+"""Measure the peak memory of a training step against the length of its lists, with and without pairs_per_pass.
 
-Each configuration has a process of its own. The paper's step has 4 lists of 100 documents of 256 tokens. Without a
-budget all is held at once, as long as that fits the machine by the estimate that training makes.
+Each configuration runs in its own process. The paper's step has 4 lists of 100 documents of 256 tokens. Without
+pairs_per_pass, training holds the whole step in memory if it estimates that it fits.
 
     pip install -c constraints.txt -e ".[bench]" && python benchmarks/memory.py
 """
@@ -21,30 +21,30 @@ WORDS = [f"word{number}" for number in range(500)]
 
 
 def main() -> None:
-    """Measure all, or one configuration in this process."""
+    """Measure all configurations, or a single one in this process."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[25, 100], help="documents a list")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[25, 100], help="documents per list")
     parser.add_argument("--pairs-per-pass", type=int, nargs="+", default=[8])
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--one", type=int, nargs=2, metavar=("LENGTH", "PAIRS"), help="0 pairs: no budget")
+    parser.add_argument("--one", type=int, nargs=2, metavar=("LENGTH", "PAIRS"), help="measure one; 0: no limit")
     args = parser.parse_args()
     if args.one:
         print(peak(args.one[0], args.one[1] or None, args.max_length))
         return
     rows = []
     for length in args.lengths:
-        row: dict[str, object] = {"documents a list": length}
+        row: dict[str, object] = {"documents per list": length}
         for pairs in (*args.pairs_per_pass, 0):
             command = [sys.executable, __file__, "--one", str(length), str(pairs), "--max-length", str(args.max_length)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             failed = "out of memory" if done.returncode else None
-            row[f"{pairs} pairs a pass" if pairs else "no budget"] = failed or round(float(done.stdout.split()[-1]))
+            row[f"{pairs} pairs per pass" if pairs else "no limit"] = failed or round(float(done.stdout.split()[-1]))
         rows.append(row)
         print(pd.DataFrame([row]).to_string(index=False, header=len(rows) == 1), flush=True)
 
 
 def peak(length: int, pairs: int | None, max_length: int) -> float:
-    """MiB that a step of 4 lists takes, above what the loaded model and the libraries do."""
+    """Return the MiB of a step with 4 lists, above those of the libraries and the loaded model."""
     text = " ".join(WORDS)
     results = pd.DataFrame(
         [(str(q), WORDS[q], f"d{d}", f"{d} {text}", d) for q in range(4) for d in range(length)],
@@ -55,8 +55,8 @@ def peak(length: int, pairs: int | None, max_length: int) -> float:
     if torch.cuda.is_available():
         ce.fit(results)
         return torch.cuda.max_memory_allocated() / 2**20
-    warm = Distillation(depth=2, batch_size=1, max_steps=2, dropout=0.0)
-    ce.fit(results, fitter=warm)  # imports, and what a first step leaves
+    warm_up = Distillation(depth=2, batch_size=1, max_steps=2, dropout=0.0)
+    ce.fit(results, fitter=warm_up)  # to exclude imports and what a first step keeps
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ce.fit(results)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

@@ -1,6 +1,6 @@
-"""How fast a run of any size becomes groups to learn from, and in how much memory.
+"""Measure how fast, and in how much memory, runs of different sizes become groups to train on.
 
-Writes runs of random documents in a folder, 500 a query as in the paper, and reads each in a process of its own by
+Writes runs with 500 random documents per query, as in the paper, and reads each in its own process with
 `Contrastive(n_negatives=99, depth=200)`: from the file to the groups that an epoch draws from.
 
     pip install -c constraints.txt -e ".[bench,runs]" && python benchmarks/runs.py
@@ -24,16 +24,17 @@ import polars as pl
 
 from pyterrier_msft import Contrastive
 
-CANDIDATES, DOCUMENTS = 500, 8_841_823  # a query's, and MS MARCO's passages
-QUERIES_A_PART = 2000
+CANDIDATES = 500  # per query
+DOCUMENTS = 8_841_823  # MS MARCO's passages
+QUERIES_PER_CHUNK = 2000
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[5_000_000, 50_000_000])
     parser.add_argument("--formats", nargs="+", default=["parquet", "trec", "trec.gz"])
-    parser.add_argument("--folder", type=Path, help="where the runs are (kept), in place of a temporary folder")
+    parser.add_argument("--folder", type=Path, help="a folder to keep the runs in, in place of a temporary one")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.read is not None:
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def read(path: Path, n_queries: int) -> dict[str, float]:
-    """Read a run to groups, with one relevant document a query, and say what it took."""
+    """Read a run into groups, with one relevant document per query, and return the time and memory it took."""
     qids = [str(qid) for qid in query_ids(0, n_queries)]
     docnos = np.random.default_rng(0).integers(DOCUMENTS, size=n_queries).astype(str)
     qrels = pd.DataFrame({"qid": qids, "docno": docnos, "label": 1})
@@ -67,30 +68,31 @@ def read(path: Path, n_queries: int) -> dict[str, float]:
     peak, start = peak_mib(), time.perf_counter()
     groups.digest()
     digest, start = time.perf_counter() - start, time.perf_counter()
-    for index in range(1000):
-        groups._draw(index, seed=0, epoch=0)
+    draws = min(1000, len(groups))
+    for index in range(draws):
+        groups.draw_all([(index, 0)], seed=0)
     return {
         "M rows/s": round(n_queries * CANDIDATES / seconds / 1e6, 2),
         "M rows/CPU s": round(n_queries * CANDIDATES / cpu / 1e6, 2),
         "peak MiB above imports": round(peak - before),
         "M pairs kept": round(report.documents / 1e6, 1),
         "M docnos": round(len(groups.texts) / 1e6, 2),
-        "s to digest": round(digest, 1),
-        "ms a draw": round(time.perf_counter() - start, 2),
+        "s per digest": round(digest, 1),
+        "ms per draw": round(1000 * (time.perf_counter() - start) / draws, 2),
     }
 
 
 def write(path: Path, n_queries: int) -> None:
-    """A run whose documents are spread evenly over the collection."""
+    """Write a run with documents spread evenly over the collection."""
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        parts = parts_of(n_queries)
-        first = next(parts).select("qid", "docno", "rank", "score").to_arrow()
+        chunks = run_chunks(n_queries)
+        first = next(chunks).select("qid", "docno", "rank", "score").to_arrow()
         with pyarrow.parquet.ParquetWriter(path, first.schema, compression="zstd") as writer:
             writer.write_table(first)
-            for part in parts:
-                writer.write_table(part.select("qid", "docno", "rank", "score").to_arrow())
+            for chunk in chunks:
+                writer.write_table(chunk.select("qid", "docno", "rank", "score").to_arrow())
     elif path.suffix == ".gz":
         plain = path.with_suffix("")
         if not plain.exists():
@@ -99,36 +101,36 @@ def write(path: Path, n_queries: int) -> None:
             shutil.copyfileobj(file, out, 2**20)
     else:
         with path.open("wb") as file:
-            for part in parts_of(n_queries):
-                trec = part.select("qid", Q0=pl.lit("Q0"), docno="docno", rank="rank", score="score", tag=pl.lit("t"))
+            for chunk in run_chunks(n_queries):
+                trec = chunk.select("qid", Q0=pl.lit("Q0"), docno="docno", rank="rank", score="score", tag=pl.lit("t"))
                 trec.write_csv(file, include_header=False, separator=" ")
 
 
-def parts_of(n_queries: int) -> Iterator[pl.DataFrame]:
-    """The run's queries, some at a time."""
+def run_chunks(n_queries: int) -> Iterator[pl.DataFrame]:
+    """Generate the run in chunks of queries."""
     rng = np.random.default_rng(1)
-    place = np.arange(CANDIDATES)
-    for start in range(0, n_queries, QUERIES_A_PART):
-        n = min(QUERIES_A_PART, n_queries - start)
+    rank = np.arange(CANDIDATES)
+    for start in range(0, n_queries, QUERIES_PER_CHUNK):
+        n = min(QUERIES_PER_CHUNK, n_queries - start)
         first, step = rng.integers(DOCUMENTS, size=(n, 1)), rng.integers(1, DOCUMENTS // CANDIDATES, size=(n, 1))
         scores = -np.sort(-rng.random((n, CANDIDATES)) * 20, axis=1)
         yield pl.DataFrame(
             {
                 "qid": np.repeat(query_ids(start, n), CANDIDATES),
-                "docno": rng.permuted((first + step * place) % DOCUMENTS, axis=1).ravel(),
-                "rank": np.tile(place, n),
+                "docno": rng.permuted((first + step * rank) % DOCUMENTS, axis=1).ravel(),
+                "rank": np.tile(rank, n),
                 "score": scores.round(5).ravel(),
             }
         ).with_columns(pl.col("qid", "docno").cast(pl.String))
 
 
 def query_ids(start: int, n: int) -> np.ndarray:
-    """Numbers whose order is not that of the strings."""
+    """Generate numbers that are in another order as strings."""
     return np.arange(start, start + n) * 2 + 1000
 
 
 def peak_mib() -> float:
-    """The most memory that this process has held."""
+    """Return the peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 

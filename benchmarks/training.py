@@ -1,8 +1,8 @@
-"""Training, side by side: MonoCE.fit, sentence-transformers' CrossEncoderTrainer, a loop as one writes it oneself.
+"""Compare training: MonoCE.fit, sentence-transformers' CrossEncoderTrainer, and a plain PyTorch loop.
 
-Same weights at the start, same lists, loss, optimiser and schedule; in turns, medians. The trainer runs as its users
-call it, in its own order and with a loss of its default arguments, and with the whole batch at once in our order:
-then, without dropout, the losses of all steps are the same. Dropout is the backbone's own unless it is given.
+All have the same initial weights, lists, loss, optimizer and schedule, and run in turn; times are medians. The trainer
+runs with its defaults, and with whole batches in the order of MonoCE.fit: then, without dropout, the losses of all
+steps are the same. Dropout is the backbone's unless --dropout is given.
 
     pip install -c constraints.txt -e ".[bench]" && python benchmarks/training.py --dropout 0
 """
@@ -31,12 +31,10 @@ from pyterrier_msft import Distillation, MonoCE, losses
 from pyterrier_msft.data.groups import Group
 from pyterrier_msft.model.loading import quiet_transformers
 from pyterrier_msft.model.precision import resolve_dtype
-from pyterrier_msft.training.batches import _Batches
+from pyterrier_msft.training.batches import BatchSchedule, GroupDataset
 
 OURS = "MonoCE.fit"
-
-
-# Ours, and how the peer's is called for as much as it takes at once (None: its default).
+# Our loss, and sentence-transformers' for a size of mini-batches (None: its default).
 LOSSES = {
     "ranknet": (losses.ranknet, lambda model, size: RankNetLoss(model, reduction_log="natural", mini_batch_size=size)),
     "list_mle": (losses.list_mle, lambda model, size: ListMLELoss(model, mini_batch_size=size)),
@@ -44,12 +42,12 @@ LOSSES = {
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure and print the table."""
     parser = arguments(__doc__.partition("\n")[0])
     parser.add_argument("--queries", type=int, default=32)
-    parser.add_argument("--depth", type=int, default=8, help="documents a list")
-    parser.add_argument("--batch-size", type=int, default=8, help="lists a step")
-    parser.add_argument("--dropout", type=float, help="default: the backbone's own")
+    parser.add_argument("--depth", type=int, default=8, help="documents per list")
+    parser.add_argument("--batch-size", type=int, default=8, help="lists per step")
+    parser.add_argument("--dropout", type=float, help="default: the backbone's")
     parser.add_argument("--loss", choices=LOSSES, default="ranknet")
     args = parser.parse_args()
     results, _ = candidates(args.queries, args.depth)
@@ -68,20 +66,21 @@ def measure(folder: str, results: pd.DataFrame, args: Any) -> None:
     dtype = resolve_dtype("auto", device)
 
     def steps(results: pd.DataFrame) -> list[list[Group]]:
-        batches = _Batches(fitter.groups(results, None)[0], fitter)
-        return [[batches[chosen] for chosen in batch] for batch in batches]
+        groups = fitter.groups(results, None)[0]
+        dataset = GroupDataset(groups, fitter.seed)
+        return [dataset.__getitems__(batch) for batch in BatchSchedule(groups, fitter)]
 
     def ours(results: pd.DataFrame) -> Callable[[], list[float]]:
         ce = MonoCE(folder, max_length=args.max_length, fitter=fitter)
-        ce.fingerprint  # noqa: B018  loads the weights
+        ce.fingerprint  # noqa: B018  (loads the weights)
 
         def call() -> list[float]:
             return ce.fit(results).history["loss"].tolist()
 
         return call
 
-    def peer(mini_batch_size: int | None, order: Any) -> System:
-        def ready(results: pd.DataFrame) -> Callable[[], list[float]]:
+    def cross_encoder_trainer(mini_batch_size: int | None, order: Any) -> System:
+        def prepare(results: pd.DataFrame) -> Callable[[], list[float]]:
             rows = [
                 {"query": g.query, "docs": g.texts, "labels": g.labels.tolist()}
                 for step in steps(results)
@@ -96,8 +95,8 @@ def measure(folder: str, results: pd.DataFrame, args: Any) -> None:
                 args=CrossEncoderTrainingArguments(
                     output_dir=tempfile.mkdtemp(), num_train_epochs=1, per_device_train_batch_size=args.batch_size,
                     learning_rate=5e-5, warmup_steps=0.1, weight_decay=0.01, max_grad_norm=1.0, seed=fitter.seed,
-                    bf16=dtype == torch.bfloat16, report_to="none", save_strategy="no", logging_steps=1,
-                    disable_tqdm=True, **order,
+                    bf16=dtype == torch.bfloat16, use_cpu=device.type == "cpu", report_to="none",
+                    save_strategy="no", logging_steps=1, disable_tqdm=True, **order,
                 ),
                 train_dataset=Dataset.from_list(rows),
                 loss=LOSSES[args.loss][1](model, mini_batch_size),
@@ -110,26 +109,33 @@ def measure(folder: str, results: pd.DataFrame, args: Any) -> None:
 
             return call
 
-        return ready
+        return prepare
 
     systems: dict[str, System] = {
         OURS: ours,
-        "CrossEncoderTrainer, as called": peer(None, {}),
-        "CrossEncoderTrainer, whole batches, our order": peer(-1, {"batch_sampler": InOrder}),
+        "CrossEncoderTrainer, defaults": cross_encoder_trainer(None, {}),
+        "CrossEncoderTrainer, whole batches, same order": cross_encoder_trainer(-1, {"batch_sampler": InOrder}),
         "plain Hugging Face": lambda results: plain(folder, steps(results), device, dtype, args),
     }
-    some = results[results["qid"].isin(results["qid"].unique()[: args.batch_size])]
-    runs, curves = interleaved(systems, results, some, repeats=args.repeats)
+    warm_up = results[results["qid"].isin(results["qid"].unique()[: args.batch_size])]
+    runs, curves = interleaved(systems, results, warm_up, repeats=args.repeats)
+    groups = [group for step in steps(results) for group in step]
+    summarize(folder, runs, curves, groups, dtype, args)
+
+
+def summarize(
+    folder: str, runs: pd.DataFrame, curves: dict[str, list[float]], groups: list[Group], dtype: torch.dtype, args: Any
+) -> None:
+    """Compare the losses with those of the plain loop, and print the table."""
     reference = np.array(curves["plain Hugging Face"])
     agreement = pd.DataFrame(
         {
             "last loss": {name: curve[-1] for name, curve in curves.items()},
-            "largest difference of a loss": {
+            "largest difference of losses": {
                 name: np.abs(np.array(curve) - reference).max() for name, curve in curves.items()
             },
         }
     )
-    groups = [group for step in steps(results) for group in step]
     encoded = AutoTokenizer.from_pretrained(folder)(
         [g.query for g in groups for _ in g.texts], [text for g in groups for text in g.texts],
         truncation=True, max_length=args.max_length,
@@ -138,14 +144,14 @@ def measure(folder: str, results: pd.DataFrame, args: Any) -> None:
     print(f"{len(lengths)} pairs of {np.mean(lengths):.0f} tokens on average in {len(reference)} steps")
     report(
         runs, ours=OURS, pairs=len(lengths), operations=3 * sum(map(Shape.of(folder).operations, lengths)),
-        dtypes=dict.fromkeys(systems, dtype), agreement=agreement, args=args,
+        dtypes=dict.fromkeys(curves, dtype), agreement=agreement, args=args,
     )  # fmt: skip
 
 
 def plain(
     folder: str, order: list[list[Group]], device: torch.device, dtype: torch.dtype, args: Any
 ) -> Callable[[], list[float]]:
-    """A loop as one writes it oneself."""
+    """Prepare a plain PyTorch loop."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, **dropouts(args.dropout)).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.01)
@@ -174,27 +180,27 @@ def plain(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            values.append(float(loss))
+            values.append(loss.item())
         return values
 
     return call
 
 
 def dropouts(p: float | None) -> dict[str, float]:
-    """A configuration's dropout probabilities; None: as they are."""
+    """Return a configuration's dropout probabilities; None: unchanged."""
     names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
     return {} if p is None else dict.fromkeys(names, p)
 
 
 class InOrder(torch.utils.data.BatchSampler):
-    """Batches as the rows come."""
+    """Batches in the order of the rows."""
 
     def __init__(self, dataset: Any, batch_size: int, drop_last: bool = False, **_: Any) -> None:
         super().__init__(torch.utils.data.SequentialSampler(dataset), batch_size, drop_last)
         self.dataset = dataset
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Batches of indices."""
+        """Iterate over batches of indices."""
         return super().__iter__()
 
 

@@ -1,14 +1,15 @@
-"""The paper as a recipe: contrastive learning (CL), distillation (KD), and both in either order.
+"""Reproduce the paper: contrastive learning (CL), distillation (KD), and both in either order.
 
-Pezzuti, MacAvaney and Tonellotto, ECIR 2025, arXiv 2503.22672, in the authors' settings: `--scale paper`, on MS MARCO,
-for a GPU server. `--scale small` runs the same code on what fits a laptop: PyDocs, or files of one's own.
+Pezzuti, MacAvaney and Tonellotto, ECIR 2025, arXiv 2503.22672. `--scale paper` uses the authors' settings on MS MARCO,
+and needs a GPU server. `--scale small` runs the same code on a laptop, with PyDocs or your own files.
 
     python examples/ecir2025.py --dry-run
     python examples/ecir2025.py --backbone google/electra-base-discriminator --out electra
-    python examples/ecir2025.py --scale small --seeds 1 2 3 --sweep-second-stage 2e-6 2e-5 2e-4 --out small
+    python examples/ecir2025.py --scale small --seeds 1 2 3 --sweep-second-stage 2e-6 2e-5 --out small
 
-The second stage's learning rate in the authors' configuration is 6e-12 (FAITHFUL). Whether a second stage that moves
-the weights helps is the question of --sweep-second-stage. A run that was interrupted goes on where it was.
+The second stage has the first stage's learning rate, as in the command of the authors' README; other files of theirs
+name 6e-12 and 1e-8. --sweep-second-stage trains it at further rates, to show how much the rate matters. To resume an
+interrupted run, repeat the command.
 """
 
 import argparse
@@ -16,20 +17,18 @@ import dataclasses
 import logging
 import math
 import re
-import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyterrier as pt
 import torch
+from cost import Shape, matmul_speed
 from ir_measures import AP, RR, R, nDCG
 from quickstart import BiEncoder, bm25, minilm, save
-from transformers import AutoConfig
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots, teachers
 from pyterrier_msft.data import runs
@@ -38,9 +37,9 @@ from pyterrier_msft.significance import equivalence_table, seed_summary
 
 logger = logging.getLogger("ecir2025")
 
-FAITHFUL = 6e-12  # the second stage's learning rate in the authors' configuration
-MARGIN = 0.01  # of nDCG@10: two systems less than a point apart are taken as equivalent
-DEPTH = 100  # documents that are re-ranked, and that measures look at
+MARGIN = 0.01  # of nDCG@10: a smaller difference counts as equivalent
+DEPTH = 100  # documents that are re-ranked and evaluated
+SUSTAINED = 0.4  # share of the speed of matrix products that training reaches
 MAIN = nDCG @ 10
 TESTS = {
     "dl19": "irds:msmarco-passage/trec-dl-2019/judged",
@@ -50,7 +49,7 @@ TESTS = {
 }
 TEST_QUERIES = {"dl19": 43, "dl20": 54, "dl-hard": 50, "dev-small": 6980}
 
-# nDCG@10 over BM25's top 100 in the paper, in the order of TESTS.
+# The paper's nDCG@10 over BM25's top 100, in the order of TESTS.
 PAPER_BM25 = (0.5121, 0.4769, 0.2886, 0.2301)
 PAPER = {
     "google/electra-base-discriminator": {
@@ -67,7 +66,7 @@ PAPER = {
     },
 }
 
-# What the paper trained on. ColBERTv2's top 500 of the training queries: Schlatt et al., Rank-DistiLLM, ECIR 2025.
+# The paper's training data. ColBERTv2's top 500 of the training queries: Schlatt et al., Rank-DistiLLM, ECIR 2025.
 # RankGPT-3.5's permutations of BM25's top 20 for 100,000 of them: Sun et al., EMNLP 2023.
 COLBERT_RUN = "https://zenodo.org/records/12528410/files/__colbert__msmarco-passage-train-judged.run?download=1"
 RANKGPT = {"marco-train-100k.jsonl.zip": "1OgF4rj89FWSr7pl1c7Hu4x0oQYIMwhik",
@@ -76,14 +75,14 @@ RANKGPT = {"marco-train-100k.jsonl.zip": "1OgF4rj89FWSr7pl1c7Hu4x0oQYIMwhik",
 
 @dataclass(frozen=True)
 class Scale:
-    """A size of the experiment: everything about training that isn't data."""
+    """All settings of the experiment apart from data."""
 
     contrastive: Contrastive
     distillation: Distillation
     max_length: int
-    depth: int  # documents that are re-ranked
-    queries: int | None  # training queries of CL; None: all
-    teacher_queries: int | None
+    depth: int  # documents to re-rank
+    queries: int | None  # for CL; None: all
+    teacher_queries: int | None  # for KD
     test_queries: int | None
     validates: bool  # on 1% of the training queries
 
@@ -95,9 +94,9 @@ AUTHORS = {
     "freeze_position_embeddings": True,
     "warmup": 0,
     "seed": 42,
-    "pairs_per_pass": 128,  # bounds memory; the gradient is that of the whole batch
+    "pairs_per_pass": 128,  # bounds memory; the gradient is unchanged
 }
-CHEAP = {"learning_rate": 2e-4, "batch_size": 8, "dropout": 0.0}
+SMALL = {"learning_rate": 2e-4, "batch_size": 8, "dropout": 0.0}
 SCALES = {
     "paper": Scale(
         contrastive=Contrastive(
@@ -110,8 +109,8 @@ SCALES = {
         max_length=256, depth=DEPTH, queries=None, teacher_queries=None, test_queries=None, validates=True,
     ),
     "small": Scale(
-        contrastive=Contrastive(n_negatives=3, depth=50, max_steps=125, **CHEAP),
-        distillation=Distillation(depth=8, max_steps=63, **CHEAP),
+        contrastive=Contrastive(n_negatives=3, depth=50, max_steps=125, **SMALL),
+        distillation=Distillation(depth=8, max_steps=63, **SMALL),
         max_length=64, depth=20, queries=1000, teacher_queries=500, test_queries=300, validates=False,
     ),
 }  # fmt: skip
@@ -119,33 +118,33 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Test:
-    """Queries to evaluate on, behind one first stage."""
+    """Test queries with the results of one first stage."""
 
     name: str
     first_stage: str
-    results: pd.DataFrame  # qid, query, docno, text, score, rank: the first stage's top DEPTH
+    results: pd.DataFrame  # qid, query, docno, text, score, rank: the top DEPTH
     topics: pd.DataFrame
     qrels: pd.DataFrame
 
     def measures(self) -> list[Any]:
-        """The paper's; on TREC DL's grades, 0 to 3, binary measures count what is relevant at 2 or more."""
+        """The paper's measures; with TREC DL's grades from 0 to 3, binary measures count grades of at least 2."""
         rel = 2 if self.qrels["label"].max() >= 3 else 1
         return [nDCG @ 1, nDCG @ 5, nDCG @ 10, AP(rel=rel), RR(rel=rel) @ 10, R(rel=rel) @ 100]
 
 
 @dataclass(frozen=True)
 class Data:
-    """What to train and test on."""
+    """Training and test data."""
 
-    labels: tuple[pd.DataFrame | Path, pd.DataFrame]  # a first stage's results, and qrels: what CL learns from
-    ranking: pd.DataFrame  # a teacher's ranking with text: what KD learns from
+    labels: tuple[pd.DataFrame | Path, pd.DataFrame]  # for CL: a first stage's results, and qrels
+    ranking: pd.DataFrame  # for KD: a teacher's ranking, with text
     tests: list[Test]
     validation: tuple[pd.DataFrame, pd.DataFrame] | None = None
-    text: pt.datasets.Dataset | None = None  # where documents that come without their text have it
+    text: pt.datasets.Dataset | None = None  # of documents whose results have none
 
 
 def main() -> None:
-    """Plan, or train and evaluate, and write every table to --out."""
+    """Estimate the cost; or train, evaluate, and write all tables to --out."""
     args = arguments()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pyterrier_msft").setLevel(logging.INFO)
@@ -154,8 +153,8 @@ def main() -> None:
     changes = {name: value for name, value in vars(args).items() if name in SETTINGS and value is not None}
     scale = dataclasses.replace(
         scale,
-        contrastive=changed(scale.contrastive, changes),
-        distillation=changed(scale.distillation, changes),
+        contrastive=with_settings(scale.contrastive, changes),
+        distillation=with_settings(scale.distillation, changes),
         **{name: value for name, value in changes.items() if name in SCALE_SETTINGS},
     )
     if args.dry_run:
@@ -169,31 +168,31 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="paper")
     parser.add_argument("--backbone", help="default: google/electra-base-discriminator; small: all-MiniLM-L6-v2")
     parser.add_argument("--out", default="ecir2025-out", help="folder for tables, plots and models")
-    parser.add_argument("--dry-run", action="store_true", help="show sizes, steps, memory and time, and do nothing")
+    parser.add_argument("--dry-run", action="store_true", help="only print sizes, steps, memory and time")
     parser.add_argument("--sweep-second-stage", type=float, nargs="+", default=[], metavar="RATE",
-                        help=f"learning rates of the second stage besides the authors' {FAITHFUL:g}")  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="train everything once a seed")
-    files = parser.add_argument_group("data of one's own, in place of MS MARCO (paper) and PyDocs (small)")
+                        help="further learning rates for the second stage")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="train all systems with each seed")
+    files = parser.add_argument_group("your own data, in place of MS MARCO (paper) and PyDocs (small)")
     files.add_argument("--labels", metavar="JSONL", help="queries with positive and negative passages, for CL")
     files.add_argument("--teacher", metavar="JSONL", help="queries with a teacher's permutation of passages, for KD")
-    files.add_argument("--test", nargs="+", metavar="NAME", help=f"{', '.join(TESTS)}, or any dataset of PyTerrier's")
+    files.add_argument("--test", nargs="+", metavar="NAME", help=f"{', '.join(TESTS)}, or any PyTerrier dataset")
     files.add_argument("--first-stage", nargs="+", default=[], metavar="NAME=RUN",
-                       help="TREC runs; {test} in a path becomes the test's name")  # fmt: skip
-    settings = parser.add_argument_group("settings in place of the scale's")
+                       help="TREC runs; {test} in a path is replaced by the test's name")  # fmt: skip
+    settings = parser.add_argument_group("settings that replace the scale's")
     for name, kind in SETTINGS.items():
         settings.add_argument("--" + name.replace("_", "-"), type=kind)
     args = parser.parse_args()
     if (args.labels is None) != (args.teacher is None) or (args.labels and not (args.test and args.first_stage)):
-        parser.error("expected --labels, --teacher, --test and --first-stage together, found some of them")
+        parser.error("--labels, --teacher, --test and --first-stage must be given together")
     if any("=" not in given for given in args.first_stage):
-        parser.error(f"expected --first-stage NAME=RUN, found {args.first_stage}")
+        parser.error(f"--first-stage must be NAME=RUN; got {args.first_stage}")
     if any(not rate > 0 for rate in args.sweep_second_stage):
-        parser.error(f"expected learning rates above 0, found {args.sweep_second_stage}")
+        parser.error(f"--sweep-second-stage must be learning rates > 0; got {args.sweep_second_stage}")
     args.backbone = args.backbone or (minilm() if args.scale == "small" else next(iter(PAPER)))
     return args
 
@@ -206,8 +205,8 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
 }  # fmt: skip
 
 
-def changed(fitter: Any, changes: Mapping[str, Any]) -> Any:
-    """A fitter with the settings that it has; `depth` is that of re-ranking, and `max_length` the re-ranker's."""
+def with_settings(fitter: Any, changes: Mapping[str, Any]) -> Any:
+    """Change the settings that a fitter has; `depth` and `max_length` are those of the re-ranker."""
     names = {f.name for f in dataclasses.fields(fitter)} - SCALE_SETTINGS.keys()
     return dataclasses.replace(fitter, **{name: value for name, value in changes.items() if name in names})
 
@@ -216,7 +215,7 @@ def changed(fitter: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def load(args: argparse.Namespace, scale: Scale, out: Path) -> Data:
-    """The data that the command line asks for."""
+    """Load the data that the command line asks for."""
     if args.labels:
         results, qrels = teachers.read_labelled_passages(args.labels)
         return Data(
@@ -232,31 +231,28 @@ def load(args: argparse.Namespace, scale: Scale, out: Path) -> Data:
 
 
 def pydocs(scale: Scale, out: Path) -> Data:
-    """The docstrings of installed packages; the teacher is a bi-encoder."""
+    """Load PyDocs, with a bi-encoder as teacher."""
     train, test = pt.get_dataset("pydocs:train"), pt.get_dataset("pydocs:test")
     first_stage = bm25(train, out)
     candidates = first_stage >> train.text_loader()
-    topics = train.get_topics().head(scale.queries)
+    topics, test_topics = train.get_topics().head(scale.queries), test.get_topics().head(scale.test_queries)
     teacher = BiEncoder(minilm())
     return Data(
         labels=(candidates(topics), train.get_qrels()),
         ranking=teacher((candidates % scale.depth)(topics.head(scale.teacher_queries))),
-        tests=[
-            Test("pydocs", "BM25", candidates(queries), queries, test.get_qrels())
-            for queries in [test.get_topics().head(scale.test_queries)]
-        ],
+        tests=[Test("pydocs", "BM25", candidates(test_topics), test_topics, test.get_qrels())],
     )
 
 
 def msmarco(args: argparse.Namespace, scale: Scale, out: Path) -> Data:
-    """The paper's training data, test queries and first stages, downloaded."""
+    """Download the paper's training data, test queries and first stages."""
     train = pt.get_dataset("irds:msmarco-passage/train/judged")
     downloads = out / "downloads"
     downloads.mkdir(exist_ok=True)
     run_file = downloads / "colbertv2.train.run"
     if not run_file.exists():
         pt.io.download(COLBERT_RUN, str(run_file))
-    # The run stays on disk: 503k queries x 500 documents; fit takes each query's top from it.
+    # The run stays on disk: 503k queries x 500 documents, of which fit reads each query's top.
     topics, qrels = train.get_topics(), train.get_qrels()
     topics = topics[topics["qid"].isin(qrels["qid"])].head(scale.queries or 10**9)
     held_out = topics[topics["qid"].map(int) % 100 == 0] if scale.validates else topics.head(0)
@@ -278,7 +274,7 @@ def msmarco(args: argparse.Namespace, scale: Scale, out: Path) -> Data:
             tests.append(Test(name, first_stage, found, queries, dataset.get_qrels()))
         tests += [from_run(name, first_stage, path, scale) for first_stage, path in run_files(args, name)]
     if not any(test.first_stage == "ColBERTv2" for test in tests):
-        logger.warning("ColBERTv2 is left out: give its runs as --first-stage 'ColBERTv2=runs/colbertv2.{test}.trec'")
+        logger.warning("skipping ColBERTv2: pass its runs with --first-stage 'ColBERTv2=runs/colbertv2.{test}.trec'")
     return Data(
         labels=(run_file, labelled),
         ranking=first_queries(ranking, scale.teacher_queries),
@@ -289,11 +285,11 @@ def msmarco(args: argparse.Namespace, scale: Scale, out: Path) -> Data:
 
 
 def rankgpt(folder: Path) -> tuple[Path, Path]:
-    """RankGPT's queries with candidates, and the answers of the LLM: two files on Google Drive."""
+    """Download RankGPT's queries with candidates, and the LLM's answers: two files on Google Drive."""
     try:
         import gdown
     except ImportError as error:
-        raise ImportError('the paper\'s data need the extra [paper]: pip install "pyterrier-msft[paper]"') from error
+        raise ImportError("the paper's data need gdown: pip install pyterrier-msft[paper]") from error
     for name, identifier in RANKGPT.items():
         if not (folder / name).exists():
             gdown.download(id=identifier, output=str(folder / name))
@@ -304,7 +300,7 @@ def rankgpt(folder: Path) -> tuple[Path, Path]:
 
 
 def first_stages(out: Path) -> dict[str, Callable[[], pt.Transformer]]:
-    """First stages that need no run file, made when they are asked for."""
+    """First stages that need no run file, as functions that build them."""
 
     def lexical() -> pt.Transformer:
         from pyterrier_pisa import PisaIndex
@@ -315,9 +311,9 @@ def first_stages(out: Path) -> dict[str, Callable[[], pt.Transformer]]:
         try:
             from pyterrier_dr import FlexIndex, SBertBiEncoder
         except ImportError as error:
-            raise ImportError('Contriever needs the extra [paper]: pip install "pyterrier-msft[paper]"') from error
+            raise ImportError("Contriever needs pyterrier-dr: pip install pyterrier-msft[paper]") from error
         model, index = SBertBiEncoder("facebook/contriever-msmarco", batch_size=256), FlexIndex(str(out / "contriever"))
-        if not (out / "contriever" / "pt_meta.json").exists():  # what is written last
+        if not (out / "contriever" / "pt_meta.json").exists():  # written last
             corpus = pt.get_dataset("irds:msmarco-passage").get_corpus_iter()
             (model >> index.indexer(mode="overwrite")).index(corpus)
         return model >> index.torch_retriever(num_results=DEPTH, fp16=True, drop_query_vec=True)
@@ -326,13 +322,13 @@ def first_stages(out: Path) -> dict[str, Callable[[], pt.Transformer]]:
 
 
 def run_files(args: argparse.Namespace, test: str) -> list[tuple[str, str]]:
-    """Names and paths of --first-stage for one test."""
+    """The names and paths of --first-stage for one test."""
     pairs = [given.split("=", 1) for given in args.first_stage]
     return [(name, path.replace("{test}", test)) for name, path in pairs]
 
 
 def from_run(name: str, first_stage: str, path: str, scale: Scale) -> Test:
-    """A test whose first stage is a TREC run."""
+    """Load a test with a TREC run as first stage."""
     dataset = pt.get_dataset(TESTS.get(name, name))
     topics = dataset.get_topics().head(scale.test_queries or 10**9)
     run = pt.io.read_results(path)
@@ -341,7 +337,7 @@ def from_run(name: str, first_stage: str, path: str, scale: Scale) -> Test:
 
 
 def first_queries(frame: pd.DataFrame, n: int | None) -> pd.DataFrame:
-    """The rows of the first n queries."""
+    """Select the rows of the first n queries."""
     return frame if n is None else frame[frame["qid"].isin(frame["qid"].drop_duplicates().head(n))]
 
 
@@ -349,26 +345,27 @@ def first_queries(frame: pd.DataFrame, n: int | None) -> pd.DataFrame:
 
 
 def run(args: argparse.Namespace, scale: Scale, data: Data, out: Path) -> pd.DataFrame:
-    """Train every sequence with every seed and rate; the values of each query.
+    """Train all sequences with each seed and learning rate, and evaluate them by query.
 
     Returns:
         test, first_stage, name, seed, second_stage (the learning rate; NaN for one stage), qid, measure, value. A
-        system of two stages is named after its rate too: `CL-KD 2e-05`; the authors' has the bare name.
+        sequence trained at a rate of the sweep has the rate in its name: `CL-KD 2e-05`.
     """
     frames = [evaluate(test, test.first_stage, None) for test in data.tests]
     reranker = MonoCE(
         args.backbone, max_length=scale.max_length, max_query_length=scale.max_length // 3, text=data.text, verbose=True
     )
     cl, kd = Stage(scale.contrastive, *data.labels), Stage(scale.distillation, data.ranking)
+    default = scale.contrastive.learning_rate
     for seed in args.seeds:
-        for rate in [FAITHFUL, *args.sweep_second_stage]:
-            stages = {"CL": cl, "KD": kd, "CL2": second(cl, rate), "KD2": second(kd, rate)}
-            sequences = ["CL", "KD", "CL-KD2", "KD-CL2"] if rate == FAITHFUL else ["CL-KD2", "KD-CL2"]
+        for rate in second_stage_rates(args, scale):
+            stages = {"CL": cl, "KD": kd, "CL2": at_rate(cl, rate), "KD2": at_rate(kd, rate)}
+            sequences = ["CL", "KD", "CL-KD2", "KD-CL2"] if rate == default else ["CL-KD2", "KD-CL2"]
             trained = fit_sequences(
                 reranker, stages, sequences, validation=data.validation, save_dir=out / "models", seeds=[seed]
             )[seed]
             for sequence, ce in trained.items():
-                name = sequence.replace("2", "") + ("" if rate == FAITHFUL else f" {rate:g}")
+                name = sequence.replace("2", "") + ("" if rate == default else f" {rate:g}")
                 for test in data.tests:
                     logger.info("%s, seed %d: re-ranking %s of %s", name, seed, test.first_stage, test.name)
                     values = evaluate(test, name, ce.cached(out / "scores"), scale.depth)
@@ -378,13 +375,18 @@ def run(args: argparse.Namespace, scale: Scale, data: Data, out: Path) -> pd.Dat
     return perquery
 
 
-def second(stage: Stage, rate: float) -> Stage:
-    """The stage at the learning rate of a second one."""
+def second_stage_rates(args: argparse.Namespace, scale: Scale) -> list[float]:
+    """The learning rates of the second stage: the first stage's, and those of the sweep."""
+    return list(dict.fromkeys([scale.contrastive.learning_rate, *args.sweep_second_stage]))
+
+
+def at_rate(stage: Stage, rate: float) -> Stage:
+    """Change a stage's learning rate."""
     return dataclasses.replace(stage, fitter=dataclasses.replace(stage.fitter, learning_rate=rate))
 
 
 def evaluate(test: Test, name: str, system: pt.Transformer | None, depth: int = DEPTH) -> pd.DataFrame:
-    """A system's values for each query and measure; None is the first stage itself."""
+    """Compute a system's values by query and measure; None: of the first stage alone."""
     results = test.results
     if system is not None:
         top = results[results["rank"] < results["rank"].min() + depth]
@@ -393,11 +395,11 @@ def evaluate(test: Test, name: str, system: pt.Transformer | None, depth: int = 
     return values.assign(test=test.name, first_stage=test.first_stage, measure=values["measure"].map(str))
 
 
-# ---- what came out
+# ---- results
 
 
 def report(args: argparse.Namespace, scale: Scale, perquery: pd.DataFrame, out: Path) -> None:
-    """Tables of means, of verdicts and of the sweep, and their plots."""
+    """Write and print tables of means, of verdicts and of the sweep, and save their plots."""
     means, verdicts = [], []
     for (test, first_stage), values in perquery.groupby(["test", "first_stage"], sort=False):
         place = {"test": test, "first_stage": first_stage}
@@ -417,8 +419,7 @@ def report(args: argparse.Namespace, scale: Scale, perquery: pd.DataFrame, out: 
             rows["learning_rate"] = rows["name"].map(rates)
             rows["system"] = rows["name"].str.split(" ").str[0]
             rows.to_csv(out / f"sweep-{slug}.csv", index=False)
-            axes = plots.second_stage_learning_rate(rows, margin=MARGIN)
-            save(axes, out / f"sweep-{slug}.png")
+            save(sweep_plot(rows), out / f"sweep-{slug}.png")
         save(plots.equivalence(verdict), out / f"equivalence-{slug}.png")
     mean_table, verdict_table = pd.concat(means, ignore_index=True), pd.concat(verdicts, ignore_index=True)
     mean_table.to_csv(out / "results.csv", index=False)
@@ -432,25 +433,55 @@ def report(args: argparse.Namespace, scale: Scale, perquery: pd.DataFrame, out: 
         logger.info("\n%s against CL, margin %g\n%s", MAIN, MARGIN, chosen[shown].round(4).to_string(index=False))
 
 
+def sweep_plot(rows: pd.DataFrame) -> "plots.Axes":
+    """Plot the measure against the second stage's learning rate, beside the systems of one stage.
+
+    Lines are means over seeds, with the standard deviation; circles are single models; grey is within MARGIN of CL.
+    """
+    from matplotlib import pyplot
+
+    axes = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")[1]
+    axes.set_xscale("log")
+    for k, (system, models) in enumerate(rows.groupby("system", sort=False)):
+        colour, values = plots.COLOURS[k % len(plots.COLOURS)], models[str(MAIN)]
+        if models["learning_rate"].isna().all():
+            mean, std = values.mean(), values.std()
+            axes.axhline(mean, color=colour, linestyle="--", label=system)
+            if std > 0:
+                axes.axhspan(mean - std, mean + std, color=colour, alpha=0.12, linewidth=0)
+            if system == "CL":
+                axes.axhspan(mean - MARGIN, mean + MARGIN, color="0.93", linewidth=0, zorder=0)
+        else:
+            by_rate = models.groupby("learning_rate")[str(MAIN)].agg(["mean", "std"]).fillna(0)
+            marker = plots.MARKERS[k % len(plots.MARKERS)]
+            axes.errorbar(by_rate.index, by_rate["mean"], by_rate["std"], color=colour, marker=marker, capsize=3,
+                          label=system)  # fmt: skip
+            axes.plot(models["learning_rate"], values, "o", markersize=3, fillstyle="none", color=colour, alpha=0.5)
+    axes.set_xlabel(f"learning rate of the second stage (grey: within {MARGIN:g} of CL)")
+    axes.set_ylabel(f"{MAIN}, mean and std. deviation over seeds", parse_math=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, fontsize="small")
+    return axes
+
+
 def paper_value(backbone: str, name: str, test: str, first_stage: str) -> float:
-    """The paper's nDCG@10; NaN where it has none."""
+    """The paper's nDCG@10; NaN if it has none."""
     if first_stage != "BM25" or test not in TESTS or backbone not in PAPER:
         return math.nan
     values = PAPER_BM25 if name == "BM25" else PAPER[backbone].get(name)
     return math.nan if values is None else values[list(TESTS).index(test)]
 
 
-# ---- the plan
+# ---- dry run
 
 
 def plan(args: argparse.Namespace, scale: Scale) -> None:
-    """Sizes, steps, memory and time of each stage and of the evaluation, by counting operations."""
+    """Print sizes and steps, and estimate memory and time by counting operations."""
     shape = Shape.of(args.backbone)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype("auto", device)
     speed = SUSTAINED * matmul_speed(device, dtype)
     cl_queries, kd_queries = scale.queries or 503_000, scale.teacher_queries or 100_000
-    rates = [FAITHFUL, *args.sweep_second_stage]
+    rates = second_stage_rates(args, scale)
     cl, kd = scale.contrastive, scale.distillation
     stages = [
         ("CL", cl, cl_queries, 1 + cl.n_negatives),
@@ -462,10 +493,11 @@ def plan(args: argparse.Namespace, scale: Scale) -> None:
     for name, fitter, queries, documents in stages:
         lists = fitter.batch_size * fitter.gradient_accumulation
         steps = fitter.max_steps or math.ceil(queries * fitter.epochs / lists)
-        # Forward and backward are three times the forward pass; bounded memory computes one more.
-        passes = 4 if fitter.pairs_per_pass and fitter.pairs_per_pass < fitter.batch_size * documents else 3
+        # The backward pass costs two forward passes, and gradient caching one more.
+        batch_pairs = fitter.batch_size * documents
+        held = min(fitter.pairs_per_pass or math.inf, batch_pairs)  # pairs in memory at once
+        passes = 4 if held < batch_pairs else 3
         operations = passes * steps * lists * documents * shape.operations(scale.max_length)
-        held = min(fitter.pairs_per_pass or math.inf, fitter.batch_size * documents)
         rows.append({
             "what": name, "queries": f"{queries:,}", "list": documents, "steps (at most)": f"{steps:,}",
             "pairs": f"{steps * lists * documents:,}", "GiB": round(shape.memory(held, scale.max_length) / 2**30, 1),
@@ -480,62 +512,14 @@ def plan(args: argparse.Namespace, scale: Scale) -> None:
                  "pairs": f"{pairs:,}", "GiB": "", "hours (at most)": hours})  # fmt: skip
     table = pd.DataFrame(rows)
     table["hours (at most)"] = (table["hours (at most)"] * len(args.seeds)).map(lambda hours: f"{hours:,.2f}")
-    logger.info("%s, %d tokens a pair, %d seed(s)", args.backbone, scale.max_length, len(args.seeds))
+    logger.info("%s, %d tokens per pair, %d seed(s)", args.backbone, scale.max_length, len(args.seeds))
     logger.info("first-stage learning rate %g, second-stage %s", cl.learning_rate, ", ".join(f"{r:g}" for r in rates))
     logger.info(
-        "hours: every pair at its full length and no early stop, at %.0f%% of the %.2f TFLOP/s that this machine's %s "
-        "multiplies matrices with in %s; retrieval and downloads not counted",
+        "hours: all pairs at full length and without early stopping, at %.0f%% of the %.2f TFLOP/s of this machine's "
+        "matrix products (%s, %s); without retrieval and downloads",
         100 * SUSTAINED, speed / SUSTAINED / 1e12, device.type, str(dtype).removeprefix("torch."),
     )  # fmt: skip
     logger.info("\n%s", table.to_string(index=False))
-
-
-SUSTAINED = 0.4  # of what the device multiplies large matrices with: what training reaches of it
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A transformer encoder's size."""
-
-    layers: int
-    hidden: int
-    feed_forward: int
-    vocabulary: int
-
-    @classmethod
-    def of(cls, backbone: str) -> "Shape":
-        """From the configuration, which for the paper's two backbones needs no download."""
-        if backbone in PAPER:
-            return cls(12, 768, 3072, 30522 if "electra" in backbone else 50265)
-        config = AutoConfig.from_pretrained(backbone)
-        return cls(config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size)
-
-    def operations(self, tokens: int) -> float:
-        """Floating-point operations of a pair's forward pass."""
-        weights = 4 * self.hidden**2 + 2 * self.hidden * self.feed_forward
-        return self.layers * tokens * (2 * weights + 4 * tokens * self.hidden)
-
-    def memory(self, pairs: float, tokens: int) -> float:
-        """Bytes in training: weights, gradients and AdamW's two moments, and activations.
-
-        Activations: 34 bytes a token and hidden unit in each layer in 16 bits, without the attention's matrices
-        (Korthikanti et al., MLSys 2023).
-        """
-        weights = self.layers * (4 * self.hidden**2 + 2 * self.hidden * self.feed_forward)
-        return 16 * (weights + self.vocabulary * self.hidden) + 34 * pairs * tokens * self.hidden * self.layers
-
-
-def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of large matrix products, measured for a moment."""
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    speeds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        product = a @ a
-        float(product[0, 0])  # waits for the device
-        speeds.append(2 * size**3 / (time.perf_counter() - start))
-    return float(np.max(speeds))
 
 
 if __name__ == "__main__":

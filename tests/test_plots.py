@@ -28,7 +28,7 @@ SYSTEMS = pd.concat(
     [
         stage("Contrastive", 400, system="CL"),
         TWO_STAGES.assign(system="CL-KD"),
-        stage("Distillation", 200, system="$KD$"),  # no formula
+        stage("Distillation", 200, system="$KD$"),  # not a formula
     ]
 )
 BASE = np.linspace(0.2, 0.8, 40)
@@ -44,25 +44,18 @@ PERQUERY = pd.DataFrame(
 TABLE = equivalence_table(
     pd.concat([PERQUERY, PERQUERY[PERQUERY["name"] == "CL"].assign(name="KD", value=BASE - 0.1)]), margin=0.05
 )
-SWEEP = pd.DataFrame(
-    [("CL-KD", rate, seed, 0.5 + 0.01 * seed) for rate in (1e-8, 1e-6, 1e-4) for seed in (1, 2, 3)]
-    + [("CL", math.nan, seed, 0.4 + 0.01 * seed) for seed in (1, 2, 3)],
-    columns=["system", "learning_rate", "seed", "nDCG@10"],
-)
 
 CALLS = {
     "one system": lambda ax: plots.learning_curve(TWO_STAGES, ax=ax),
     "systems": lambda ax: plots.learning_curve(SYSTEMS, ax=ax),
     "differences": lambda ax: plots.query_differences(PERQUERY, "CL-KD", "CL", measure="nDCG@10", ax=ax),
     "equivalence": lambda ax: plots.equivalence(TABLE, ax=ax),
-    "sweep": lambda ax: plots.second_stage_learning_rate(SWEEP, margin=0.01, ax=ax),
-    "words": lambda ax: plots.word_importance(["sort", "an", "array"], [0.2, -0.1, 0.1], ax=ax),
 }
 
 
 @pytest.fixture(autouse=True)
 def _close():
-    plt.close("all")  # what pages of the documentation have drawn in the same process
+    plt.close("all")  # figures of the documentation's pages, tested in the same process
     yield
     plt.close("all")
 
@@ -71,9 +64,14 @@ def texts(ax):
     return [text.get_text() for text in ax.texts]
 
 
+def stage_names(ax):
+    (top,) = ax.child_axes
+    return [label.get_text() for label in top.get_xticklabels()]
+
+
 @pytest.mark.parametrize("draw", CALLS.values(), ids=list(CALLS))
 @pytest.mark.filterwarnings("error")
-def test_no_state_is_left(draw):
+def test_settings_and_other_figures_stay_unchanged(draw):
     settings = dict(mpl.rcParams)
     ax = Figure().add_subplot()
     assert draw(ax) is ax
@@ -87,12 +85,12 @@ def test_no_state_is_left(draw):
 @pytest.mark.filterwarnings("error")
 def test_axes_are_labelled_and_no_text_is_cut_off(draw):
     ax = draw(None)
-    assert ax.get_xlabel() or not ax.axison
+    assert ax.get_xlabel()
     assert ax.get_ylabel() or ax.get_yticklabels()[0].get_text()
     figure = ax.figure
     figure.canvas.draw()
     for each in figure.axes:
-        for text in each.texts:
+        for text in [*each.texts, *(label for axis in each.child_axes for label in axis.get_xticklabels())]:
             box = text.get_window_extent()
             assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1, text
             assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1, text
@@ -108,7 +106,7 @@ def test_without_matplotlib(monkeypatch):
 # ---- learning_curve
 
 
-def test_stages_follow_each_other():
+def test_stages_are_plotted_one_after_the_other():
     ax = plots.learning_curve(TWO_STAGES)
     loss, metric = ax.figure.axes
     assert loss is ax
@@ -116,35 +114,47 @@ def test_stages_follow_each_other():
     assert metric.get_ylabel() == "validation nDCG@10 (marked)"
     (curve,) = metric.lines
     assert list(curve.get_xdata()) == [50, 100, 150, 200, 250, 300, 350, 400, 450, 500, 550, 600]
-    *parts, bound = loss.lines
-    assert list(bound.get_xdata()) == [400, 400]
-    # Of each stage, the raw loss and, where it's long enough to have one, the running mean.
+    *parts, boundary = loss.lines
+    assert list(boundary.get_xdata()) == [400, 400]
+    # The raw loss of each stage, and its running mean if it's long enough.
     assert [(line.get_xdata()[0], line.get_xdata()[-1]) for line in parts] == [(10, 400), (10, 400), (410, 600)]
-    assert texts(ax) == ["Contrastive", "Distillation"]
+    assert stage_names(ax) == ["Contrastive", "Distillation"]
 
 
 def test_the_same_stage_twice():
     ax = plots.learning_curve(pd.concat([stage("CL", 100), stage("CL", 100)]))
-    assert texts(ax) == ["CL", "CL"]
+    assert stage_names(ax) == ["CL", "CL"]
     assert list(ax.lines[-1].get_xdata()) == [100, 100]
 
 
 def test_history_of_a_reranker():
     history = TWO_STAGES.assign(stage=TWO_STAGES["stage"].map({"Contrastive": 1, "Distillation": 2}))
-    assert texts(plots.learning_curve(history)) == ["1", "2"]
-    assert texts(plots.learning_curve(history.assign(fitter=TWO_STAGES["stage"]))) == ["Contrastive", "Distillation"]
+    assert stage_names(plots.learning_curve(history)) == ["1", "2"]
+    ax = plots.learning_curve(history.assign(fitter=TWO_STAGES["stage"]))
+    assert stage_names(ax) == ["Contrastive", "Distillation"]
 
 
-def test_several_systems_are_named():
-    loss, metric = plots.learning_curve(SYSTEMS).figure.axes
+def test_names_of_short_stages_dont_overlap():
+    ax = plots.learning_curve(pd.concat([TWO_STAGES, stage("Contrastive", 20), stage("Distillation", 20)]))
+    ax.figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in ax.child_axes[0].get_xticklabels()]
+    assert [name.count("\n") for name in stage_names(ax)] == [0, 1, 0, 1]  # on two levels
+    assert not boxes[3].overlaps(boxes[1])
+    assert not boxes[2].overlaps(boxes[0])
+
+
+def test_several_systems_are_named_with_their_stages():
+    _, metric = plots.learning_curve(SYSTEMS).figure.axes
     assert len(metric.lines) == 3
-    assert sorted(texts(metric)) == ["$KD$", "CL", "CL-KD"]
-    # A line of stages and the system's name for each, since their stages differ.
-    assert texts(loss) == ["Contrastive", "CL", "Contrastive", "Distillation", "CL-KD", "Distillation", "$KD$"]
+    names = ["CL (Contrastive)", "CL-KD (Contrastive, then Distillation)", "$KD$ (Distillation)"]
+    assert [text.get_text() for text in metric.get_legend().get_texts()] == names
     assert len({(str(line.get_linestyle()), line.get_marker()) for line in metric.lines}) == 3  # greyscale
-    metric.figure.canvas.draw()
-    boxes = [text.get_window_extent() for text in metric.texts]
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    for curve, handle in zip(metric.lines, metric.get_legend().get_lines(), strict=True):
+        assert (curve.get_color(), curve.get_marker()) == (handle.get_color(), handle.get_marker())
+    seeds = pd.concat([TWO_STAGES.assign(system=f"seed {seed}") for seed in (1, 2)])
+    legend = plots.learning_curve(seeds).figure.axes[1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["seed 1", "seed 2"]
+    assert legend.get_title().get_text() == "Contrastive, then Distillation"
 
 
 def test_without_metric_or_loss():
@@ -158,7 +168,7 @@ def test_without_metric_or_loss():
         assert ax.lines[0].get_xdata()[-1] == 600
 
 
-def test_rows_of_evaluation_alone():
+def test_rows_with_only_a_metric():
     rows = pd.DataFrame({"stage": "CL", "step": [10, 10, 20, 20], "loss": [1, math.nan, 0.5, math.nan]})
     ax = plots.learning_curve(rows.assign(RR=[math.nan, 0.1, math.nan, 0.2]))
     assert [list(line.get_xdata()) for each in ax.figure.axes for line in each.lines] == [[10, 20], [10, 20]]
@@ -167,14 +177,18 @@ def test_rows_of_evaluation_alone():
 @pytest.mark.parametrize(
     ("history", "metric", "message"),
     [
-        (TWO_STAGES, "RR", r"expected a metric with values, .* \['nDCG@10'\], found 'RR'"),
-        (TWO_STAGES.assign(RR=math.nan), "RR", "expected a metric with values, .* found 'RR'"),
-        (TWO_STAGES.assign(RR=1.0), None, r"expected metric=, one of the columns \['nDCG@10', 'RR'\], found None"),
-        (TWO_STAGES.drop(columns="step"), None, "expected a history with columns stage, step, found .* without step"),
-        (TWO_STAGES[["stage", "step"]], None, "expected a column with losses or with a metric"),
+        (TWO_STAGES, "RR", r"metric must be a column with values, .* \['nDCG@10'\]; got 'RR'"),
+        (TWO_STAGES.assign(RR=math.nan), "RR", "metric must be a column with values, .* got 'RR'"),
+        (TWO_STAGES.assign(RR=1.0), None, r"metric must be given, as one of the columns \['nDCG@10', 'RR'\]; got None"),
+        (
+            TWO_STAGES.drop(columns="step"),
+            None,
+            r"history must have the columns .* without \['step'\]",
+        ),
+        (TWO_STAGES[["stage", "step"]], None, "history must have a loss or a metric with values"),
     ],
 )
-def test_mistakes_in_a_history(history, metric, message):
+def test_invalid_histories_are_rejected(history, metric, message):
     with pytest.raises(ValueError, match=message):
         plots.learning_curve(history, metric=metric)
 
@@ -190,15 +204,15 @@ def test_bars_are_sorted_and_counted():
     assert "40 queries" in ax.get_xlabel()
 
 
-def test_extremes_are_named():
+def test_extremes_are_labelled():
     topics = pd.DataFrame({"qid": ["q0", "q1", "q39"], "query": ["from $5 to $10", "long " * 100, "the worst"]})
     ax = plots.query_differences(PERQUERY, "CL-KD", "CL", measure="nDCG@10", topics=topics, n_labels=2)
-    first, second, last, other = texts(ax)
-    assert first == "from $5 to $10 (+0.20)"
+    best, worst, second, second_worst = texts(ax)
+    assert best == "from $5 to $10 (+0.20)"
     assert second.startswith("long long")
     assert second.endswith("… (+0.15)")
-    assert last == "the worst (−0.10)"
-    assert other.startswith("q38 (−0.0")  # not among the topics
+    assert worst == "the worst (−0.10)"
+    assert second_worst.startswith("q38 (−0.0")  # not in topics
     assert len(texts(plots.query_differences(PERQUERY, "CL-KD", "CL", measure="nDCG@10", n_labels=9))) == 3 + 7
 
 
@@ -206,25 +220,25 @@ def test_extremes_are_named():
     "differences",
     [
         np.linspace(0.5, -0.5, 150),
-        np.repeat([1.0, 0.5, 0.0, -1.0], 75),  # many at the extreme
-        np.linspace(0.31, 0.3, 50),  # no room beside the bars
+        np.repeat([1.0, 0.5, 0.0, -1.0], 75),  # many equal extremes
+        np.linspace(0.31, 0.3, 50),  # no free room
         np.concatenate([[1.0], np.full(20, 0.01), np.full(20, -0.01)]),
     ],
 )
 @pytest.mark.parametrize("n_labels", [1, 5])
-def test_names_stand_on_no_bar_and_no_name(differences, n_labels):
+def test_labels_overlap_neither_bars_nor_labels(differences, n_labels):
     frame = pd.DataFrame({"name": "b", "qid": np.arange(len(differences)), "measure": "RR", "value": 0.0})
     frame = pd.concat([frame, frame.assign(name="a", value=differences)])
     topics = pd.DataFrame({"qid": frame["qid"], "query": "what is the price of " * 9}).drop_duplicates()
     ax = plots.query_differences(frame, "a", "b", measure="RR", topics=topics, n_labels=n_labels)
     ax.figure.canvas.draw()
-    names = [mpl.text.Text.get_window_extent(text) for text in ax.texts]  # without the line to the bar
+    labels = [mpl.text.Text.get_window_extent(text) for text in ax.texts]  # without the line to the bar
     bars = [bar.get_window_extent() for bar in ax.patches if bar.get_height()]
-    assert len(names) >= n_labels
-    assert not any(a.overlaps(b) for i, a in enumerate(names) for b in names[:i])
-    assert not any(name.overlaps(bar) for name in names for bar in bars)
-    assert all(ax.bbox.x0 <= name.x0 <= name.x1 <= ax.bbox.x1 for name in names)
-    assert all(ax.bbox.y0 <= name.y0 <= name.y1 <= ax.bbox.y1 for name in names)
+    assert len(labels) >= n_labels
+    assert not any(a.overlaps(b) for i, a in enumerate(labels) for b in labels[:i])
+    assert not any(label.overlaps(bar) for label in labels for bar in bars)
+    assert all(ax.bbox.x0 <= label.x0 <= label.x1 <= ax.bbox.x1 for label in labels)
+    assert all(ax.bbox.y0 <= label.y0 <= label.y1 <= ax.bbox.y1 for label in labels)
 
 
 def test_no_difference_at_all():
@@ -243,12 +257,12 @@ def test_seeds_are_averaged():
 @pytest.mark.parametrize(
     ("systems", "options", "message"),
     [
-        (("CL-KD", "CL"), {"measure": "RR"}, r"expected a measure among \['nDCG@10'\], found 'RR'"),
-        (("CL-KD", "KD"), {"measure": "nDCG@10"}, r"expected systems among \['CL', 'CL-KD'\], found \['KD'\]"),
-        (("CL-KD", "CL"), {"measure": "nDCG@10", "topics": pd.DataFrame({"qid": []})}, "expected topics with columns"),
+        (("CL-KD", "CL"), {"measure": "RR"}, r"measure must be one of \['nDCG@10'\]; got 'RR'"),
+        (("CL-KD", "KD"), {"measure": "nDCG@10"}, r"systems must be among \['CL', 'CL-KD'\]; got \['KD'\]"),
+        (("CL-KD", "CL"), {"measure": "nDCG@10", "topics": pd.DataFrame({"qid": []})}, "topics must have the columns"),
     ],
 )
-def test_mistakes_in_differences(systems, options, message):
+def test_invalid_comparisons_are_rejected(systems, options, message):
     with pytest.raises(ValueError, match=message):
         plots.query_differences(PERQUERY, *systems, **options)
 
@@ -256,7 +270,7 @@ def test_mistakes_in_differences(systems, options, message):
 # ---- equivalence
 
 
-def test_forest():
+def test_forest_plot():
     ax = plots.equivalence(TABLE)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["CL-KD − CL", "KD − CL", "KD − CL-KD"]
     (verdicts,) = ax.child_axes
@@ -274,7 +288,7 @@ def test_forest():
     assert [patch.get_datalim(ax.transData).intervalx.tolist() for patch in ax.collections] == [[-0.05, 0.05]] * 3
 
 
-def test_forest_of_measures_and_correction():
+def test_forest_plot_of_measures_with_correction():
     frame = pd.concat([PERQUERY, PERQUERY.assign(measure="RR")])
     ax = plots.equivalence(equivalence_table(frame, margin={"nDCG@10": 0.05, "RR": 0.1}, correction="holm"))
     labels = [(label.get_text(), label.get_fontweight()) for label in ax.get_yticklabels()]
@@ -282,12 +296,12 @@ def test_forest_of_measures_and_correction():
     assert "Holm's correction" in ax.get_xlabel()
 
 
-def test_forest_of_a_single_query():
+def test_forest_plot_of_a_single_query():
     two = pd.DataFrame({"name": ["a", "b"], "qid": "q", "measure": "RR", "value": [0.1, 0.2]})
     plots.equivalence(equivalence_table(two, margin=0.05)).figure.canvas.draw()
 
 
-def test_numbers_of_narrow_intervals_dont_overlap():
+def test_tick_labels_of_narrow_intervals_dont_overlap():
     row = {"measure": "nDCG@10", "system": "CL-KD", "baseline": "CL", "n_queries": 400, "difference": 0.001}
     row |= {"ci_low": -0.001, "ci_high": 0.003, "ci_level": 0.9, "margin": 0.01, "verdict": significance.BOTH}
     ax = plots.equivalence(pd.DataFrame([row]))
@@ -297,86 +311,8 @@ def test_numbers_of_narrow_intervals_dont_overlap():
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
-def test_mistakes_in_a_table():
-    with pytest.raises(ValueError, match=r"expected the frame of equivalence_table .* without verdict"):
+def test_invalid_tables_are_rejected():
+    with pytest.raises(ValueError, match=r"table must have the columns .* without \['verdict'\]"):
         plots.equivalence(TABLE.drop(columns="verdict"))
-    with pytest.raises(ValueError, match="expected a table with at least one row, found none"):
+    with pytest.raises(ValueError, match="table must have at least one row"):
         plots.equivalence(TABLE[:0])
-
-
-# ---- second_stage_learning_rate
-
-
-def test_sweep():
-    ax = plots.second_stage_learning_rate(SWEEP)
-    assert ax.get_xscale() == "log"
-    assert ax.get_xlabel() == "learning rate of the second stage"
-    assert ax.get_ylabel() == "nDCG@10, mean and std. deviation of 3 seeds"
-    assert sorted(texts(ax)) == ["CL", "CL-KD"]
-    (bars,) = ax.containers
-    np.testing.assert_allclose(bars.lines[0].get_xdata(), [1e-8, 1e-6, 1e-4])
-    np.testing.assert_allclose(bars.lines[0].get_ydata(), [0.52] * 3)
-    np.testing.assert_allclose([segment[:, 1] for segment in bars.lines[2][0].get_segments()], [[0.51, 0.53]] * 3)
-    (alone,) = [line for line in ax.lines if len(line.get_ydata()) == 2]
-    np.testing.assert_allclose(alone.get_ydata(), 0.42)
-
-
-def test_sweep_without_seeds_and_systems():
-    ax = plots.second_stage_learning_rate(SWEEP[SWEEP["seed"] == 1].drop(columns=["system", "seed"]), margin=0.01)
-    assert ax.get_ylabel() == "nDCG@10"
-    assert ax.get_xlabel() == "learning rate of the second stage (grey: within 0.01 of one stage alone)"
-    assert sorted(texts(ax)) == ["one stage alone", "two stages"]
-    assert texts(plots.second_stage_learning_rate(SWEEP[:1])) == ["CL-KD"]  # a single model
-
-
-@pytest.mark.parametrize(
-    ("sweep", "measure", "message"),
-    [
-        (SWEEP, "RR", "expected a sweep with columns learning_rate, RR, found .* without RR"),
-        (SWEEP.assign(learning_rate=0.0), "nDCG@10", r"expected learning rates > 0 .* found \[0.0\]"),
-        (SWEEP.assign(learning_rate=math.nan), "nDCG@10", r"expected learning rates > 0 .* found \[\]"),
-    ],
-)
-def test_mistakes_in_a_sweep(sweep, measure, message):
-    with pytest.raises(ValueError, match=message):
-        plots.second_stage_learning_rate(sweep, measure=measure)
-
-
-# ---- word_importance
-
-
-def test_words_are_coloured_by_importance():
-    ax = plots.word_importance(["an", "$array$", "of", "numbers"], [0.0, 2.0, -1.0, 1.0])
-    assert texts(ax) == ["an", "$array$", "of", "numbers"]
-    assert [text.get_style() for text in ax.texts] == ["normal", "normal", "italic", "normal"]
-    grounds = [mpl.colors.to_hex(text.get_bbox_patch().get_facecolor()).upper() for text in ax.texts]
-    assert grounds == [plots.BLUE, plots.BLUE, plots.ORANGE, plots.BLUE]
-    assert [text.get_bbox_patch().get_alpha() for text in ax.texts] == pytest.approx([0, 0.75, 0.375, 0.375])
-    assert ax.get_title(loc="left") == (
-        "the score falls by up to 2 without a word (blue); rises by up to 1 without those in italics (orange)"
-    )
-
-
-@pytest.mark.parametrize("own", [True, False])
-def test_words_stand_in_lines_without_overlaps(own):
-    words = ("many words and an_exceedingly_long_one of several lengths " * 12).split()
-    ax = plots.word_importance(words, np.arange(len(words)), ax=None if own else Figure((4, 4)).add_subplot())
-    ax.figure.canvas.draw()
-    boxes = [text.get_window_extent() for text in ax.texts]
-    assert max(box.x1 for box in boxes) <= ax.figure.bbox.x1
-    lines = sorted({round(box.y0 + box.y1) for box in boxes}, reverse=True)
-    assert len(lines) > 3
-    for left, right in itertools.pairwise(boxes):
-        assert right.x0 > left.x1 or right.y1 <= left.y0 + 5  # beside it, or on the next line
-
-
-def test_no_word_matters():
-    ax = plots.word_importance(["a", "b"], [0.0, 0.0])
-    assert [text.get_bbox_patch().get_alpha() for text in ax.texts] == [0, 0]
-    assert ax.get_title(loc="left") == "the score falls by up to 0 without a word (blue)"
-
-
-@pytest.mark.parametrize(("words", "importance"), [([], []), (["a"], [1.0, 2.0]), (["a"], [math.nan])])
-def test_mistakes_in_words(words, importance):
-    with pytest.raises(ValueError, match="expected one finite value for each of at least one word, found"):
-        plots.word_importance(words, importance)

@@ -10,14 +10,16 @@ import pyterrier as pt
 import pytest
 
 from pyterrier_msft import pydocs
-from pyterrier_msft.pydocs import Docstring, Package, PyDocs
+from pyterrier_msft import pydocs_collection as collection
+from pyterrier_msft.pydocs import PyDocs
+from pyterrier_msft.pydocs_collection import PARTS, Docstring, Package
 
 INSTALLED = pydocs.installed_packages()
 needs_pisa = pytest.mark.skipif(find_spec("pyterrier_pisa") is None, reason="needs pyterrier_pisa")
 
 
 def rest(topic):
-    """Enough text, another one for each topic."""
+    """Text that is long enough, and different for each topic."""
     return " ".join(f"Details on {topic} in chapter {number}." for number in range(12))
 
 
@@ -26,7 +28,7 @@ def function(name, summary, body=None):
 
 
 class Library:
-    """Stands in for what is installed: a package `toy` in a temporary folder."""
+    """Replaces the installed packages: a package `toy` in a temporary folder."""
 
     def __init__(self, folder):
         self.package = Package("toy-dist", "1.0", "toy", folder)
@@ -37,7 +39,7 @@ class Library:
         path.write_bytes(source if isinstance(source, bytes) else source.encode())
 
     def build(self):
-        return pydocs.build_collection([self.package])
+        return collection.build_collection([self.package])
 
 
 @pytest.fixture
@@ -62,10 +64,10 @@ def builds(monkeypatch):
     return builds
 
 
-# Reading sources
+# ---- reading sources
 
 
-def test_docstrings_are_read_of_what_is_public_and_reachable():
+def test_docstrings_of_public_importable_names_are_read():
     source = b'''"""module"""
 class Public:
     """class"""
@@ -88,7 +90,7 @@ if True:
     def branch(): "branch"
 def without(): pass
 '''
-    assert dict(pydocs.docstrings(source, "toy.mod")) == {
+    assert dict(collection.docstrings(source, "toy.mod")) == {
         "toy.mod": "module",
         "toy.mod.Public": "class",
         "toy.mod.Public.method": "method",
@@ -98,14 +100,14 @@ def without(): pass
     }
 
 
-def test_files_are_named_as_modules_and_tests_are_left_out(library):
+def test_files_are_named_as_modules_and_tests_are_skipped(library):
     kept = ["__init__.py", "_private_file.py", "_core/sorting.py", "sub/__init__.py", "sub/latest.py"]
-    left_out = ["tests/a.py", "test/a.py", "sub/test_a.py", "sub/a_test.py", "conftest.py", "_vendor/a.py", "a.txt"]
-    for path in kept + left_out:
+    skipped = ["tests/a.py", "test/a.py", "sub/test_a.py", "sub/a_test.py", "conftest.py", "_vendor/a.py", "a.txt"]
+    for path in kept + skipped:
         library.write(path, "")
-    names = [name for name, _ in pydocs.source_files(library.package)]
+    names = [name for name, _ in collection.source_files(library.package)]
     assert sorted(names) == ["toy", "toy._core.sorting", "toy._private_file", "toy.sub", "toy.sub.latest"]
-    without_prefix = [name for name, _ in pydocs.source_files(library.package._replace(module=""))]
+    without_prefix = [name for name, _ in collection.source_files(library.package._replace(module=""))]
     assert "sub.latest" in without_prefix
     assert "_private_file" in without_prefix
 
@@ -122,20 +124,20 @@ def test_files_are_named_as_modules_and_tests_are_left_out(library):
         ("Sort.", "Sort.", ""),
     ],
 )
-def test_a_summary_is_a_sentence_however_it_is_wrapped(docstring, summary, remainder):
-    assert tuple(" ".join(part.split()) for part in pydocs.split_summary(docstring)) == (summary, remainder)
+def test_a_summary_is_the_first_sentence_even_if_wrapped(docstring, summary, remainder):
+    assert tuple(" ".join(part.split()) for part in collection.split_summary(docstring)) == (summary, remainder)
 
 
 def test_text_is_plain_and_on_one_line():
     marked = (
         "See :func:`~numpy.sort`, :py:meth:`sorts <x.sort>` and ``b``\n-------\n\x00\tC++ \u2028 n\u00e4her \ud800."
     )
-    assert pydocs.clean(marked) == "See numpy.sort, sorts and b C++ näher ."
+    assert collection.clean(marked) == "See numpy.sort, sorts and b C++ näher ."
 
 
-def test_normal_form_knows_no_case_punctuation_articles_or_final_s():
-    assert pydocs.normalise("Returns the Sum, of an array!") == pydocs.normalise("return sums of arrays")
-    assert pydocs.normalise("sum of x") != pydocs.normalise("sum of y")
+def test_normalising_ignores_case_punctuation_articles_and_final_s():
+    assert collection.normalise("Returns the Sum, of an array!") == collection.normalise("return sums of arrays")
+    assert collection.normalise("sum of x") != collection.normalise("sum of y")
 
 
 @pytest.mark.parametrize(
@@ -151,16 +153,16 @@ def test_normal_form_knows_no_case_punctuation_articles_or_final_s():
         " ".join(["word"] * 31),
     ],
 )
-def test_summaries_that_ask_nothing_are_left_out(summary):
-    assert pydocs.read_docstring("toy", "toy.sort", f"{summary}\n\n{rest('it')}") is None
-    assert pydocs.read_docstring("toy", "toy.sort", f"Sort the array.\n\n{rest('it')}") is not None
+def test_summaries_that_make_no_query_are_left_out(summary):
+    assert collection.read_docstring("toy", "toy.sort", f"{summary}\n\n{rest('it')}") is None
+    assert collection.read_docstring("toy", "toy.sort", f"Sort the array.\n\n{rest('it')}") is not None
 
 
 def test_short_docstrings_are_left_out():
-    assert pydocs.read_docstring("toy", "toy.sort", "Sort the whole array.\n\nIn place.") is None
+    assert collection.read_docstring("toy", "toy.sort", "Sort the whole array.\n\nIn place.") is None
 
 
-def test_what_cannot_be_parsed_is_left_out(library):
+def test_files_that_cannot_be_parsed_are_left_out(library):
     library.write("good.py", function("sort", "Sort the whole array."))
     library.write("syntax.py", "def sort(:")
     library.write("null.py", b'"""\x00"""')
@@ -171,7 +173,7 @@ def test_what_cannot_be_parsed_is_left_out(library):
     assert gc.isenabled()
 
 
-def test_nothing_is_imported_or_run(library, tmp_path):
+def test_sources_are_neither_imported_nor_run(library, tmp_path):
     mark = tmp_path / "executed"
     library.write("__init__.py", f"open({str(mark)!r}, 'w')\n" + function("sort", "Sort the whole array."))
     assert len(library.build().documents) == 1
@@ -192,11 +194,11 @@ def test_the_standard_library_is_enough(monkeypatch):
     assert [(package.name, package.module) for package in packages] == [("python", "")]
 
 
-# From docstrings to a collection
+# ---- from docstrings to a collection
 
 
 def test_the_same_text_under_several_names_is_one_document():
-    documents, topics = pydocs.merge(
+    documents, topics = collection.merge(
         [
             Docstring("toy", "toy.long.name.sort", "Sort the array", rest("order")),
             Docstring("toy", "toy.sort", "Sorts an array", rest("order")),
@@ -211,10 +213,10 @@ def test_the_same_text_under_several_names_is_one_document():
 
 def test_the_same_beginning_makes_a_duplicate_only_with_the_same_summary():
     tail = " And a last word."
-    same, _ = pydocs.merge(
+    same, _ = collection.merge(
         [Docstring("toy", "a", "Sort the array", rest("x")), Docstring("toy", "b", "Sort the array", rest("x") + tail)]
     )
-    other, _ = pydocs.merge(
+    other, _ = collection.merge(
         [Docstring("toy", "a", "Sort the array", rest("x")), Docstring("toy", "b", "Sort the list", rest("x") + tail)]
     )
     assert same["docno"].tolist() == ["a"]
@@ -222,7 +224,7 @@ def test_the_same_beginning_makes_a_duplicate_only_with_the_same_summary():
 
 
 def test_documents_that_share_a_summary_answer_one_topic():
-    documents, topics = pydocs.merge(
+    documents, topics = collection.merge(
         [
             Docstring("toy", "toy.frame.sort", "Sort the values.", rest("frames")),
             Docstring("toy", "toy.sort", "Sort values", rest("arrays")),
@@ -238,38 +240,38 @@ def test_documents_that_share_a_summary_answer_one_topic():
 
 
 def test_a_document_that_repeats_its_summary_is_left_out():
-    documents, topics = pydocs.merge([Docstring("toy", "a", "Sort the array", rest("x") + " This sorts the ARRAY.")])
+    documents, topics = collection.merge([Docstring("toy", "a", "Sort the array", rest("x") + " Sorts the ARRAY.")])
     assert len(documents) == len(topics) == 0
 
 
-def test_the_order_of_reading_makes_no_difference():
+def test_the_order_of_reading_has_no_influence():
     found = [Docstring("toy", f"toy.f{i}", f"Sort {i % 7} arrays", rest(i % 11)) for i in range(30)]
-    for one, other in zip(pydocs.merge(found), pydocs.merge(found[::-1]), strict=True):
+    for one, other in zip(collection.merge(found), collection.merge(found[::-1]), strict=True):
         pd.testing.assert_frame_equal(one, other)
 
 
-def test_parts_depend_on_the_name_alone():
+def test_parts_depend_only_on_the_name():
     parts = {"numpy.sort": "train", "torch.nn.Linear": "train", "re": "dev", "math": "test"}
-    assert {name: pydocs.part_of(name) for name in parts} == parts
-    shares = pd.Series([pydocs.part_of(f"name{i}") for i in range(5000)]).value_counts(normalize=True)
-    assert {part: round(100 * share) for part, share in shares.items()} == pytest.approx(pydocs.PARTS, abs=2)
+    assert {name: collection.part_of(name) for name in parts} == parts
+    shares = pd.Series([collection.part_of(f"name{i}") for i in range(5000)]).value_counts(normalize=True)
+    assert {part: round(100 * share) for part, share in shares.items()} == pytest.approx(PARTS, abs=2)
 
 
-# The dataset
+# ---- the dataset
 
 
 def test_parts_share_a_corpus_and_divide_the_topics(large):
-    parts = {part: PyDocs(part) for part in pydocs.PARTS}
+    parts = {part: PyDocs(part) for part in PARTS}
     corpus = {document["docno"]: document["text"] for document in parts["train"].get_corpus_iter(verbose=False)}
     assert [*parts["test"].get_corpus_iter(verbose=False)] == [*parts["train"].get_corpus_iter(verbose=False)]
     topics = pd.concat([dataset.get_topics().assign(part=part) for part, dataset in parts.items()])
     assert len(topics) == 300
     assert set(topics["part"]) == set(parts)
     assert topics["qid"].is_unique
-    assert topics["query"].map(pydocs.normalise).is_unique
+    assert topics["query"].map(collection.normalise).is_unique
     for part, dataset in parts.items():
         frame, qrels = dataset.get_topicsqrels()
-        assert frame["qid"].map(pydocs.part_of).eq(part).all()
+        assert frame["qid"].map(collection.part_of).eq(part).all()
         assert set(qrels["qid"]) == set(frame["qid"])
         assert qrels.columns.tolist() == ["qid", "docno", "label"]
         for row in qrels.merge(frame, on="qid").itertuples():
@@ -277,7 +279,7 @@ def test_parts_share_a_corpus_and_divide_the_topics(large):
     assert set(corpus) == {docno for dataset in parts.values() for docno in dataset.get_qrels()["docno"]}
 
 
-def test_other_versions_move_no_topic(large):
+def test_topics_stay_in_their_part_when_packages_change(large):
     before = large.build().topics.set_index("qid")["part"]
     large.write("added.py", "\n".join(function(f"area_{i}", f"Measure the area of lake {i}.") for i in range(50)))
     large.write("__init__.py", "\n".join(function(f"measure_{i}", f"Measure stream {i} again.") for i in range(200)))
@@ -288,7 +290,7 @@ def test_other_versions_move_no_topic(large):
     assert (before[both] == after[both]).all()
 
 
-def test_the_collection_is_kept_until_a_version_changes(large, builds):
+def test_the_collection_is_cached_until_a_version_changes(large, builds):
     first = PyDocs("train").get_topics()
     large.write("__init__.py", "")
     pydocs._load_or_build.cache_clear()
@@ -300,7 +302,7 @@ def test_the_collection_is_kept_until_a_version_changes(large, builds):
     assert len(builds) == 2
 
 
-def test_a_broken_build_leaves_nothing_behind(large, tmp_path, monkeypatch):
+def test_a_failed_build_leaves_no_file(large, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
@@ -312,7 +314,7 @@ def test_a_broken_build_leaves_nothing_behind(large, tmp_path, monkeypatch):
     assert len(PyDocs("train").get_topics())
 
 
-def test_building_shows_progress_and_reading_does_not(large, capfd):
+def test_building_shows_progress_and_reading_doesnt(large, capfd):
     PyDocs("train").get_topics()
     assert "PyDocs: 100%" in capfd.readouterr().err
     pydocs._load_or_build.cache_clear()
@@ -323,21 +325,21 @@ def test_building_shows_progress_and_reading_does_not(large, capfd):
     assert "pydocs:dev documents: 100%" in capfd.readouterr().err
 
 
-def test_frames_are_the_callers_own(large):
+def test_callers_may_change_their_frames(large):
     topics = PyDocs("train").get_topics()
     topics.loc[:, "query"] = "changed"
     assert "changed" not in set(PyDocs("train").get_topics()["query"])
 
 
-def test_describe_says_what_the_collection_is_made_of(large, tmp_path, monkeypatch):
+def test_describe_counts_the_sources(large, tmp_path, monkeypatch):
     large.write("more.py", function("sort", "Sort the whole array.") + function("short", "Too short a docstring.", "x"))
-    other = Library(tmp_path / "other")  # has a document, but its topic bears another one's name
+    other = Library(tmp_path / "other")  # its document has a topic named after another one
     other.write("module.py", function("long_name_for_sorting", "Sort the whole array."))
     packages = (large.package, Package("other-dist", "0.1", "other", other.package.folder))
     monkeypatch.setattr(pydocs, "installed_packages", lambda: packages)
     table = PyDocs("dev").describe()
     assert table.columns.tolist() == ["package", "version", "docstrings", "documents", "train", "dev", "test"]
-    topics = [len(PyDocs(part).get_topics()) for part in pydocs.PARTS]
+    topics = [len(PyDocs(part).get_topics()) for part in PARTS]
     assert sum(topics) == 301
     assert table.iloc[0].tolist() == ["toy-dist", "1.0", 302, 301, *topics]
     assert table.iloc[1].tolist() == ["other-dist", "0.1", 1, 1, 0, 0, 0]
@@ -351,18 +353,18 @@ def test_text_is_loaded_for_any_frame(large):
     loaded = loader(frame)
     assert loaded["text"].tolist() == [texts[docno] for docno in docnos]
     pd.testing.assert_frame_equal(loaded.drop(columns="text"), frame)
-    with pytest.raises(ValueError, match=r"expected docnos of PyDocs, found 1 others, as 'toy.other'"):
+    with pytest.raises(ValueError, match=r"docnos must be from PyDocs; 1 are not, e.g. 'toy.other'"):
         loader(pd.DataFrame({"docno": ["toy.other"]}))
 
 
-def test_asking_the_loader_for_its_columns_builds_nothing(library, builds):
+def test_inspecting_the_loader_builds_nothing(library, builds):
     loader = pt.text.get_text(PyDocs("train"), verbose=True)
     assert pt.inspect.transformer_inputs(loader) == [["docno"]]
     assert pt.inspect.transformer_outputs(loader, ["qid", "docno"]) == ["qid", "docno", "text"]
     assert not builds
 
 
-def test_loaders_are_equal_by_value():
+def test_all_loaders_are_equal():
     one, other = PyDocs("train").text_loader(), PyDocs("test").text_loader("text")
     assert one == other == pickle.loads(pickle.dumps(one))
     assert len({one, other}) == 1
@@ -383,13 +385,13 @@ def test_pyterrier_finds_the_datasets(large):
         pt.get_dataset("pydocs:all")
 
 
-def test_a_dataset_that_pyterrier_has_wrapped_can_be_pickled(large):
+def test_datasets_of_pyterrier_can_be_pickled(large):
     dataset = pickle.loads(pickle.dumps(pt.get_dataset("pydocs:test")))
     assert len(dataset.get_topics()) == len(PyDocs("test").get_topics())
 
 
 def test_making_a_dataset_builds_nothing(library, builds):
-    for part in pydocs.PARTS:
+    for part in PARTS:
         repr(pt.get_dataset(f"pydocs:{part}"))
     assert not builds
 
@@ -397,22 +399,22 @@ def test_making_a_dataset_builds_nothing(library, builds):
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        (lambda: PyDocs("valid"), "expected one of 'train', 'dev', 'test', found 'valid'"),
-        (lambda: PyDocs("dev").get_topics("title"), "expected variant None, found 'title'"),
-        (lambda: PyDocs("dev").get_qrels("title"), "expected variant None, found 'title'"),
-        (lambda: PyDocs("dev").get_index("terrier"), "expected variant None or 'pisa_porter2', found 'terrier'"),
-        (lambda: PyDocs("dev").text_loader(["title"]), r"expected the field 'text'.*found \['title'\]"),
+        (lambda: PyDocs("valid"), "part must be one of 'train', 'dev', 'test'; got 'valid'"),
+        (lambda: PyDocs("dev").get_topics("title"), "variant must be None; got 'title'"),
+        (lambda: PyDocs("dev").get_qrels("title"), "variant must be None; got 'title'"),
+        (lambda: PyDocs("dev").get_index("terrier"), "variant must be None or 'pisa_porter2'; got 'terrier'"),
+        (lambda: PyDocs("dev").text_loader(["title"]), r"fields must be 'text'.*got \['title'\]"),
     ],
 )
-def test_mistakes_are_named(mistake, message):
+def test_invalid_arguments_are_rejected(mistake, message):
     with pytest.raises(ValueError, match=message):
         mistake()
 
 
-# The index
+# ---- the index
 
 
-def test_without_pisa_the_error_says_what_to_install(large, monkeypatch):
+def test_the_index_without_pisa_raises_an_error_with_the_remedy(large, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyterrier_pisa", None)
     with pytest.raises(ImportError, match=r"pip install pyterrier-msft\[demo\]"):
         PyDocs("dev").get_index()
@@ -432,14 +434,14 @@ def test_the_index_is_built_once_and_quietly(large, tmp_path, capfd, monkeypatch
     assert capfd.readouterr() == ("before after", "")
     assert len(index) == 300
     assert results["docno"].iloc[0] == "toy.measure_7"
-    monkeypatch.setattr(pydocs, "build_index", None)  # would fail if it were called again
+    monkeypatch.setattr(pydocs, "build_index", None)  # fails if it is called again
     assert PyDocs("train").get_index() == dev.get_index("pisa_porter2") == str(index.path)
     assert {path.suffix for path in (tmp_path / "home" / "corpora" / "pydocs").iterdir()} == {".gz", ""}
     assert not [*(tmp_path / "home" / "corpora" / "pydocs").glob(".*")]
 
 
 @needs_pisa
-def test_another_process_may_be_quicker_with_the_index(large):
+def test_another_process_may_build_the_index_first(large):
     path = PyDocs("dev").get_index()
     before = sorted(os.listdir(path))
     pydocs.build_index(pydocs.load_collection(), Path(path))
@@ -447,7 +449,7 @@ def test_another_process_may_be_quicker_with_the_index(large):
     assert len(os.listdir(Path(path).parent)) == 2
 
 
-def test_output_comes_back_after_a_failure(capfd):
+def test_output_is_restored_after_a_failure(capfd):
     def fail():
         with pydocs.silenced():
             os.write(2, b"lost")
@@ -469,7 +471,7 @@ def test_the_standard_library_makes_a_useful_collection(library):
     topics, qrels = train.get_topicsqrels()
     assert len(topics) > 500
     results = PisaIndex.from_dataset(train).bm25(num_results=100)(topics)
-    assert set(results["qid"]) == set(topics["qid"])  # whatever the punctuation
+    assert set(results["qid"]) == set(topics["qid"])  # also for queries with punctuation
     figures = pt.Evaluate(results, qrels, [RR @ 10, R @ 100])
     assert figures["RR@10"] > 0.5
     assert figures["R@100"] > 0.85
