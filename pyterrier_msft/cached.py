@@ -50,14 +50,11 @@ class CachedMonoCE(pt.Estimator):
         pairs = pd.DataFrame({"qid": queries, "query": queries, "docno": keys, self.reranker.text_field: texts})
         pairs = pairs.drop_duplicates(["query", "docno"])
         settings = json.dumps(self.reranker.scoring_settings(), sort_keys=True)
-        name = f"{self.reranker.fingerprint}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+        path = self.folder / f"{self.reranker.fingerprint}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
         while True:
             # Opened for each call, since a connection belongs to one thread and can't be pickled. On an IntegrityError
             # another process has written some of these scores in the meantime; the next attempt finds them.
-            with (
-                contextlib.suppress(sqlite3.IntegrityError),
-                contextlib.closing(self._open(self.folder / name)) as cache,
-            ):
+            with contextlib.suppress(sqlite3.IntegrityError), contextlib.closing(self._open(path)) as cache:
                 scored = cache(pairs).set_index(["query", "docno"])["score"]
                 break
         return with_scores(inp, scored.loc[pd.MultiIndex.from_arrays([queries, keys])].to_numpy())

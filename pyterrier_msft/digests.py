@@ -50,12 +50,8 @@ def sha256_of(content: Any) -> str:
 def digestible(value: Any, name: str) -> Any:
     """Convert a setting to JSON-serializable content that changes whenever the setting does.
 
-    Args:
-        value: The setting: a plain value, a frame, a function, a loss, or a container of these.
-        name: Its name, for error messages; a "teacher" that is a path counts by the content of its file.
-
-    Raises:
-        ValueError: If the content can't be determined: of a transformer, or of a function without source code.
+    A "teacher" that is a path counts by the content of its file. Raise a ValueError for a transformer or a function
+    without source code, because their content isn't known.
     """
     if isinstance(value, pd.DataFrame):
         return frame_digest(value)
@@ -87,11 +83,11 @@ def digestible(value: Any, name: str) -> Any:
 
 def _digestible_function(function: Any, name: str) -> Any:
     source = None
-    if not function.__module__.startswith(PACKAGE):  # a user may change a function and keep its name
+    if function.__module__.partition(".")[0] != PACKAGE:  # a user may change a function and keep its name
         try:
             source = inspect.getsource(function)
         except OSError as error:
             raise ValueError(f"{name} must be a function with readable source code; got {function!r}") from error
-    captured = [digestible(cell.cell_contents, name) for cell in function.__closure__ or ()]
-    defaults = [digestible(part, name) for part in (function.__defaults__, function.__kwdefaults__)]
-    return [function.__module__, function.__qualname__, source, captured, defaults]
+    captured = [cell.cell_contents for cell in function.__closure__ or ()]
+    defaults = [function.__defaults__, function.__kwdefaults__]
+    return [function.__module__, function.__qualname__, source, *digestible([captured, defaults], name)]

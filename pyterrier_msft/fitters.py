@@ -1,8 +1,7 @@
 """Fitters declare a stage of fine-tuning: `Contrastive`, `Distillation`, and sequences of them with `>>`."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,13 +27,14 @@ MEMORY_SETTINGS = frozenset({"pairs_per_pass"})  # settings that don't change th
 
 @dataclass(frozen=True)
 class TrainingInput:
-    """What a fitter makes groups of, see `Fitter.groups`."""
+    """What a fitter labels, see `Fitter.groups`."""
 
     results: pd.DataFrame | Iterable[Rankings]  # a frame, or the rankings of a file's chunks
+    head: pd.DataFrame  # the frame, or a file's first rows, for checks and error messages
     qrels: pd.DataFrame | None
-    text_field: str
-    load_text: Callable[[pd.DataFrame], pd.DataFrame] | None
-    verbose: bool = False
+    text_field: str  # the text column of the results
+    load_text: Callable[[pd.DataFrame], pd.DataFrame] | None  # adds that column to a frame of docnos
+    verbose: bool  # whether to show the progress of a teacher
 
 
 @dataclass(frozen=True)
@@ -101,82 +101,59 @@ class Fitter(Hyperparameters):
     ) -> tuple[Groups, DataReport]:
         """Make the training groups of a first stage's results, and report on the data.
 
-        Args:
-            results: qid, query, docno, text, and score or rank; or a file of these without text, see `runs.read_run`.
-            qrels: qid, docno, label.
-            text_field: The text column of the results.
-            load_text: Adds the text column to a frame of docnos.
-            topics: qid and query, for a file without queries.
-            verbose: Whether to show the progress of a teacher.
-
-        Raises:
-            ValueError: If an input is missing or invalid, or no query can be learned from.
+        Results are a frame, or a file, see `runs.read_run`, whose texts are looked up in training. `topics` (qid,
+        query) is for a file without queries. See `TrainingInput` for the others.
         """
-        chunks = results if isinstance(results, pd.DataFrame) else ()  # a file's are read below
-        data = TrainingInput(chunks, qrels, text_field, load_text, verbose)
-        self._check_sources(data)
+        load = None  # a frame has texts
+        self._check_sources(qrels, load_text, is_file=not isinstance(results, pd.DataFrame))
+        rankings: pd.DataFrame | Iterable[Rankings]
         if isinstance(results, pd.DataFrame):
-            sample = results
-            groups, report = self._label(data)
+            rankings = head = results
         else:
-            groups, report, sample = self._label_file(data, Path(results), topics)
+            path = Path(results)
+            if load_text is None:
+                is_json = {".json", ".jsonl"} & {*path.suffixes}
+                readers = "Read JSON with teachers.read_permutations or teachers.read_labelled_passages"
+                how = readers if is_json else "Pass MonoCE(..., text=dataset)"
+                raise ValueError(f"text is required for results in {path}; got None. {how}")
+            first, rankings = peek(self._read_file(path, qrels, topics))
+            head = pd.DataFrame(columns=["qid", "docno"]) if first is None else first.frame()
+            load = TextLookup(load_text, text_field)
+        groups, report = self._label(TrainingInput(rankings, head, qrels, text_field, load_text, verbose))
         if not len(groups):
-            raise ValueError(self._no_data_message(report, sample, qrels))
+            raise ValueError(self._no_data_message(report, head, qrels))
         if report.teacher_looks_inverted():
             warn(
                 "the teacher's ranking looks upside down: its rank correlation with the first stage is "
                 f"{report.agreement:.2f}. A better document needs a higher score or a lower rank"
             )
-        return groups, report
+        return replace(groups, load=load), report
 
-    def _label_file(
-        self, data: TrainingInput, path: Path, topics: pd.DataFrame | None
-    ) -> tuple[Groups, DataReport, pd.DataFrame]:
-        """Make the groups of a file, whose texts are looked up in training; also return its first qids and docnos."""
-        if data.load_text is None:
-            is_json = {".json", ".jsonl"} & {*path.suffixes}
-            readers = "Read JSON with teachers.read_permutations or teachers.read_labelled_passages"
-            how = readers if is_json else "Pass MonoCE(..., text=dataset)"
-            raise ValueError(f"text is required for results in {path}; got None. {how}")
-        fitter, relevant = self._prepare_for_file(data.qrels)
-        first, chunks = peek(read_run(path, depth=fitter.depth, relevant=relevant, topics=topics))
+    # A subclass implements these four.
 
-        def docnos_as_texts(missing: pd.DataFrame) -> pd.DataFrame:
-            return missing.assign(**{data.text_field: missing["docno"]})
+    def _check_sources(self, qrels: pd.DataFrame | None, load_text: Any, *, is_file: bool) -> None:
+        """Raise a ValueError if something that the labels come from is missing, or doesn't work with a file."""
+        raise NotImplementedError
 
-        groups, report = fitter._label(dataclasses.replace(data, results=chunks, load_text=docnos_as_texts))
-        sample = pd.DataFrame(columns=["qid", "docno"]) if first is None else first.frame()
-        return dataclasses.replace(groups, load=TextLookup(data.load_text, data.text_field)), report, sample
-
-    def _check_sources(self, data: TrainingInput) -> None:
-        """Raise a ValueError if what the labels come from is missing."""
-
-    def _prepare_for_file(self, qrels: pd.DataFrame | None) -> tuple[Any, pd.DataFrame | None]:
-        """Return the fitter that labels a file's chunks, and the documents to read at any depth."""
-        return self, None
+    def _read_file(self, path: Path, qrels: Any, topics: pd.DataFrame | None) -> Iterable[Rankings]:
+        """Read those rows of a file that can get a label."""
+        raise NotImplementedError
 
     def _label(self, data: TrainingInput) -> tuple[Groups, DataReport]:
         """Label the documents of results; there may be no groups."""
         raise NotImplementedError
 
-    def _no_data_message(self, report: DataReport, results: pd.DataFrame, qrels: Any) -> str:
-        """Explain why there are no groups; `results` may be a sample."""
+    def _no_data_message(self, report: DataReport, head: pd.DataFrame, qrels: Any) -> str:
+        """Explain why there are no groups; `head` may lack most of the results."""
         raise NotImplementedError
 
     def digest(self) -> str:
-        """Digest all settings that determine the result, for cache keys.
-
-        Raises:
-            ValueError: If the teacher is a transformer, whose output isn't known yet.
-        """
-        return self._digest(MEMORY_SETTINGS)
-
-    def settings_digest(self) -> str:
-        """Digest the settings without the sources of labels; with a digest of the groups, it replaces `digest`."""
-        return self._digest(self.label_sources | MEMORY_SETTINGS)
+        """Digest all settings that determine the result, for cache keys; a teacher mustn't be a transformer."""
+        names = [f.name for f in fields(self) if f.name not in MEMORY_SETTINGS]
+        return sha256_of([type(self).__name__, sorted((name, digestible(getattr(self, name), name)) for name in names)])
 
     def readable_settings(self) -> dict[str, str]:
-        """Return the settings in `settings_digest` by name, to show which of two fitters' settings differ."""
+        """Return the settings by name; instead of the labels' sources, the digest of the groups counts."""
         settings = {"objective": type(self).__name__}
         for f in fields(self):
             if f.name not in self.label_sources | MEMORY_SETTINGS:
@@ -186,10 +163,6 @@ class Fitter(Hyperparameters):
                 suffix = "" if is_plain else f" ({sha256_of(digestible(value, f.name))[:8]})"
                 settings[f.name] = f"{format_value(value)}{suffix}"
         return settings
-
-    def _digest(self, without: frozenset[str]) -> str:
-        values = {f.name: digestible(getattr(self, f.name), f.name) for f in fields(self) if f.name not in without}
-        return sha256_of([type(self).__name__, sorted(values.items())])
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -221,29 +194,33 @@ class Contrastive(Fitter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("n_positives", "n_negatives", "depth"):
+        for name in ("n_positives", "depth"):
             check_number(name, getattr(self, name), integer=True)
-        check_number("min_relevance", self.min_relevance)
+        check_number("n_negatives", self.n_negatives, integer=True, required=True)
+        check_number("min_relevance", self.min_relevance, required=True)
 
-    def _check_sources(self, data: TrainingInput) -> None:
-        if data.qrels is None:
+    def _check_sources(self, qrels: pd.DataFrame | None, load_text: Any, *, is_file: bool) -> None:
+        if qrels is None:
             raise ValueError(
                 "qrels is required by Contrastive; got None. Pass them as the second argument of fit, or distil a "
                 "ranking with MonoCE(..., fitter=Distillation(...))"
             )
-        if self.add_missing_positives and data.load_text is None:
+        if self.add_missing_positives and load_text is None:
             raise ValueError(
                 "text is required by add_missing_positives=True; got None. Pass MonoCE(..., text=dataset) to look up "
                 "documents that the first stage missed"
             )
 
-    def _prepare_for_file(self, qrels: Any) -> tuple[Any, pd.DataFrame | None]:
-        return self, relevant_of(grades_of(qrels), self.min_relevance)
+    def _read_file(self, path: Path, qrels: Any, topics: pd.DataFrame | None) -> Iterable[Rankings]:
+        relevant = relevant_of(grades_of(qrels), self.min_relevance)
+        return read_run(path, depth=self.depth, relevant=relevant, topics=topics)
 
     def _label(self, data: TrainingInput) -> tuple[Groups, DataReport]:
         assert data.qrels is not None
 
         def load_missing(missing: pd.DataFrame) -> Iterable[Any]:
+            if not isinstance(data.results, pd.DataFrame):
+                return missing["docno"]  # a file has docnos in place of texts
             assert data.load_text is not None
             loaded = data.load_text(missing)
             return missing["docno"].map(dict(zip(loaded["docno"], loaded[data.text_field], strict=True)))
@@ -254,8 +231,8 @@ class Contrastive(Fitter):
             text_field=data.text_field,
         )  # fmt: skip
 
-    def _no_data_message(self, report: DataReport, results: pd.DataFrame, qrels: Any) -> str:
-        return explain_no_positives(report, results, grades_of(qrels), self.min_relevance)
+    def _no_data_message(self, report: DataReport, head: pd.DataFrame, qrels: Any) -> str:
+        return explain_no_positives(report, head, grades_of(qrels), self.min_relevance)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -307,37 +284,31 @@ class Distillation(Fitter):
     def _needs_scores(self) -> bool:
         return getattr(self.loss, "labels", None) == "scores"
 
-    def _prepare_for_file(self, qrels: pd.DataFrame | None) -> tuple[Any, pd.DataFrame | None]:
-        if isinstance(self.teacher, pt.Transformer | Mapping):
+    def _check_sources(self, qrels: pd.DataFrame | None, load_text: Any, *, is_file: bool) -> None:
+        if is_file and isinstance(self.teacher, pt.Transformer | Mapping):
             raise ValueError(
                 f"teacher must be a frame or a file where the results are a file; got {format_value(self.teacher)}"
             )
-        return dataclasses.replace(self, teacher=teachers.get_ranking(self.teacher, pd.DataFrame())), None
+
+    def _read_file(self, path: Path, qrels: Any, topics: pd.DataFrame | None) -> Iterable[Rankings]:
+        return read_run(path, depth=self.depth, topics=topics)
 
     def _label(self, data: TrainingInput) -> tuple[Groups, DataReport]:
-        results, ranking = data.results, self.teacher
-        scored: pd.DataFrame | None
-        if isinstance(results, pd.DataFrame):
-            ranking = teachers.get_ranking(
-                self.teacher, results, depth=self.depth, text_field=data.text_field, verbose=data.verbose
-            )
-            scored = results if ranking is None else ranking
-        elif ranking is None:
-            first, results = peek(iter(results))
-            scored = None if first is None else first.scores()
-        else:
-            scored = ranking  # a frame, see _prepare_for_file
-        if self._needs_scores and scored is not None and has_only_ranks(scored):
+        ranking = teachers.get_ranking(
+            self.teacher, data.head, depth=self.depth, text_field=data.text_field, verbose=data.verbose
+        )
+        scored = data.head if ranking is None else ranking
+        if self._needs_scores and len(scored) and has_only_ranks(scored):
             raise ValueError(
                 f"teacher must have scores for {format_value(self.loss)}; got scores that only restate its ranks. Use "
                 "a loss for ranks, e.g. losses.ranknet"
             )
         return from_teacher(
-            results, ranking, depth=self.depth, keep_scores=self._needs_scores, unranked=self.unranked,
+            data.results, ranking, depth=self.depth, keep_scores=self._needs_scores, unranked=self.unranked,
             text_field=data.text_field,
         )  # fmt: skip
 
-    def _no_data_message(self, report: DataReport, results: pd.DataFrame, qrels: Any) -> str:
+    def _no_data_message(self, report: DataReport, head: pd.DataFrame, qrels: Any) -> str:
         return explain_no_preferences(report)
 
 

@@ -12,6 +12,7 @@ from pyterrier_msft.data.frames import frame_digest, require_columns
 from pyterrier_msft.data.groups import Groups
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.texts import TextSource
+from pyterrier_msft.digests import sha256_of
 from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
@@ -71,23 +72,14 @@ def train_stage(
 ) -> None:  # fmt: skip
     """Train a model in place, and add a record to those of its earlier stages.
 
-    Args:
-        model: The model.
-        encoder: The encoder of pairs.
-        data: The fitter and its data.
-        stages: The records.
-        place: The stage's place in its call of fit, from 1.
-        validation: Validation data, or None.
-        checkpoint_dir: The stage's own folder for checkpoints, or None.
-        verbose: Whether to show a progress bar.
+    `place` is the stage's place in its call of fit, from 1; `checkpoint_dir` is the stage's own.
     """
     fitter, before = data.fitter, model.fingerprint
-    resumed = _pop_resumed(stages, checkpoint_dir) if place == 1 else []
+    resumed = _stages_to_resume(stages, checkpoint_dir) if place == 1 else []
     start = resumed[0].start if resumed else before
     record = _new_record(encoder, data, place, start)
-    stages.append(record)
+    stages[len(stages) - len(resumed) :] = [record]
     was_new, model.head_is_new = model.head_is_new, False
-    model.mark_changed()
     try:
         train(
             model, encoder, data.groups, fitter.loss, fitter,
@@ -101,23 +93,20 @@ def train_stage(
             model.head_is_new = was_new
             stages[-1:] = resumed
         else:
-            record.interrupted = record.history[-1]["step"] if record.history else 0
+            record.interrupted = record.updates
         raise
     record.fingerprint = model.fingerprint
     if record.fingerprint == start:
         model.head_is_new = was_new
         settings = f"learning_rate={fitter.learning_rate}, warmup={fitter.warmup}"
-        updates = record.history[-1]["step"] if record.history else 0
-        warn(f"{type(fitter).__name__} changed no weight in {updates} updates with {settings}")
+        warn(f"{type(fitter).__name__} changed no weight in {record.updates} updates with {settings}")
 
 
-def _pop_resumed(stages: list[StageRecord], checkpoint_dir: str | Path | None) -> list[StageRecord]:
-    """Remove and return the records of an interrupted fit if training resumes from its checkpoints."""
+def _stages_to_resume(stages: list[StageRecord], checkpoint_dir: str | Path | None) -> list[StageRecord]:
+    """Return the records of an interrupted fit, the last ones, if training resumes from its checkpoints."""
     if stages and stages[-1].interrupted is not None:
-        first = len(stages) - stages[-1].place
-        if checkpoint_identity(checkpoint_dir).get("start weights") == stages[first].start:
-            resumed = stages[first:]
-            del stages[first:]
+        resumed = stages[-stages[-1].place :]
+        if checkpoint_identity(checkpoint_dir).get("start weights") == resumed[0].start:
             return resumed
     return []
 
@@ -130,18 +119,11 @@ def _new_record(encoder: PairEncoder, data: StageData, place: int, start: str) -
     query_rate, text_rate = encoder.truncation_rates(queries, texts)
     report = dataclasses.replace(data.report, truncated_queries=query_rate, truncated_documents=text_rate)
     return StageRecord(
-        fitter=repr(fitter),
-        loss=getattr(fitter.loss, "__name__", repr(fitter.loss)),
-        digest=fitter.settings_digest(),
-        data=data.digest,
-        queries=len(groups),
-        documents=report.documents,
-        place=place,
-        start=start,
-        seed=fitter.seed,
-        versions=library_versions(),
-        data_report=dataclasses.asdict(report),
-    )
+        fitter=repr(fitter), loss=getattr(fitter.loss, "__name__", repr(fitter.loss)),
+        digest=sha256_of(fitter.readable_settings()),
+        data=data.digest, queries=len(groups), documents=report.documents, place=place, start=start, seed=fitter.seed,
+        versions=library_versions(), data_report=dataclasses.asdict(report),
+    )  # fmt: skip
 
 
 def _identity(

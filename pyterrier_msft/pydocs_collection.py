@@ -20,7 +20,6 @@ topic that keeps its name stays in its part when packages change. All parts shar
 """
 
 import ast
-import gc
 import gzip
 import hashlib
 import importlib.metadata
@@ -34,7 +33,6 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -235,32 +233,19 @@ def merge(found: Iterable[Docstring]) -> tuple[pd.DataFrame, pd.DataFrame]:
     )
 
 
-@contextmanager
-def _gc_disabled() -> Iterator[None]:
-    # Searching syntax trees for cycles, which they don't have, would take a third of the time.
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def build_collection(packages: Iterable[Package]) -> Collection:
     """Build the collection from sources, with a progress bar, as it takes some seconds."""
     packages = list(packages)
     files = [(package.name, module, path) for package in packages for module, path in source_files(package)]
     counts: Counter[str] = Counter()
     found: list[Docstring] = []
-    with _gc_disabled():
-        for package, module, path in pt.tqdm(files, desc="PyDocs", unit="file"):
-            try:
-                contents = list(docstrings(path.read_bytes(), module))
-            except _PARSE_ERRORS as error:
-                _logger.debug("skipped %s: %s", path, error)
-                continue
-            counts[package] += len(contents)
-            found.extend(filter(None, (read_docstring(package, *content) for content in contents)))
+    for package, module, path in pt.tqdm(files, desc="PyDocs", unit="file"):
+        try:
+            contents = list(docstrings(path.read_bytes(), module))
+        except _PARSE_ERRORS as error:
+            _logger.debug("skipped %s: %s", path, error)
+            continue
+        counts[package] += len(contents)
+        found.extend(filter(None, (read_docstring(package, *content) for content in contents)))
     sources = [(package.name, package.version, counts[package.name]) for package in packages]
     return Collection(pd.DataFrame(sources, columns=["package", "version", "docstrings"]), *merge(found))

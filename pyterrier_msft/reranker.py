@@ -28,7 +28,7 @@ from pyterrier_msft.training.hyperparameters import check_number
 from pyterrier_msft.training.run import check_training_device
 
 RESULT_COLUMNS = {"qid", "query", "docno", "score", "rank"}
-MODEL_SETTINGS = ("model", "adapter", "dtype", "device", "seed", "revision", "trust_remote_code")
+WEIGHTS_SETTINGS = {"model", "adapter", "seed", "revision", "trust_remote_code"}  # determine the weights
 
 
 class MonoCE(SavingMixin, pt.Estimator):
@@ -85,11 +85,11 @@ class MonoCE(SavingMixin, pt.Estimator):
         revision: str | None = None, trust_remote_code: bool = False, verbose: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_number("max_length", max_length, integer=True)
+        check_number("max_length", max_length, integer=True, required=True)
         check_number("max_query_length", max_query_length, integer=True)
-        check_number("passages", passages or 0, integer=True)  # None isn't allowed
+        check_number("passages", passages, integer=True, required=True)
         check_number("batch_size", batch_size, integer=True)
-        check_number("seed", seed, integer=True, minimum_zero=True)
+        check_number("seed", seed, integer=True, minimum_zero=True, required=True)
         if not isinstance(text_field, str) or text_field in RESULT_COLUMNS:
             raise ValueError(f"text_field must be the name of a column of text; got {text_field!r}")
         TextSource(text_field, text)  # checks it
@@ -155,15 +155,10 @@ class MonoCE(SavingMixin, pt.Estimator):
     # ---- training
 
     def fit(
-        self,
-        topics_or_res_tr: pd.DataFrame | str | Path,
-        qrels_tr: pd.DataFrame | None = None,
-        topics_or_res_va: pd.DataFrame | None = None,
-        qrels_va: pd.DataFrame | None = None,
-        *,
-        fitter: Fitter | FitterSequence | None = None,
-        checkpoint_dir: str | Path | None = None,
-    ) -> Self:
+        self, topics_or_res_tr: pd.DataFrame | str | Path, qrels_tr: pd.DataFrame | None = None,
+        topics_or_res_va: pd.DataFrame | None = None, qrels_va: pd.DataFrame | None = None, *,
+        fitter: Fitter | FitterSequence | None = None, checkpoint_dir: str | Path | None = None,
+    ) -> Self:  # fmt: skip
         """Train the model in place on a first stage's results.
 
         Args:
@@ -193,12 +188,13 @@ class MonoCE(SavingMixin, pt.Estimator):
             ]
             if validation is not None:
                 warn_of_shared_queries(validation[0], {qid for data in prepared for qid in data.groups.qids})
-            for place, data in enumerate(prepared, 1):
+            encoders = [self.pair_encoder(stage.max_length) for stage in fitters]
+            for place, (data, encoder) in enumerate(zip(prepared, encoders, strict=True), 1):
                 folder = checkpoint_dir
                 if folder is not None and len(fitters) > 1:
                     folder = Path(folder) / f"stage-{place}"
                 train_stage(
-                    self.cross_encoder, self.pair_encoder(data.fitter.max_length), data, self.stages, place=place,
+                    self.cross_encoder, encoder, data, self.stages, place=place,
                     validation=validation, checkpoint_dir=folder, verbose=self.verbose and distributed.rank() == 0,
                 )  # fmt: skip
         return self
@@ -266,9 +262,13 @@ class MonoCE(SavingMixin, pt.Estimator):
         return self._with_model(self.cross_encoder.reseeded(seed))
 
     def apply_attributes(self, **settings: Any) -> "MonoCE":
-        """Copy the re-ranker with some arguments changed, for `pt.inspect.transformer_apply_attributes`."""
-        of_model = {name: settings.pop(name) for name in MODEL_SETTINGS if name in settings}
-        other = self._with_model(self.cross_encoder.clone(**of_model))
+        """Copy the re-ranker with other settings (not those of the weights), for `pt.inspect`."""
+        if fixed := sorted(WEIGHTS_SETTINGS & settings.keys()):
+            raise ValueError(f"{fixed[0]} must stay the same; got {settings[fixed[0]]!r}. Make a new MonoCE with it")
+        MonoCE(**{"dtype": self._dtype, "device": self._device, **settings})  # checks them
+        other = self.clone()
+        other.cross_encoder.requested_dtype = settings.pop("dtype", self._dtype)
+        other.cross_encoder.requested_device = settings.pop("device", self._device)
         other.__dict__.update(settings)
         return other
 

@@ -1,5 +1,7 @@
 """Save a re-ranker to a folder or the Hugging Face hub, and load it again."""
 
+import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any, Self
@@ -8,11 +10,16 @@ import pandas as pd
 from huggingface_hub import HfApi
 
 from pyterrier_msft.model import adapters, hub, storage
+from pyterrier_msft.model.card import model_card
 from pyterrier_msft.model.cross_encoder import CrossEncoder
-from pyterrier_msft.model.record import RECORD, ModelRecord, StageRecord
+from pyterrier_msft.model.record import RECORD, ModelRecord, StageRecord, library_versions
 from pyterrier_msft.training import distributed
 
-# Arguments of the re-ranker that a model's record holds and `load` restores.
+# What `pt.Artifact` reads to find `MonoCE.load`, by the entry point "cross_encoder.hf" in setup.py.
+ARTIFACT = {"type": "cross_encoder", "format": "hf", "package_hint": "pyterrier-msft"}
+
+# Arguments of the re-ranker that a model's record holds and `load` restores. The seed is one of them since weights that
+# neither the backbone nor an adapter's folder holds, e.g. a pooler's, are drawn again.
 SAVED_SETTINGS = ("text_field", "max_length", "max_query_length", "passages", "seed")
 
 
@@ -42,11 +49,11 @@ class SavingMixin:
             ValueError: If `path` is a file, or a folder with files but no model.
         """
         folder = Path(path).expanduser().absolute()
-        storage.check_target(folder)
         backbone = None if merged else self.cross_encoder.backbone_folder
         if backbone is not None and backbone.resolve() == folder.resolve():
             raise ValueError(f"path must be another folder than that of the adapter's backbone; got {str(folder)!r}")
         if distributed.rank() == 0:
+            storage.check_target(folder)
             with storage.replace_model(folder) as partial:
                 self._write(partial, name=folder.name, merged=merged, license=license, metrics=metrics, **card)
             self.cross_encoder.mark_saved(folder)
@@ -76,11 +83,9 @@ class SavingMixin:
         repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory(prefix="pyterrier_msft_") as folder:
             self._write(Path(folder), name=repo, merged=merged, license=license, metrics=metrics, **card)
+            message = f"{len(self.stages)} stages, weights {self.cross_encoder.fingerprint}"
             commit = api.upload_folder(
-                repo_id=repo,
-                folder_path=folder,
-                commit_message=f"{len(self.stages)} stages, weights {self.cross_encoder.fingerprint}",
-                delete_patterns=[*storage.MODEL_FILES],  # of an earlier model
+                repo_id=repo, folder_path=folder, commit_message=message, delete_patterns=[*storage.MODEL_FILES]
             )
         return str(commit.commit_url)
 
@@ -98,12 +103,12 @@ class SavingMixin:
         Raises:
             ValueError: If there is no such model.
         """
-        name = str(Path(path).expanduser()) if str(path).startswith("~") else str(path)
+        name = os.path.expanduser(path)
         folder = Path(name)
         if not folder.is_dir():
             storage.check_source(name)
             folder = hub.fetch(name, revision=settings.get("revision"), files=[RECORD, "adapter*"])
-        storage.check_complete(folder)
+        storage.finish_save(folder)
         record = ModelRecord.read(folder)
         # Only what `save` writes: a record from the hub must not enable trust_remote_code.
         settings = {key: value for key, value in record.settings.items() if key in SAVED_SETTINGS} | settings
@@ -113,11 +118,16 @@ class SavingMixin:
             name, settings["revision"] = adapters.backbone_of(folder)
         loaded = cls(name, **settings)  # type: ignore[call-arg]
         loaded.cross_encoder.adapter_folder = adapter_folder
-        if (folder / RECORD).is_file():
+        loaded.cross_encoder.was_saved_untrained = record.head_is_new
+        if (folder / RECORD).is_file():  # without a record, the model itself is the base of what is trained from it
             loaded.cross_encoder.hub_name = record.base
         loaded.stages = record.stages
         return loaded
 
-    def _write(self, folder: Path, **options: Any) -> None:
-        settings = {name: getattr(self, name) for name in SAVED_SETTINGS}
-        storage.write_model(self.cross_encoder, folder, settings, self.stages, **options)
+    def _write(self, folder: Path, *, merged: bool, **card: Any) -> None:
+        model, settings = self.cross_encoder, {name: getattr(self, name) for name in SAVED_SETTINGS}
+        fingerprint = model.write(folder, max_length=settings["max_length"], merged=merged)
+        record = ModelRecord(settings, model.hub_name, model.head_is_new, fingerprint, self.stages, library_versions())
+        (folder / storage.FIRST).write_text(json.dumps(ARTIFACT))
+        (folder / "README.md").write_text(model_card(record, is_adapter=model.has_adapter and not merged, **card))
+        record.write(folder)  # last, see finish_save

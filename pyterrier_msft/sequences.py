@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from pyterrier_msft.data.frames import frame_digest
+from pyterrier_msft.digests import sha256_of
 from pyterrier_msft.fitters import Fitter, FitterSequence, check_fitter
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.training import distributed
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 # Increase it when the same data, settings and weights at the start would give other weights than before.
 SEMANTICS_VERSION = 1
 
-Validation = tuple[pd.DataFrame, pd.DataFrame] | None
+ValidationFrames = tuple[pd.DataFrame, pd.DataFrame]  # results and qrels
 
 
 @dataclass(frozen=True)
@@ -54,25 +54,25 @@ class Stage:
             with Path(self.results).open("rb") as file:
                 results = hashlib.file_digest(file, "sha256").hexdigest()
         qrels = "" if self.qrels is None else frame_digest(self.qrels)
-        return _digest([self.fitter.digest(), results, qrels])
+        return sha256_of([self.fitter.digest(), results, qrels])
 
 
 @overload
 def fit_sequences(
     reranker: MonoCE, stages: Mapping[str, Stage], sequences: Sequence[str], *,
-    validation: Validation = ..., save_dir: str | Path | None = ..., seeds: None = ...,
+    validation: ValidationFrames | None = ..., save_dir: str | Path | None = ..., seeds: None = ...,
 ) -> dict[str, MonoCE]: ...  # fmt: skip
 @overload
 def fit_sequences(
     reranker: MonoCE, stages: Mapping[str, Stage], sequences: Sequence[str], *,
-    validation: Validation = ..., save_dir: str | Path | None = ..., seeds: Sequence[int],
+    validation: ValidationFrames | None = ..., save_dir: str | Path | None = ..., seeds: Sequence[int],
 ) -> dict[int, dict[str, MonoCE]]: ...  # fmt: skip
 def fit_sequences(
     reranker: MonoCE,
     stages: Mapping[str, Stage],
     sequences: Sequence[str],
     *,
-    validation: Validation = None,
+    validation: ValidationFrames | None = None,
     save_dir: str | Path | None = None,
     seeds: Sequence[int] | None = None,
 ) -> Any:
@@ -135,7 +135,7 @@ class _Folders:
         reranker: MonoCE,
         stages: Mapping[str, Stage],
         paths: Mapping[str, tuple[str, ...]],
-        validation: Validation,
+        validation: ValidationFrames | None,
     ) -> None:
         self.save_dir = check_writable(save_dir, "save_dir")
         frames = [frame_digest(frame) for frame in validation or ()]
@@ -148,11 +148,13 @@ class _Folders:
 
     def of(self, prefix: tuple[str, ...], start: MonoCE) -> Path:
         """Return the folder of the last stage of a sequence that is trained from `start`."""
-        key = _digest([start.fingerprint, self.stages[prefix[-1]], self.context])
+        key = sha256_of([start.fingerprint, self.stages[prefix[-1]], self.context])
         return self.save_dir / f"{'-'.join(prefix)}-{key[:16]}"
 
 
-def _fit_stage(start: MonoCE, stage: Stage, validation: Validation, folder: Path | None, name: str) -> MonoCE:
+def _fit_stage(
+    start: MonoCE, stage: Stage, validation: ValidationFrames | None, folder: Path | None, name: str
+) -> MonoCE:
     if folder is not None and (saved := _load_result(start, folder)) is not None:
         logger.info("%s: reusing %s", name, folder)
         saved.fitter = stage.fitter
@@ -199,7 +201,3 @@ def _parse_sequence(name: str, stages: Mapping[str, Stage]) -> tuple[str, ...]:
 def _with_seed(stage: Stage, seed: int) -> Stage:
     fitters = tuple(dataclasses.replace(fitter, seed=seed) for fitter in stage.fitter.stages)
     return dataclasses.replace(stage, fitter=fitters[0] if len(fitters) == 1 else FitterSequence(fitters))
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -162,11 +162,9 @@ def holm(p: npt.ArrayLike) -> npt.NDArray[np.float64]:
     Comparing the corrected values with alpha keeps the probability of any false rejection below alpha, whatever the
     dependence between the tests. It is uniformly more powerful than Bonferroni's correction.
     """
-    values = np.asarray(p, dtype=float)
-    order = np.argsort(values, kind="stable")
-    adjusted = np.empty_like(values)
-    adjusted[order] = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
-    return adjusted.clip(max=1.0)
+    from statsmodels.stats.multitest import multipletests
+
+    return np.asarray(multipletests(np.asarray(p, dtype=float), method="holm")[1])
 
 
 def equivalence_table(

@@ -17,7 +17,7 @@ import pyterrier as pt
 
 from pyterrier_msft.data.frames import as_ids, order_key, require_columns, with_scores
 from pyterrier_msft.data.permutations import read_labelled_passages, read_permutations, uncompressed_suffix
-from pyterrier_msft.data.rankings import clean_ranking, query_offsets, top_documents
+from pyterrier_msft.data.rankings import clean_ranking, top_documents
 
 __all__ = [
     "Cached", "cached", "check_teacher", "fuse", "get_ranking", "read_labelled_passages", "read_permutations",
@@ -47,24 +47,11 @@ def check_teacher(teacher: Any) -> None:
 
 
 def get_ranking(
-    teacher: Any,
-    results: pd.DataFrame,
-    *,
-    depth: int | None = None,
-    text_field: str = "text",
-    verbose: bool = False,
+    teacher: Any, results: pd.DataFrame, *, depth: int | None = None, text_field: str = "text", verbose: bool = False
 ) -> pd.DataFrame | None:
-    """Return a teacher's ranking; None if the teacher is None: then the results are the ranking.
+    """Return the ranking of a teacher, see `Distillation`; None if the teacher is None: the results are the ranking.
 
-    Args:
-        teacher: See `Distillation`.
-        results: qid, query, docno, text, and score or rank.
-        depth: Documents per query, from the top of the results, to apply a transformer to. None: all.
-        text_field: The text column of the results.
-        verbose: Whether to show the progress of a transformer.
-
-    Raises:
-        ValueError: If a file has another format, or one of several teachers ranked none of the documents.
+    A transformer is applied to the top `depth` of the results. Only transformers and mappings need the results.
     """
     if isinstance(teacher, pt.Transformer):
         return _apply(teacher, top_documents(results, depth=depth, text_field=text_field), verbose=verbose)
@@ -131,15 +118,14 @@ def _read_ranking(path: Path) -> pd.DataFrame:
 
 def _apply(teacher: pt.Transformer, candidates: pd.DataFrame, *, verbose: bool) -> pd.DataFrame:
     """Apply a transformer to candidates, grouped by query, a few queries at a time."""
-    offsets = [*query_offsets(pd.factorize(candidates["qid"])[0]), len(candidates)]
+    query, qids = pd.factorize(candidates["qid"])
     parts = []
-    with pt.tqdm(total=len(offsets) - 1, desc="teacher", unit="query", disable=not verbose) as bar:
+    with pt.tqdm(total=len(qids), desc="teacher", unit="query", disable=not verbose) as bar:
         if isinstance(teacher, Cached) and len(candidates):
             return teacher.rank(candidates, bar.update)
-        for first in range(0, len(offsets) - 1, QUERIES_PER_CALL):
-            end = min(first + QUERIES_PER_CALL, len(offsets) - 1)
-            parts.append(teacher(candidates.iloc[offsets[first] : offsets[end]].reset_index(drop=True)))
-            bar.update(end - first)
+        for _, batch in candidates.groupby(query // QUERIES_PER_CALL):
+            parts.append(teacher(batch.reset_index(drop=True)))
+            bar.update(batch["qid"].nunique())
     return pd.concat([part for part in parts if len(part)] or parts[:1] or [candidates], ignore_index=True)
 
 
@@ -207,17 +193,15 @@ class Cached(pt.Transformer):
         pt.validate.result_frame(inp, extra_columns=["query"], context=self)
         if not len(inp):
             return pt.model.add_ranks(inp.assign(score=pd.Series(dtype="float64")))
-        n_queries = inp["qid"].nunique()
-        with pt.tqdm(total=n_queries, desc="teacher", unit="query", disable=not self.verbose) as bar:
+        with pt.tqdm(total=inp["qid"].nunique(), desc="teacher", unit="query", disable=not self.verbose) as bar:
             return self.rank(inp, bar.update)
 
     def rank(self, inp: pd.DataFrame, progress: Callable[[int], Any]) -> pd.DataFrame:
         """Re-rank valid results; `progress` gets the number of queries done."""
         qids, docnos = as_ids(inp["qid"]), as_ids(inp["docno"])
         frame = inp.reset_index(drop=True).assign(qid=qids, docno=docnos)
-        order = order_key(frame)
-        if order is not None:
-            frame = frame.iloc[np.argsort(-order, kind="stable")]
+        if (key := order_key(frame)) is not None:
+            frame = frame.iloc[np.argsort(-key, kind="stable")]
         by_query = dict(tuple(frame.groupby("qid", sort=False)))
         fingerprint = str(getattr(self.teacher, "fingerprint", ""))
         keys = {qid: _cache_key(by_query[qid], fingerprint) for qid in qids.unique()}  # in the order of the results
@@ -228,10 +212,8 @@ class Cached(pt.Transformer):
             batch = missing[start : start + self.batch_size]
             self._rank_and_store({keys[qid]: by_query[qid] for qid in batch})
             progress(len(batch))
-        scores = np.array(
-            [self._scores.get(keys[qid], {}).get(docno, np.nan) for qid, docno in zip(qids, docnos, strict=True)],
-            dtype=np.float64,
-        )
+        pairs = zip(qids, docnos, strict=True)
+        scores = np.array([self._scores.get(keys[qid], {}).get(docno, np.nan) for qid, docno in pairs], np.float64)
         ranked = ~np.isnan(scores)
         return with_scores(inp[ranked], scores[ranked])
 
@@ -289,6 +271,7 @@ def _cache_key(rows: pd.DataFrame, fingerprint: str) -> str:
     """Digest a query with its documents in order: all columns but score and rank."""
     columns = sorted((column for column in rows.columns if column not in {"score", "rank"}), key=str)
     content = [[str(column), rows[column].tolist()] for column in columns]
+
     return hashlib.sha256(json.dumps([fingerprint, content], default=_to_json, sort_keys=True).encode()).hexdigest()
 
 

@@ -48,9 +48,9 @@ def test_a_transformer_cannot_follow_a_fitter():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Contrastive(n_negatives=0), "n_negatives must be a positive integer or None; got 0"),
+        (lambda: Contrastive(n_negatives=0), "n_negatives must be a positive integer; got 0"),
         (lambda: Contrastive(n_positives=0), "n_positives must be a positive integer or None; got 0"),
-        (lambda: Contrastive(min_relevance=0), "min_relevance must be a positive number or None; got 0"),
+        (lambda: Contrastive(min_relevance=0), "min_relevance must be a positive number; got 0"),
         (lambda: Contrastive(loss="ranknet"), r"loss must be a function, e\.g\. losses\.ranknet; got 'ranknet'"),
         (lambda: Contrastive(loss=losses.margin_mse), "needs scores labels"),
         (lambda: Distillation(depth=1), "depth must be at least 2; got 1"),

@@ -11,7 +11,7 @@ from conftest import WORDS, Part
 from ir_measures import RR
 
 from pyterrier_msft import Contrastive, MonoCE
-from pyterrier_msft.model.encoding import PairEncoder, pad
+from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.loading import load_model
 from pyterrier_msft.model.scoring import forward, score_pairs
 from pyterrier_msft.training.batches import Collator
@@ -105,7 +105,7 @@ def test_a_documents_score_is_its_best_windows(windowed, backbone):
     queries, texts = ["w1", "w2", "w3"], [words(10, 40), "w5", words(30, 50)]
     encoded, pair = windowed.windows(queries, texts)
     with torch.inference_mode():
-        each = [forward(model, pad(windowed.tokenizer, encoded, [i])).item() for i in range(len(pair))]
+        each = [forward(model, windowed.pad(encoded, [i])).item() for i in range(len(pair))]
     assert len(each) > 3
     expected = [max(score for score, p in zip(each, pair, strict=True) if p == i) for i in range(3)]
     done: list[int] = []

@@ -15,7 +15,6 @@ from transformers import AutoModelForSequenceClassification
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences
 from pyterrier_msft.model import adapters
-from pyterrier_msft.model.encoding import pad
 from pyterrier_msft.model.first_token import CPU_ATTENTION, first_token_only
 from pyterrier_msft.model.scoring import forward
 
@@ -99,7 +98,7 @@ def test_peft_loads_a_saved_adapter(backbone, trained, test_part, tmp_path):
     encoder = trained.pair_encoder()
     with torch.inference_mode():
         scores = [
-            model(**pad(encoder.tokenizer, encoder([q], [t]), [0])).logits.item()
+            model(**encoder.pad(encoder([q], [t]), [0])).logits.item()
             for q, t in zip(frame["query"], frame["text"], strict=True)
         ]
     np.testing.assert_allclose(trained(frame)["score"], scores, atol=1e-5)
@@ -124,7 +123,7 @@ def test_clones_pickles_and_int8(trained, train_part, test_part):
 def test_a_last_layer_with_an_adapter_is_not_patched(trained, test_part):
     model, encoder = trained.cross_encoder.network, trained.pair_encoder()
     frame = test_part.results.head(16)
-    batch = pad(encoder.tokenizer, encoder([*frame["query"]], [*frame["text"]]), range(16))
+    batch = encoder.pad(encoder([*frame["query"]], [*frame["text"]]), range(16))
     for attention in ("sdpa", "eager", CPU_ATTENTION):
         model.set_attn_implementation(attention)
         with torch.inference_mode():

@@ -8,12 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WORDS, write_tiny_bert
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForSequenceClassification,
     DebertaV2Config,
     ElectraConfig,
     ModernBertConfig,
@@ -21,6 +22,7 @@ from transformers import (
     RobertaConfig,
     XLMRobertaConfig,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pyterrier_msft import Contrastive, MonoCE
 
@@ -88,6 +90,32 @@ def test_the_longest_pair_fits_the_positions(family):
     assert np.isfinite(MonoCE(family, max_length=64, device="cpu")(long)["score"]).all()
     with pytest.raises(ValueError, match="max_length must be at most 64"):
         MonoCE(family, max_length=65, device="cpu")(long)
+
+
+def test_the_positions_need_not_be_a_multiple_of_eight(tmp_path):
+    ce = MonoCE(write_tiny_bert(tmp_path / "bert", positions=50), max_length=50, device="cpu", dtype="float32")
+    long = pd.DataFrame([("q", "w1", "d", " ".join(["w2"] * 200))], columns=["qid", "query", "docno", "text"])
+    assert np.isfinite(ce(long)["score"]).all()
+
+
+class MeanPooled(BertForSequenceClassification):
+    """A subclass whose head reads all tokens."""
+
+    def forward(self, input_ids, attention_mask, **kwargs):
+        states = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1)
+        return SequenceClassifierOutput(logits=self.classifier((states * mask).sum(1) / mask.sum(1)))
+
+
+def test_a_head_that_reads_all_tokens_gets_all_of_them(backbone, train_part):
+    network = MeanPooled.from_pretrained(backbone, num_labels=1).eval()
+    ce = MonoCE(network, max_length=24, device="cpu", dtype="float32")
+    results = train_part.results.head(16)
+    encoder = ce.pair_encoder()
+    batch = encoder.pad(encoder([*results["query"]], [*results["text"]]), range(16))
+    with torch.no_grad():
+        expected = network(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits.squeeze(-1)
+    np.testing.assert_allclose(ce(results)["score"], expected, atol=1e-5)
 
 
 # ---- published models: their configurations, with tiny random weights

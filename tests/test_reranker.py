@@ -1,6 +1,5 @@
 import copy
 import json
-import os
 import pickle
 import shutil
 import warnings
@@ -341,7 +340,7 @@ def test_validation_queries_that_are_training_queries(ce, train_part):
 
 def test_a_fit_that_changes_nothing_warns_and_leaves_the_head_new(ce, train_part):
     with pytest.warns(UserWarning, match="changed no weight in 1 updates"):
-        ce.fit(train_part.results, train_part.qrels, fitter=Contrastive(max_steps=1))  # a warm-up starts at 0
+        ce.fit(train_part.results, train_part.qrels, fitter=Contrastive(max_steps=1, learning_rate=1e-60))
     with pytest.warns(UserWarning, match="random scores"):
         ce(train_part.results)
 
@@ -559,43 +558,18 @@ def test_a_failed_save_leaves_the_old_model(trained, ce, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("moved", range(7))
-def test_a_save_killed_while_moving_files_is_noticed(trained, ce, tmp_path, monkeypatch, moved):
-    trained.save(tmp_path / "model")
-    replace, calls = os.replace, []
-
-    def killed(source, target):
-        calls.append(target)
-        if len(calls) > moved:
-            raise SystemExit
-        replace(source, target)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(os, "replace", killed)
-        ce.save(tmp_path / "model")
-    for load in (MonoCE, MonoCE.load):
-        with pytest.raises(ValueError, match="was interrupted"):
-            load(tmp_path / "model")
-    ce.save(tmp_path / "model")
-    assert MonoCE.load(tmp_path / "model").fingerprint == ce.fingerprint
-
-
 def test_records_of_other_versions(trained, test_part, tmp_path):
     trained.save(tmp_path / "model")
     path = tmp_path / "model" / "msft.json"
     record = json.loads(path.read_text())
-    report = record["stages"][0].pop("data_report")
     extra = {"of_a_later_version": {"a": [1]}}
-    versions = [
-        {**record, "reports": [report]},  # of the first commits
-        {**record, **extra, "stages": [{**record["stages"][0], **extra, "data_report": {**report, **extra}}]},
-    ]
-    for version in versions:
-        path.write_text(json.dumps(version))
-        loaded = MonoCE.load(tmp_path / "model")
-        assert loaded.data_report == trained.data_report
-        assert_frame_equal(loaded.history, trained.history)
-        loaded.save(tmp_path / "again")
+    for part in (record, record["stages"][0], record["stages"][0]["data_report"]):
+        part |= extra
+    path.write_text(json.dumps(record))
+    loaded = MonoCE.load(tmp_path / "model")
+    assert loaded.data_report == trained.data_report
+    assert_frame_equal(loaded.history, trained.history)
+    loaded.save(tmp_path / "again")
     path.write_text(json.dumps({"stages": [{"fitter": "Contrastive()"}]}))
     loaded = MonoCE.load(tmp_path / "model", max_length=24, dtype="float32", device="cpu")
     assert_frame_equal(loaded(test_part.results), trained(test_part.results))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pyterrier_msft.model.encoding import PairEncoder, balance_batches, clean, length_batches, pad
+from pyterrier_msft.model.encoding import PairEncoder, balance_batches, clean, length_batches
 from pyterrier_msft.model.first_token import first_token_only
 from pyterrier_msft.model.loading import load_model, token_limit
 from pyterrier_msft.model.precision import resolve_device, resolve_dtype
@@ -54,7 +54,7 @@ def test_the_last_layers_first_row_gives_the_same_scores_and_gradients(
     # Dropout without randomness, to compare where it is applied.
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, training, *_: x * 0.5 if training else x)
     models = [load_model(backbone, seed=1)[0].train(training) for _ in range(2)]
-    batch = pad(encoder.tokenizer, encoder(*pairs(9)), range(9))
+    batch = encoder.pad(encoder(*pairs(9)), range(9))
     scores = []
     for model, context in zip(models, (contextlib.nullcontext, first_token_only), strict=True):
         model.set_attn_implementation(attention)
@@ -113,7 +113,7 @@ def test_out_of_memory_halves_the_pass(model, encoder, monkeypatch, caplog):
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     assert sum(done) == 100
     assert len(caplog.records) == sum(size > 30 for size in sizes) > 0
-    assert "Out of memory with 100 pairs per pass; continuing with half as many" in caplog.text
+    assert "out of memory with 100 pairs per pass; continuing with 50" in caplog.text
 
 
 @pytest.mark.parametrize(("pairs", "workers"), [(48, 2), (400, 2), (100, 8), (3, 2), (1, 4), (5000, 2)])

@@ -1,1 +1,1 @@
-"""Training data: from result frames, qrels and rankings to groups of labelled documents."""
+"""Turns result frames, qrels and rankings into groups of labelled documents."""

@@ -33,16 +33,7 @@ def with_scores(results: pd.DataFrame, scores: np.ndarray) -> pd.DataFrame:
 
 
 def require_columns(frame: Any, columns: list[str], what: str) -> None:
-    """Check that a data frame has the columns, each once.
-
-    Args:
-        frame: The value to check.
-        columns: The names of the columns.
-        what: The name of the frame in error messages.
-
-    Raises:
-        ValueError: With the expected and actual columns, and what may help.
-    """
+    """Raise a ValueError with a hint unless `frame`, called `what` in messages, has each of the columns once."""
     if not isinstance(frame, pd.DataFrame):
         raise ValueError(f"{what} must be a data frame; got {type(frame).__name__}")
     names = [*map(str, frame.columns)]
@@ -53,10 +44,7 @@ def require_columns(frame: Any, columns: list[str], what: str) -> None:
 
 
 def _columns_hint(frame: pd.DataFrame, missing: list[str]) -> str:
-    renames = {
-        alias: column for column in missing for alias in COLUMN_ALIASES.get(column, ()) if alias in frame.columns
-    }
-    if renames:
+    if renames := {alias: name for name in missing for alias in COLUMN_ALIASES.get(name, ()) if alias in frame.columns}:
         return f". Rename them: .rename(columns={renames})"
     if levels := [name for name in frame.index.names if name in missing]:
         return f". The index has {', '.join(map(repr, levels))}: call .reset_index()"
@@ -88,12 +76,9 @@ def require(valid: np.ndarray, values: Any, rule: str) -> None:
 
 
 def as_ids(values: pd.Series) -> pd.Series:
-    """Convert ids to strings without surrounding whitespace, under a plain index.
+    """Convert ids to strings without surrounding whitespace, under a plain index; every row must have one.
 
     An integer that pandas made a float, because another value was missing, becomes an integer again: 1.0 is "1".
-
-    Raises:
-        ValueError: If an id is missing or isn't valid Unicode.
     """
     values = values.reset_index(drop=True)
     require_ids(values.to_frame(), [values.name])
@@ -114,15 +99,9 @@ def _undo_float(value: Any) -> Any:
 
 
 def is_blank(values: pd.Series) -> np.ndarray:
-    """Return a mask of the texts that are missing (None, NaN, NA), empty or whitespace.
-
-    Raises:
-        ValueError: If the column has values other than texts and numbers, e.g. lists of passages.
-    """
+    """Return a mask of missing (None, NaN, NA), empty and whitespace texts; raise a ValueError for e.g. lists."""
     if _has_text_dtype(values):
-        spaces = values.str.isspace().to_numpy(dtype=bool, na_value=False)
-        empty = (values == "").to_numpy(dtype=bool, na_value=False)
-        return values.isna().to_numpy(dtype=bool) | spaces | empty
+        return (values.isna() | (values == "") | values.str.isspace()).to_numpy(dtype=bool)
     column = values.tolist()
     for kind in set(map(type, column)):
         if not issubclass(kind, str | Number | np.bool_ | type(None) | type(pd.NA) | type(pd.NaT)):
@@ -132,18 +111,14 @@ def is_blank(values: pd.Series) -> np.ndarray:
 
 
 def as_texts(values: pd.Series) -> pd.Series:
-    """Convert a column to strings under a plain index: missing values become empty.
-
-    Lone surrogates, which tokenizers reject, become '?'.
-    """
+    """Convert a column to strings under a plain index; missing values become empty, lone surrogates '?'."""
     values = values.reset_index(drop=True)
     if _has_text_dtype(values):
         return values.fillna("")
     missing = values.isna().to_numpy(dtype=bool)
     texts = ["" if is_missing else str(text) for text, is_missing in zip(values.tolist(), missing, strict=True)]
-    return pd.Series(
-        [text if text.isascii() else text.encode("utf-8", "replace").decode() for text in texts], dtype=str
-    )
+    valid = [text if text.isascii() else text.encode("utf-8", "replace").decode() for text in texts]
+    return pd.Series(valid, dtype=str)
 
 
 def _has_text_dtype(values: pd.Series) -> bool:
@@ -152,11 +127,7 @@ def _has_text_dtype(values: pd.Series) -> bool:
 
 
 def as_numbers(values: pd.Series, name: str) -> np.ndarray:
-    """Convert a column to float64.
-
-    Raises:
-        ValueError: If a value isn't a number or is NaN.
-    """
+    """Convert a column to float64; raise a ValueError for NaN and for what isn't a number."""
     try:
         numbers = pd.to_numeric(values).to_numpy(dtype=np.float64, na_value=np.nan)
     except (ValueError, TypeError):

@@ -24,29 +24,34 @@ class Group:
     labels: np.ndarray  # (documents,) float32, higher is better
 
 
-def sample_documents(
-    labels: np.ndarray, *, n_positives: int | None, n_negatives: int, rng: np.random.Generator
-) -> np.ndarray:
+@dataclass(frozen=True)
+class Sampling:
+    """The settings of `sample_documents`; their repr is part of `Groups.digest`."""
+
+    n_positives: int | None  # per group, at most; None: all
+    n_negatives: int  # per group, at most
+
+
+def sample_documents(labels: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> np.ndarray:
     """Sample the positives and negatives of a group, uniformly and without replacement.
 
-    To add a strategy, choose the indices differently here: documents are in the order of the first stage, so
-    `negatives[:k]` are the k hardest. If it has a setting, declare that in `Contrastive`, and pass it on in
-    `from_qrels` to `Groups`.
+    It runs once per query and epoch. docs/development.md has the steps to add a strategy.
 
     Args:
-        labels: (documents,) Labels of a query's documents, best-ranked first; positives have a label above 0.
-        n_positives: Number of positives, at most. None: all.
-        n_negatives: Number of negatives, at most.
+        labels: (documents,) Labels of a query's documents in the order of the first stage; positives have a label
+            above 0. Negatives come from the top `depth` only, so an index below `depth` is the rank (from 0) among the
+            documents that can be used.
+        sampling: The settings.
         rng: The generator of random numbers, seeded for a query and an epoch.
 
     Returns:
-        Indices of documents.
+        Indices of the sampled documents.
     """
-    positives, negatives = np.flatnonzero(labels > 0), np.flatnonzero(labels <= 0)
-    if n_positives is not None and n_positives < len(positives):
-        positives = rng.choice(positives, n_positives, replace=False)
-    if n_negatives < len(negatives):
-        negatives = rng.choice(negatives, n_negatives, replace=False)
+    positives, negatives = np.flatnonzero(labels > 0), np.flatnonzero(labels == 0)
+    if sampling.n_positives is not None and sampling.n_positives < len(positives):
+        positives = rng.choice(positives, sampling.n_positives, replace=False)
+    if sampling.n_negatives < len(negatives):
+        negatives = rng.choice(negatives, sampling.n_negatives, replace=False)
     return np.concatenate([positives, negatives])
 
 
@@ -69,17 +74,15 @@ class Ragged(Sequence[np.ndarray]):
 class Groups:
     """The training data of a stage: each query's documents with labels, from which each epoch draws a group.
 
-    Without `n_negatives`, a group has all documents of its query. With it, each epoch samples documents,
-    see `sample_documents`.
+    A group has the documents that `sample_documents` chooses with `sampling`; without it, all of its query's.
     """
 
     qids: list[str]
     queries: list[str]
     texts: list[str]  # distinct texts, or docnos if there is `load`
-    documents: Ragged  # per query: int32 indices into texts, best-ranked first
+    documents: Ragged  # per query: its documents as int32 indices into texts, best-ranked first
     labels: Ragged  # per query: float32 labels of its documents
-    n_negatives: int | None = None
-    n_positives: int | None = None
+    sampling: Sampling | None = None
     load: Callable[[list[str]], list[str]] | None = None  # looks up the texts of docnos
 
     def __len__(self) -> int:
@@ -91,10 +94,7 @@ class Groups:
         return texts if self.load is None else self.load(texts)
 
     def draw_all(self, requests: Sequence[tuple[int, int]], *, seed: int) -> list[Group]:
-        """Draw the groups of (index, epoch) pairs; each depends on its pair and the seed alone.
-
-        Texts are looked up once for all groups.
-        """
+        """Draw the groups of (index, epoch) pairs; each depends on its pair and the seed alone."""
         drawn = [self._draw(index, epoch, seed) for index, epoch in requests]
         texts = iter(self.text(document for documents, _ in drawn for document in documents))
         return [
@@ -104,10 +104,9 @@ class Groups:
 
     def _draw(self, index: int, epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         documents, labels = self.documents[index], self.labels[index]
-        if self.n_negatives is None:
+        if self.sampling is None:
             return documents, labels
-        rng = np.random.default_rng([seed, epoch, index])
-        sampled = sample_documents(labels, n_positives=self.n_positives, n_negatives=self.n_negatives, rng=rng)
+        sampled = sample_documents(labels, self.sampling, np.random.default_rng([seed, epoch, index]))
         return documents[sampled], labels[sampled]
 
     def lengths(self) -> np.ndarray:
@@ -124,7 +123,7 @@ class Groups:
 
     def digest(self) -> str:
         """Digest the content, for cache keys; of texts that have to be looked up, a sample."""
-        digest = hashlib.sha256(f"{self.n_negatives} {self.n_positives} {self.load is None}".encode())
+        digest = hashlib.sha256(f"{self.sampling} {self.load is None}".encode())
         for strings in (self.qids, self.queries, self.texts):
             for start in range(0, len(strings), CHUNK_SIZE):
                 chunk = strings[start : start + CHUNK_SIZE]
@@ -140,7 +139,7 @@ class Groups:
 
 
 class GroupsBuilder:
-    """Collects labelled documents, ranking by ranking, and builds Groups of them."""
+    """Collects labelled documents, ranking by ranking, and builds Groups; fields are as in Groups."""
 
     def __init__(self) -> None:
         self.qids: list[str] = []
@@ -149,39 +148,29 @@ class GroupsBuilder:
         self.labels: list[np.ndarray] = []
         self.texts: dict[str, int] = {}
 
-    def add(self, rankings: Rankings, rows: np.ndarray, labels: np.ndarray) -> dict[str, int]:
-        """Add some rows of rankings, whose text ids continue those added before.
+    def add(self, rankings: Rankings, keep: np.ndarray, labels: np.ndarray) -> dict[str, int]:
+        """Add the rows of new queries that are in the mask `keep`; return their counts, as fields of a DataReport.
 
-        Args:
-            rankings: The rankings of queries that weren't added before.
-            rows: (rows,) Whether to add a row.
-            labels: (rows,) The labels of all rows.
-
-        Returns:
-            The numbers of groups and documents added, as fields of a DataReport.
+        The rankings of all calls share one numbering of texts.
         """
-        query = rankings.query[rows]
+        query = rankings.query[keep]
         offsets = query_offsets(query)
         lengths = np.diff(np.append(offsets, len(query)))
         self.qids += [rankings.qids[i] for i in query[offsets]]
-        self.queries += [rankings.queries[i] for i in query[offsets]]
-        self.documents += Ragged(rankings.text[rows].astype(np.int32), lengths)
-        self.labels += Ragged(labels[rows].astype(np.float32), lengths)
+        self.queries += [rankings.query_texts[i] for i in query[offsets]]
+        self.documents += Ragged(rankings.text[keep].astype(np.int32), lengths)
+        self.labels += Ragged(labels[keep].astype(np.float32), lengths)
         self.texts = rankings.texts
         return {"groups": len(offsets), "documents": len(query)}
 
-    def build(self) -> Groups:
+    def build(self, sampling: Sampling | None = None) -> Groups:
         """Build groups sorted by qid, so that the order of results doesn't change what a seed samples."""
         order = sorted(range(len(self.qids)), key=self.qids.__getitem__)
         documents = _concatenate([self.documents[i] for i in order], np.int32)
         labels = _concatenate([self.labels[i] for i in order], np.float32)
-        return Groups(
-            [self.qids[i] for i in order],
-            [self.queries[i] for i in order],
-            _renumber(documents.values, [*self.texts]),
-            documents,
-            labels,
-        )
+        qids, queries = ([names[i] for i in order] for names in (self.qids, self.queries))
+        texts = _renumber(documents.values, [*self.texts])
+        return Groups(qids, queries, texts, documents, labels, sampling)
 
 
 def _concatenate(arrays: list[np.ndarray], dtype: Any) -> Ragged:

@@ -8,16 +8,8 @@ import numpy as np
 import pandas as pd
 
 from pyterrier_msft.data.diagnosis import explain_mismatch
-from pyterrier_msft.data.frames import (
-    as_ids,
-    as_numbers,
-    as_texts,
-    is_blank,
-    order_column,
-    require,
-    require_columns,
-)
-from pyterrier_msft.data.groups import Groups, GroupsBuilder
+from pyterrier_msft.data.frames import as_ids, as_numbers, as_texts, is_blank, order_column, require, require_columns
+from pyterrier_msft.data.groups import Groups, GroupsBuilder, Sampling
 from pyterrier_msft.data.rankings import Rankings, RowsByQuery, as_rankings, assign_ids, clean_ranking, within_depth
 from pyterrier_msft.data.report import DataReport
 
@@ -39,20 +31,9 @@ def from_qrels(
 
     A positive is a document with a grade of at least `min_relevance`, at any rank; its label is the grade. Negatives
     are the other documents in the top `depth`, judged or not, with label 0. A passage (docno `d%p0`) has the grade of
-    its document.
-
-    Args:
-        results: The first stage's results: a frame, or the rankings of a file's chunks.
-        qrels: qid, docno, label.
-        depth: Ranks to take negatives from. None: all.
-        n_negatives: Negatives per group.
-        min_relevance: Minimum grade of a positive, above 0.
-        n_positives: Positives per group. None: all.
-        load_missing: Returns the texts of a frame with qid, query and docno; adds positives that the results lack.
-        text_field: The text column of a frame.
+    its document. Positives that the results lack are added if `load_missing` returns the texts of a frame of qid, query
+    and docno. For the settings, see `Contrastive`.
     """
-    if not min_relevance > 0:
-        raise ValueError(f"min_relevance must be positive; got {min_relevance}")
     grades = grades_of(qrels)
     judged = set(grades.index.get_level_values("qid"))
     relevant = RowsByQuery(relevant_of(grades, min_relevance))
@@ -74,17 +55,14 @@ def from_qrels(
                 without_negatives=int(has_positive.sum()) - added["groups"],
             )
         )
-    groups = replace(builder.build(), n_negatives=n_negatives, n_positives=n_positives)
-    return groups, replace(DataReport.total(reports), judged_twice=_count_conflicts(qrels))
+    judged_twice = int((_labels_by_pair(qrels).min() < grades).sum())
+    report = replace(DataReport.total(reports), judged_twice=judged_twice)
+    return builder.build(Sampling(n_positives, n_negatives)), report
 
 
 def grades_of(qrels: pd.DataFrame) -> pd.Series:
-    """Return qrels as a series of labels over (qid, docno), ids as strings; the higher of two labels of a pair.
-
-    Raises:
-        ValueError: If a column or an id is missing, or a label isn't a finite number.
-    """
-    return _labels(qrels).groupby(level=[0, 1]).max()
+    """Return qrels as a series of labels over (qid, docno), ids as strings; the higher of two labels of a pair."""
+    return _labels_by_pair(qrels).max()
 
 
 def relevant_of(grades: pd.Series, min_relevance: float) -> pd.DataFrame:
@@ -92,18 +70,13 @@ def relevant_of(grades: pd.Series, min_relevance: float) -> pd.DataFrame:
     return grades[grades >= min_relevance].reset_index(name="label")
 
 
-def _labels(qrels: pd.DataFrame) -> pd.Series:
+def _labels_by_pair(qrels: pd.DataFrame) -> Any:
+    """Group the labels of valid qrels by qid and docno."""
     require_columns(qrels, ["qid", "docno", "label"], "qrels")
     labels = as_numbers(qrels["label"], "label")
     require(np.isfinite(labels), labels, "labels must be finite numbers")
     index = pd.MultiIndex.from_arrays([as_ids(qrels["qid"]), as_ids(qrels["docno"])], names=["qid", "docno"])
-    return pd.Series(labels, index=index)
-
-
-def _count_conflicts(qrels: pd.DataFrame) -> int:
-    """Count the pairs of qid and docno with different labels."""
-    labels = _labels(qrels)
-    return 0 if labels.index.is_unique else int((labels.groupby(level=[0, 1]).nunique() > 1).sum())
+    return pd.Series(labels, index=index).groupby(level=[0, 1])
 
 
 def _add_missing(
@@ -111,12 +84,12 @@ def _add_missing(
 ) -> Rankings:
     """Add the positives that rankings lack, at the end of their query's."""
     is_found = np.isin(np.arange(len(positives)), rankings.match(positives, rankings.parent))
-    query_ids = {qid: i for i, qid in enumerate(rankings.qids) if rankings.queries[i]}
+    query_ids = {qid: i for i, qid in enumerate(rankings.qids) if rankings.query_texts[i]}
     missing = positives[~is_found & positives["qid"].isin(query_ids).to_numpy()]
     if not len(missing):
         return rankings
     query = missing["qid"].map(query_ids).to_numpy(dtype=np.int64)
-    wanted = missing[["qid", "docno"]].assign(query=[rankings.queries[i] for i in query])
+    wanted = missing[["qid", "docno"]].assign(query=[rankings.query_texts[i] for i in query])
     texts = pd.Series([*load(wanted.reset_index(drop=True))], dtype=object, name="text")
     has_text = ~is_blank(texts)
     document = assign_ids(missing["docno"][has_text], rankings.docnos)
@@ -149,28 +122,26 @@ def from_teacher(
     unranked: str = "drop",
     text_field: str = "text",
 ) -> tuple[Groups, DataReport]:
-    """Label the first stage's top documents by a teacher's ranking, for distillation.
+    """Label the first stage's top documents by a teacher's ranking (None: the results' own), for distillation.
 
-    Args:
-        results: The first stage's results: a frame, or the rankings of a file's chunks.
-        ranking: The teacher's ranking: qid, docno, and score or rank. None: the results are the teacher's ranking.
-        depth: Documents per query, from the top of the results. None: all.
-        keep_scores: Whether labels are the teacher's scores. Else a label is the number of the query's documents that
-            the teacher ranks lower.
-        unranked: What to do with documents that the teacher didn't rank, in a query that it ranked: "drop" them, or
-            rank them "last", tied.
-        text_field: The text column of a frame.
-
-    Raises:
-        ValueError: If there is neither score nor rank, or the teacher and the results have nothing in common.
+    A label is the number of the query's documents that the teacher ranks lower; with `keep_scores`, the teacher's
+    score. In a query that the teacher ranked, `unranked` documents are dropped ("drop"), or tied in the last place
+    ("last").
     """
     if keep_scores and unranked == "last":
         raise ValueError("unranked must be 'drop' where labels are the teacher's scores; got 'last'")
-    teacher = None if ranking is None else RowsByQuery(_clean_teacher(ranking, keep_scores))
+    teacher = None
+    if ranking is not None:
+        teacher = RowsByQuery(clean_ranking(ranking, "teacher's ranking"))
+        _check_order(order_column(ranking.columns), keep_scores)
     builder, reports, unmatched_sample = GroupsBuilder(), [], pd.DataFrame()
     n_tied = n_pairs = 0
     for rankings in as_rankings(results, text_field):
-        key = _teacher_key(rankings, teacher, keep_scores)
+        if teacher is None:
+            _check_order(rankings.ordered_by, keep_scores)
+            key = rankings.key.copy()
+        else:
+            key = rankings.lookup(teacher.of(rankings.qids), "key", rankings.document, default=np.nan)
         in_top, is_missing = within_depth(rankings.query, depth), np.isnan(key)
         is_known = rankings.queries_with(in_top & ~is_missing)
         if not is_known.any() and not len(unmatched_sample):
@@ -220,20 +191,6 @@ def has_only_ranks(ranking: pd.DataFrame) -> bool:
     if by_query.ngroups == 1:  # without another query to compare with, steps of 1 indicate ranks
         return bool(np.allclose(from_top, rank - 1))
     return any(bool((values.groupby(rank).agg(np.ptp) < 1e-9).all()) for values in (from_top, scores))
-
-
-def _clean_teacher(ranking: pd.DataFrame, keep_scores: bool) -> pd.DataFrame:
-    cleaned = clean_ranking(ranking, "teacher's ranking")
-    _check_order(order_column(ranking.columns), keep_scores)
-    return cleaned
-
-
-def _teacher_key(rankings: Rankings, teacher: RowsByQuery | None, keep_scores: bool) -> np.ndarray:
-    """Return the teacher's key of each row, NaN if it didn't rank the row; without a teacher, the rankings' own."""
-    if teacher is None:
-        _check_order(rankings.ordered_by, keep_scores)
-        return rankings.key.copy()
-    return rankings.lookup(teacher.of(rankings.qids), "key", rankings.document, default=np.nan)
 
 
 def _check_order(ordered_by: str | None, keep_scores: bool) -> None:

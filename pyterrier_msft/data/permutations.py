@@ -76,19 +76,16 @@ def read_permutations(path: str | Path, *, responses: str | Path | None = None, 
         raise ValueError(
             f"responses must have one permutation per query of {path}; got {len(answers):,} for {len(lines):,} queries"
         )
-    records = _parse(path, lines, lambda fields, i: _parse_ranking(fields, answers[i] if answers else None))
     counts: Counter[str] = Counter()
-    queries: dict[str, str | None] = {}
+    seen: set[str] = set()
     rows: list[tuple[str, str | None, str, str | None, int, float]] = []
     example: str | None = None  # the first query with a mistake
-    for number, record in records:
-        if record.qid in queries:
-            _check_same_query(path, number, record, queries)
+    for record in _parse(path, lines, lambda fields, i: _parse_ranking(fields, answers[i] if answers else None)):
+        if record.qid in seen:
             counts["repeated queries"] += 1
         else:
-            queries[record.qid] = record.query
-            ranked = _rank_passages(record, unranked, counts)
-            rows += [(record.qid, record.query, *passage) for passage in ranked]
+            seen.add(record.qid)
+            rows += [(record.qid, record.query, *passage) for passage in _rank_passages(record, unranked, counts)]
         if example is None and counts.total():
             example = record.qid
     if not rows:
@@ -133,28 +130,20 @@ def read_labelled_passages(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame
     Raises:
         ValueError: If a line has another format.
     """
-    queries: dict[str, str | None] = {}
-    passages: dict[tuple[str, str], str | None] = {}
-    relevant: set[tuple[str, str]] = set()
-    negative: set[tuple[str, str]] = set()
-    for number, record in _parse(path, _read(path), lambda fields, _: _parse_labelled(fields)):
-        if record.qid in queries:
-            _check_same_query(path, number, record, queries)
-        queries[record.qid] = record.query
-        for i, (docno, text) in enumerate(record.passages):
-            pair = (record.qid, docno)
-            passages.setdefault(pair, text)
-            (relevant if i < record.n_positives else negative).add(pair)
-    if not passages:
+    rows = [
+        (record.qid, record.query, docno, text, int(i < record.n_positives))
+        for record in _parse(path, _read(path), lambda fields, _: _parse_labelled(fields))
+        for i, (docno, text) in enumerate(record.passages)
+    ]
+    if not rows:
         raise ValueError(f"{path} must have queries with passages; got none")
-    if both := len(relevant & negative):
+    frame = pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "label"])
+    labels = frame.groupby(["qid", "docno"], sort=False)["label"]
+    if both := int((labels.min() < labels.max()).sum()):
         warn(f"{path}: {both:,} passages are both positive and negative; they are used as positives")
-    results = [(qid, queries[qid], docno, text) for (qid, docno), text in passages.items()]
-    qrels = [(*pair, 1) for pair in passages if pair in relevant]
-    return (
-        pd.DataFrame(results, columns=["qid", "query", "docno", "text"]),
-        pd.DataFrame(qrels, columns=["qid", "docno", "label"]),
-    )
+    frame = frame.assign(label=labels.transform("max")).drop_duplicates(["qid", "docno"], ignore_index=True)
+    qrels = frame.loc[frame["label"] == 1, ["qid", "docno", "label"]].reset_index(drop=True)
+    return frame.drop(columns="label"), qrels
 
 
 def check_unranked(unranked: str) -> None:
@@ -204,23 +193,20 @@ def _read(path: str | Path) -> list[tuple[int, Any]]:
 
 def _parse(
     path: str | Path, lines: list[tuple[int, Any]], parse: Callable[[dict[str, Any], int], Record]
-) -> Iterator[tuple[int, Record]]:
+) -> Iterator[Record]:
     """Parse the JSON value of each line; errors name the line."""
+    queries: dict[str, str | None] = {}
     for i, (number, fields) in enumerate(lines):
         try:
             if not isinstance(fields, dict):
                 raise ValueError(f"the line must be an object; got {_shorten(fields)}")
-            yield number, parse(fields, i)
+            record = parse(fields, i)
+            known = queries.setdefault(record.qid, record.query)
+            if record.query != known:
+                raise ValueError(f"qid {record.qid!r} must have one query; got {record.query!r} and {known!r}")
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-
-
-def _check_same_query(path: str | Path, number: int, record: Record, queries: dict[str, str | None]) -> None:
-    if record.query != queries[record.qid]:
-        raise ValueError(
-            f"{path}, line {number}: qid {record.qid!r} must have one query; got {record.query!r} and "
-            f"{queries[record.qid]!r}"
-        )
+        yield record
 
 
 # ---- records

@@ -24,14 +24,14 @@ class Rankings:
     """The rankings of some queries, as columns of integer ids: each row is a document with text.
 
     Rows are grouped by query, best document first. `clean_results` makes one Rankings of a whole frame, `read_run`
-    one of each chunk of a file.
+    one of each chunk of a file. Singular names are columns of ids; plural ones say which string an id stands for.
     """
 
     qids: list[str]
-    queries: list[str]  # the text of each qid
+    query_texts: list[str]  # of each qid
     docnos: dict[str, int]  # docno -> document id; parent documents of passages have ids too
     texts: dict[str, int]  # text -> text id; for a file, the same dict as docnos
-    query: np.ndarray  # (rows,) index into qids
+    query: np.ndarray  # (rows,) index into qids and query_texts
     document: np.ndarray  # (rows,) document id
     parent: np.ndarray  # (rows,) document id without the passage suffix: qrels judge whole documents
     text: np.ndarray  # (rows,) text id
@@ -49,24 +49,16 @@ class Rankings:
         return np.bincount(self.query[rows], minlength=len(self.qids)) > 0
 
     def frame(self, rows: np.ndarray | slice = slice(None)) -> pd.DataFrame:
-        """Return the qid and docno of rows."""
+        """Return the qid and docno of rows, and their score unless they are ordered by rank."""
         docnos = [*self.docnos]
         qids = [self.qids[i] for i in self.query[rows]]
-        return pd.DataFrame({"qid": qids, "docno": [docnos[i] for i in self.document[rows]]})
-
-    def scores(self) -> pd.DataFrame:
-        """Return the scores by query for `has_only_ranks`; there is no score column if the rows are ordered by rank."""
-        return pd.DataFrame({"qid": self.query, **({"score": self.key} if self.ordered_by == "score" else {})})
+        frame = pd.DataFrame({"qid": qids, "docno": [docnos[i] for i in self.document[rows]]})
+        return frame.assign(score=self.key[rows]) if self.ordered_by == "score" else frame
 
     def match(self, pairs: pd.DataFrame, documents: np.ndarray) -> np.ndarray:
-        """Find the rows among distinct pairs of qid and docno.
+        """Return each row's position among distinct pairs of qid and docno, -1 if it isn't there.
 
-        Args:
-            pairs: A frame with qid and docno.
-            documents: (rows,) the document ids to match: `document`, or `parent`.
-
-        Returns:
-            (rows,) The position of a row's pair in the frame, -1 if it isn't there.
+        `documents` has the rows' ids to match: `document`, or `parent`.
         """
         query_ids = {qid: i for i, qid in enumerate(self.qids)}
         query = np.array([query_ids.get(qid, -1) for qid in pairs["qid"]], dtype=np.int64)
@@ -83,11 +75,7 @@ class Rankings:
 def clean_results(results: pd.DataFrame, *, text_field: str) -> tuple[Rankings, np.ndarray]:
     """Convert a frame of results to rankings, without empty texts and with the best of duplicate rows.
 
-    Returns:
-        The rankings, and (rows,) the positions of their rows in the results.
-
-    Raises:
-        ValueError: If a column or an id is missing, or a score or text is invalid.
+    Also return the positions of the rankings' rows in the results.
     """
     require_columns(results, ["qid", "query", "docno", text_field], "training results")
     query, qids = pd.factorize(as_ids(results["qid"]))
@@ -103,13 +91,13 @@ def clean_results(results: pd.DataFrame, *, text_field: str) -> tuple[Rankings, 
     kept = unique[~(no_query | no_text)[unique]]
     text, texts = pd.factorize(as_texts(results[text_field]).iloc[kept])
     queries = as_texts(results["query"]).to_numpy(dtype=object)
-    best = unique[~no_query[unique]]
-    best = best[query_offsets(query[best])]
+    with_query = unique[~no_query[unique]]
+    best = with_query[query_offsets(query[with_query])]
     query_texts = np.full(len(qids), "", dtype=object)
     query_texts[query[best]] = queries[best]
     rankings = Rankings(
         qids=list(qids),
-        queries=list(query_texts),
+        query_texts=list(query_texts),
         docnos=docnos,
         texts={text: i for i, text in enumerate(texts)},
         query=query[kept],
@@ -147,11 +135,7 @@ def peek(chunks: Iterable[Rankings]) -> tuple[Rankings | None, Iterable[Rankings
 
 
 def clean_ranking(ranking: pd.DataFrame, what: str) -> pd.DataFrame:
-    """Return each pair of qid and docno once, best first, with a key (higher is better).
-
-    Raises:
-        ValueError: If a column or an id is missing, or a score or rank isn't a number.
-    """
+    """Return each pair of qid and docno once, best first, with a key (higher is better)."""
     require_columns(ranking, ["qid", "docno"], what)
     key = order_key(ranking)
     if key is None:
@@ -161,11 +145,7 @@ def clean_ranking(ranking: pd.DataFrame, what: str) -> pd.DataFrame:
 
 
 def top_documents(results: pd.DataFrame, *, depth: int | None, text_field: str = "text") -> pd.DataFrame:
-    """Return each query's top documents, which a teacher is to rank.
-
-    Returns:
-        The rows of results that `from_teacher` uses, grouped by query, best first, with string ids and new ranks.
-    """
+    """Return the rows of results that `from_teacher` uses, by query, best first, with string ids and new ranks."""
     rankings, row = clean_results(results, text_field=text_field)
     kept = within_depth(rankings.query, depth)
     top = results.iloc[row[kept]].reset_index(drop=True)

@@ -32,11 +32,7 @@ TREC_COLUMNS = ["qid", "Q0", "docno", "rank", "score", "tag"]
 
 
 def read_run(
-    path: str | Path,
-    *,
-    depth: int | None,
-    relevant: pd.DataFrame | None = None,
-    topics: pd.DataFrame | None = None,
+    path: str | Path, *, depth: int | None, relevant: pd.DataFrame | None = None, topics: pd.DataFrame | None = None
 ) -> Iterator[Rankings]:
     """Read a run in chunks of whole queries.
 
@@ -67,10 +63,8 @@ def read_run(
         require_columns(topics, ["qid", "query"], "topics")
         queries = dict(zip(as_ids(topics["qid"]), as_texts(topics["query"]), strict=True))
     converter = _Converter(path, key, depth, None if relevant is None else RowsByQuery(relevant), queries)
-    for batch in _whole_queries(
-        rows.select([name for name in ("qid", "query", "docno", key) if name in columns]), path
-    ):
-        yield converter.rankings(batch)
+    needed = [name for name in ("qid", "query", "docno", key) if name in columns]
+    yield from map(converter.rankings, _whole_queries(rows.select(needed), path))
 
 
 def first_docnos(path: str | Path, n: int) -> list[str]:
@@ -99,8 +93,8 @@ class _Converter:
         asked = distinct.filter(pl.col("query").str.contains(r"\S").fill_null(False))
         query = asked["query_id"].to_numpy()
         first = query_offsets(query)
-        queries = np.full(len(qids), "", dtype=object)
-        queries[query[first]] = asked["query"].gather(first).to_list()
+        query_texts = np.full(len(qids), "", dtype=object)
+        query_texts[query[first]] = asked["query"].gather(first).to_list()
         differs = asked["query"] != asked["query"].gather(np.arange(len(query)) - rank_in_query(query))
         has_passages = bool(asked["docno"].str.contains("%p", literal=True).any())
         kept = self._keep(asked, qids, has_passages)
@@ -108,7 +102,7 @@ class _Converter:
         document = assign_ids(docnos, self.docnos)
         return Rankings(
             qids=qids,
-            queries=list(queries),
+            query_texts=list(query_texts),
             docnos=self.docnos,
             texts=self.docnos,
             query=query[kept],

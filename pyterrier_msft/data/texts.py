@@ -21,15 +21,10 @@ MIN_LOOKUPS_FOR_CHECK = 32  # documents without text, and none with one, after w
 
 @dataclass(frozen=True)
 class TextSource:
-    """Looks up the texts of documents where results don't have them.
+    """Looks up the texts of documents where results don't have them."""
 
-    Args:
-        field: The column of texts.
-        source: Something with `.text_loader()`, e.g. a dataset or an index; None if all results have the column.
-    """
-
-    field: str
-    source: Any = None
+    field: str  # the column of texts
+    source: Any = None  # with `.text_loader()`, e.g. a dataset or an index; None if all results have the column
 
     def __post_init__(self) -> None:
         if self.source is not None and not callable(getattr(self.source, "text_loader", None)):
@@ -71,9 +66,7 @@ class TextSource:
         try:
             loaded: pd.DataFrame = self.source.text_loader(fields=[self.field])(results)
         except KeyError as error:  # from PyTerrier's loader for irds: datasets
-            raise ValueError(
-                f"text source must have all documents of the results; some are missing: {error}"
-            ) from error
+            raise ValueError(f"text source must have all documents of the results; not found: {error}") from error
         require_columns(loaded, [self.field], "text loader's results")
         if len(loaded) != len(results):
             raise ValueError(f"text loader must keep all {len(results):,} rows of the results; got {len(loaded):,}")
@@ -86,10 +79,7 @@ class TextSource:
         return None
 
     def digest(self, results: pd.DataFrame | str | Path) -> str:
-        """A digest of a sample of what the source adds to results: texts and, for a run file, queries.
-
-        Empty if the results have their own texts.
-        """
+        """A digest of a sample of the texts (and, for a run file, queries) that the source adds; empty if none."""
         if self.source is None or (isinstance(results, pd.DataFrame) and self.field in results.columns):
             return ""
         topics = None
@@ -103,23 +93,14 @@ class TextSource:
 
 
 class TextLookup:
-    """Looks up texts by docno; missing texts are read as empty, with one warning.
-
-    Args:
-        load: Adds the column of texts to a frame of docnos.
-        field: The name of that column.
-    """
+    """Looks up texts by docno; missing texts are read as empty, with one warning."""
 
     def __init__(self, load: Callable[[pd.DataFrame], pd.DataFrame], field: str) -> None:
-        self.load, self.field = load, field
+        self.load, self.field = load, field  # `load` adds the column of texts to a frame of docnos
         self.n_found = self.n_missing = 0
 
     def __call__(self, docnos: list[str]) -> list[str]:
-        """Return the texts of documents.
-
-        Raises:
-            ValueError: If no document has had a text so far.
-        """
+        """Return the texts of documents; a ValueError if none of many has had one so far."""
         loaded = self.load(pd.DataFrame({"docno": list(dict.fromkeys(docnos))}))
         by_docno = dict(zip(loaded["docno"], as_texts(loaded[self.field]), strict=True))
         texts = [by_docno.get(docno, "") for docno in docnos]

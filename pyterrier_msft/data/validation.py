@@ -14,22 +14,15 @@ from pyterrier_msft.notices import warn
 def validation_frames(
     results: pd.DataFrame | None, qrels: pd.DataFrame | None, texts: TextSource
 ) -> tuple[pd.DataFrame, pd.DataFrame] | None:
-    """Check validation results and qrels, and reduce them to what a measure needs.
+    """Check validation results and qrels, and reduce them to what a measure needs; None if neither was given.
 
-    Returns:
-        The results of judged queries (qid, query, docno, text) and their qrels (qid, docno, label), ids as strings;
-        None if neither was given.
-
-    Raises:
-        ValueError: If one of them was given alone, a label isn't a whole number, or no relevant document is among the
-            results.
+    These are the judged queries' results (qid, query, docno, text) and qrels (qid, docno, label), with ids as strings.
     """
     if results is None and qrels is None:
         return None
-    if results is None:
-        raise ValueError("validation results are required with validation qrels; got None")
-    if qrels is None:
-        raise ValueError("validation qrels are required with validation results; got None")
+    if results is None or qrels is None:
+        missing, given = ("results", "qrels") if results is None else ("qrels", "results")
+        raise ValueError(f"validation {missing} are required with validation {given}; got None")
     require_columns(results, ["qid", "query", "docno"], "validation results")
     labels = grades_of(qrels).rename("label").reset_index()
     if (fractions := labels["label"][labels["label"] % 1 != 0]).size:

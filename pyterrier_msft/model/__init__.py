@@ -1,1 +1,1 @@
-"""A cross-encoder: its weights, its tokenizer, its scores."""
+"""A cross-encoder: weights, tokenizer and scores."""

@@ -2,8 +2,6 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,7 @@ ORIGIN_FIELDS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "p
 
 def check(adapter: Any) -> None:
     """Raise a ValueError unless an adapter is one of peft's for a model's layers, e.g. LoRA."""
-    peft = _peft()
-    if not isinstance(adapter, peft.PeftConfig) or adapter.is_prompt_learning:
+    if not isinstance(adapter, _peft().PeftConfig) or adapter.is_prompt_learning:
         raise ValueError(f"adapter must be a peft configuration like LoraConfig(r=16); got {type(adapter).__name__}")
 
 
@@ -58,26 +55,27 @@ def backbone_of(folder: str | Path) -> tuple[str, str | None]:
 def merge(peft_model: Any) -> PreTrainedModel:
     """Copy a network with its adapter merged into the weights."""
     with _ignore_future_warnings():
-        network: PreTrainedModel = copy.deepcopy(peft_model).merge_and_unload()
-    for parameter in network.parameters():
-        parameter.requires_grad_(True)
-    return network.eval()
+        return copy.deepcopy(peft_model).merge_and_unload().requires_grad_(True).eval()
 
 
 def digestible_config(peft_model: Any) -> dict[str, Any]:
     """The fields of an adapter's configuration that affect its scores or its training, for a digest."""
-    content = peft_model.active_peft_config.to_dict()
     return {
         key: sorted(set(value)) if isinstance(value, set | list | tuple) else value
-        for key, value in sorted(content.items())
+        for key, value in peft_model.active_peft_config.to_dict().items()
         if key not in ORIGIN_FIELDS
     }
 
 
 def _head_modules(network: PreTrainedModel) -> list[str]:
-    head = [(name, module) for name, module in network.named_children() if name != network.base_model_prefix]
-    poolers = [(name, module) for name, module in network.base_model.named_children() if name == "pooler"]
-    return [name for name, module in (*head, *poolers) if any(True for _ in module.parameters())]
+    backbone, children = network.base_model_prefix, dict(network.named_children())
+    if backbone not in children:
+        raise ValueError(
+            f"adapter must name the head of {type(network).__name__} in modules_to_save, which has no module "
+            f"{backbone!r} beside the head; got None"
+        )
+    poolers = [(name, module) for name, module in children.pop(backbone).named_children() if name == "pooler"]
+    return [name for name, module in (*children.items(), *poolers) if any(True for _ in module.parameters())]
 
 
 def _peft() -> Any:
@@ -88,8 +86,5 @@ def _peft() -> Any:
     return peft
 
 
-@contextmanager
-def _ignore_future_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft uses names that transformers deprecates
-        yield
+def _ignore_future_warnings() -> Any:
+    return warnings.catch_warnings(action="ignore", category=FutureWarning)  # of names that peft still uses

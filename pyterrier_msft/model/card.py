@@ -10,33 +10,30 @@ from pyterrier_msft.model.record import ModelRecord, StageRecord
 
 
 def model_card(
-    record: ModelRecord,
-    *,
-    name: str,
-    is_adapter: bool,
-    license: str | None = None,
-    metrics: pd.DataFrame | None = None,
-    **data: Any,
-) -> str:
-    """Write a model card in Markdown, with the front matter that the hub reads.
-
-    Args:
-        record: The model's record.
-        name: The model's name, e.g. "user/model".
-        is_adapter: Whether the folder holds an adapter without its backbone's weights.
-        license: Its identifier on the hub, e.g. "apache-2.0".
-        metrics: A table to show, e.g. the result of `pt.Experiment`.
-        **data: Other fields of `huggingface_hub.ModelCardData`, e.g. `language="en"`.
-    """
+    record: ModelRecord, *, name: str, is_adapter: bool, license: str | None = None,
+    metrics: pd.DataFrame | None = None, **data: Any,
+) -> str:  # fmt: skip
+    """Write a model card in Markdown, with the front matter that the hub reads. For the options see `MonoCE.save`."""
     base = data.get("base_model", record.base)
     validation = record.stages[-1].metrics if record.stages else {}
+    eval_results = [
+        EvalResult(
+            task_type="text-ranking", dataset_type="validation", dataset_name="validation queries",
+            metric_type=metric, metric_name=metric, metric_value=round(value, 4),
+        )
+        for metric, value in validation.items()
+    ]  # fmt: skip
+    evaluation = [] if metrics is None else [markdown_table(metrics)]
+    if validation:
+        table = markdown_table(pd.DataFrame(validation.items(), columns=["metric", "value"]))
+        evaluation = ["On the validation queries that selected the weights:\n", table, *evaluation]
     known = {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-ranking",
         "license": license,
         "base_model": base,
         "model_name": name,
-        "eval_results": [_eval_result(metric, value) for metric, value in validation.items()] or None,
+        "eval_results": eval_results or None,
     }
     tags = ["cross-encoder", "reranker", "sentence-transformers", "pyterrier", *data.pop("tags", [])]
     front_matter = ModelCardData(**{**known, **data, "tags": tags})
@@ -49,9 +46,7 @@ def model_card(
         _usage(record.settings, name, is_adapter=is_adapter),
         "## Training\n",
         _training(record.stages),
-        *(["## Evaluation\n"] if metrics is not None or validation else []),
-        *([_validation_table(validation)] if validation else []),
-        *([markdown_table(metrics)] if metrics is not None else []),
+        *(["## Evaluation\n", *evaluation] if evaluation else []),
         "## Versions\n",
         ", ".join(f"{package} {version}" for package, version in record.versions.items()) + ".\n",
         f"Weights: `{record.fingerprint}` (`MonoCE.fingerprint`). `msft.json` holds the whole training record.\n",
@@ -67,23 +62,20 @@ def markdown_table(frame: pd.DataFrame) -> str:
             return "" if pd.isna(value) else f"{value:.4f}"
         return str(value).replace("|", "\\|").replace("\n", " ")
 
-    rows = [[cell(value) for value in row] for row in frame.itertuples(index=False, name=None)]
-    return _table([str(column) for column in frame.columns], rows)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    lines: list[Iterable[Any]] = [
+        frame.columns,
+        ["---"] * len(frame.columns),
+        *frame.itertuples(index=False, name=None),
+    ]
+    return "".join(f"| {' | '.join(cell(value) for value in line)} |\n" for line in lines)
 
 
 def _usage(settings: Mapping[str, Any], name: str, *, is_adapter: bool) -> str:
     length = settings["max_length"]
     model_class = "AutoPeftModelForSequenceClassification" if is_adapter else "AutoModelForSequenceClassification"
-    imports = (
-        f"from peft import {model_class}\nfrom transformers import AutoTokenizer"
-        if is_adapter
-        else f"from transformers import {model_class}, AutoTokenizer"
-    )
+    imports = f"from transformers import {model_class}, AutoTokenizer"
+    if is_adapter:
+        imports = f"from peft import {model_class}\nfrom transformers import AutoTokenizer"
     examples = {
         "PyTerrier": f'from pyterrier_msft import MonoCE\n\npipeline = first_stage >> MonoCE.load("{name}")',
         "transformers": (
@@ -115,27 +107,8 @@ def _training(stages: Sequence[StageRecord]) -> str:
         return "None with pyterrier_msft.\n"
     columns = ["stage", "objective", "loss", "queries", "documents", "updates", "seed"]
     rows = [
-        [
-            str(number), stage.objective, stage.loss, f"{stage.queries:,}", f"{stage.documents:,}",
-            f"{stage.history[-1]['step']:,}" if stage.history else "", str(stage.seed),
-        ]
-        for number, stage in enumerate(stages, 1)
-    ]  # fmt: skip
+        [number, s.objective, s.loss, f"{s.queries:,}", f"{s.documents:,}", f"{s.updates:,}", s.seed]
+        for number, s in enumerate(stages, 1)
+    ]
     fitters = "\n".join(stage.fitter for stage in stages)
-    return f"{_table(columns, rows)}\n```python\n{fitters}\n```\n"
-
-
-def _eval_result(metric: str, value: float) -> EvalResult:
-    return EvalResult(
-        task_type="text-ranking",
-        dataset_type="validation",
-        dataset_name="validation queries",
-        metric_type=metric,
-        metric_name=metric,
-        metric_value=round(value, 4),
-    )
-
-
-def _validation_table(validation: Mapping[str, float]) -> str:
-    rows = [[metric, f"{value:.4f}"] for metric, value in validation.items()]
-    return "On the validation queries that selected the weights:\n\n" + _table(["metric", "value"], rows)
+    return f"{markdown_table(pd.DataFrame(rows, columns=columns))}\n```python\n{fitters}\n```\n"

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -38,7 +39,7 @@ class CrossEncoder:
             self.name = model.name_or_path or type(model).__name__
             self._network = as_single_score(model)
         elif isinstance(model, str | Path):
-            self.name = str(Path(model).expanduser()) if str(model).startswith("~") else str(model)
+            self.name = os.path.expanduser(model)
             check_source(self.name)
             self.hub_name = None if Path(self.name).is_dir() else self.name
         else:
@@ -56,6 +57,7 @@ class CrossEncoder:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._peft_model: Any = None  # wraps the network if there is an adapter
         self._head_is_new = False
+        self.was_saved_untrained = False  # according to the record of a saved re-ranker
         self._source: str | None = None  # folder or name to load the present weights from
         self._expected_fingerprint: str | None = None  # of weights still to be loaded
         self._int8: tuple[str, PreTrainedModel] | None = None  # with the fingerprint of the weights quantized
@@ -67,37 +69,46 @@ class CrossEncoder:
 
     @property
     def network(self) -> PreTrainedModel:
-        """The network on its device, loaded at first use."""
+        """The network on its device. Loads the model."""
+        return self._ensure_loaded()
+
+    def _ensure_loaded(self) -> PreTrainedModel:
         if self._network is None:
             self._network, self._tokenizer, self._head_is_new = load_model(
                 self.name, seed=self.seed, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
-            self._head_is_new |= ModelRecord.read(self.name).head_is_new
+            self._head_is_new |= self.was_saved_untrained or ModelRecord.read(self.name).head_is_new
             self._source = self.name
         if self._peft_model is None and self.adapter_folder is not None:
-            self._peft_model, self._head_is_new = adapters.load(self._network, self.adapter_folder), False
+            self._peft_model = adapters.load(self._network, self.adapter_folder)
+            self._head_is_new = self.was_saved_untrained
         elif self._peft_model is None and self.adapter is not None:
             self._peft_model = adapters.add(
                 self._network, self.adapter, base=_absolute(self.name), revision=self.revision, seed=self.seed
             )
         if self._expected_fingerprint is not None:
-            self._check_fingerprint(self._expected_fingerprint)
+            if (found := fingerprint_of(self._network, self._peft_model)) != self._expected_fingerprint:
+                self._network = self._peft_model = None
+                expected = f"{self._expected_fingerprint}, as when it was pickled"
+                raise ValueError(f"{self.name} must hold the weights {expected}; got {found}")
+            self._expected_fingerprint = None
         if self._network.device != self.device:
             self._network.to(self.device)
         return self._network
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The network's tokenizer, loaded at first use."""
-        network = self.network
+        """The network's tokenizer. Loads the model."""
+        network = self._ensure_loaded()
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(network)
+            self._tokenizer = load_tokenizer(network, trust_remote_code=self.trust_remote_code)
         return self._tokenizer
 
     @property
     def has_adapter(self) -> bool:
         """Whether the network has an adapter. Loads the model."""
-        return self.network is not None and self._peft_model is not None
+        self._ensure_loaded()
+        return self._peft_model is not None
 
     @property
     def backbone_folder(self) -> Path | None:
@@ -108,7 +119,8 @@ class CrossEncoder:
     @property
     def head_is_new(self) -> bool:
         """Whether the head has random weights, so that scores mean nothing. Loads the model."""
-        return self.network is not None and self._head_is_new
+        self._ensure_loaded()
+        return self._head_is_new
 
     @head_is_new.setter
     def head_is_new(self, value: bool) -> None:
@@ -146,35 +158,32 @@ class CrossEncoder:
         progress: Callable[[int], Any] | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Score pairs, see `score_pairs`; a ValueError if a score isn't finite."""
-        network, dtype = self.network, self.dtype
-        if dtype == torch.int8:
-            network = self._int8_copy()
+        dtype = self.dtype
+        network = self._int8_copy() if dtype == torch.int8 else self.network
         scores = score_pairs(network, encoder, queries, texts, dtype=dtype, batch_size=batch_size, progress=progress)
         if bad := int(np.sum(~np.isfinite(scores))):
             raise ValueError(f"scores must be finite; {bad:,} of {len(scores):,} aren't. Check the model's weights")
         return scores
 
-    def clone(self, **settings: Any) -> "CrossEncoder":
-        """Copy the cross-encoder, weights included, with some arguments of the constructor changed."""
-        other = self._shallow_copy()
+    def clone(self, *, with_weights: bool = True) -> Self:
+        """Copy the cross-encoder; without its weights, they are loaded again."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)  # copy.copy would use __getstate__
         # In one call, since the two share modules.
-        other._network, other._peft_model = copy.deepcopy((self._network, self._peft_model))
-        attributes = {"model": "name", "dtype": "requested_dtype", "device": "requested_device"}
-        for name, value in settings.items():
-            setattr(other, attributes.get(name, name), value)
+        weights = (self._network, self._peft_model) if with_weights else (None, None)
+        other._network, other._peft_model = copy.deepcopy(weights)
         return other
 
-    def reseeded(self, seed: int) -> "CrossEncoder":
+    def reseeded(self, seed: int) -> Self:
         """Copy the cross-encoder for a replicate: a new head gets other random weights, trained weights stay."""
-        if not self.head_is_new:
-            return self.clone(seed=seed)
-        other = self._shallow_copy()
-        other.seed, other._network, other._peft_model = seed, None, None
+        other = self.clone(with_weights=not self.head_is_new)
+        other.seed = seed
         return other
 
     def take_weights(self, other: "CrossEncoder") -> None:
         """Share the weights of another cross-encoder and keep one's own settings."""
         self._network, self._tokenizer, self._peft_model = other.network, other.tokenizer, other._peft_model
+        # Loaded again, from the same source, a new head gets the same random weights only with the same seed.
         self._source = other._source if self.seed == other.seed else None
         self.adapter_folder, self._head_is_new = other.adapter_folder, other._head_is_new
 
@@ -222,18 +231,6 @@ class CrossEncoder:
             network.cpu()
         return {**state, "_tokenizer": self.tokenizer, "_network": network, "_peft_model": peft_model}
 
-    def _shallow_copy(self) -> Self:
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)  # copy.copy would use __getstate__
-        return other
-
-    def _check_fingerprint(self, expected: str) -> None:
-        assert self._network is not None
-        if (found := fingerprint_of(self._network, self._peft_model)) != expected:
-            self._network = self._peft_model = None
-            raise ValueError(f"{self.name} must hold the weights {expected}, as when it was pickled; got {found}")
-        self._expected_fingerprint = None
-
     def _int8_copy(self) -> PreTrainedModel:
         fingerprint = self.fingerprint
         if self._int8 is None or self._int8[0] != fingerprint:
@@ -242,7 +239,7 @@ class CrossEncoder:
         return self._int8[1]
 
 
-def fingerprint_of(network: PreTrainedModel, peft_model: Any = None) -> str:
+def fingerprint_of(network: PreTrainedModel, peft_model: Any) -> str:
     """A digest of a network's weights and its adapter's configuration. It takes a third of a second for BERT-base."""
     state, digest = network.state_dict(), hashlib.sha256()
     if peft_model is not None:

@@ -12,14 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 Encoded = dict[str, list[list[int]]]  # a tokenizer's columns ("input_ids", ...), one list of integers per pair
 
-# How much of a text is tokenized, per token that is read: twice as much as the longest language needs.
-CHARACTERS_PER_TOKEN = 12
-
-# What two consecutive windows of a text share, as a fraction of max_length.
-WINDOW_OVERLAP = 1 / 8
-
-# With more batches per worker than this, an uneven last round hardly matters.
-MAX_BALANCED_BATCHES = 32
+CHARACTERS_PER_TOKEN = 12  # of a text that are tokenized, per token that is read: twice what any language needs
+WINDOW_OVERLAP = 1 / 8  # between consecutive windows of a text, as a fraction of max_length
+MAX_BALANCED_BATCHES = 32  # per worker; with more, an uneven last round hardly matters
 
 
 @dataclass(frozen=True)
@@ -40,16 +35,11 @@ class PairEncoder:
         """Encode pairs, truncated but not padded. Missing values (None, NaN) are read as the empty text."""
         queries, texts, prefixes = self._prepare(queries, texts)
         encoded = self._encode(queries, prefixes)
-        # A prefix of few and long words may be too short to fill the pair.
-        retry = [
-            i
-            for i, (text, prefix) in enumerate(zip(texts, prefixes, strict=True))
-            if len(prefix) < len(text) and len(encoded["input_ids"][i]) < self.max_length
-        ]
-        if retry:
-            for key, values in self._encode([queries[i] for i in retry], [texts[i] for i in retry]).items():
-                for i, value in zip(retry, values, strict=True):
-                    encoded[key][i] = value
+        for i, (query, text, prefix) in enumerate(zip(queries, texts, prefixes, strict=True)):
+            # A prefix of few and long words may be too short to fill the pair.
+            if len(prefix) < len(text) and len(encoded["input_ids"][i]) < self.max_length:
+                for key, (values,) in self._encode([query], [text]).items():
+                    encoded[key][i] = values
         return encoded
 
     def windows(self, queries: Sequence[Any], texts: Sequence[Any]) -> tuple[Encoded, np.ndarray]:
@@ -69,16 +59,21 @@ class PairEncoder:
             raise ValueError(f"passages={self.passages} needs a fast tokenizer; got {type(self.tokenizer).__name__}")
         queries, texts, prefixes = self._prepare(queries, texts)
         encoded, pair = self._encode_windows(queries, prefixes)
+        is_cut = np.array([len(prefix) < len(text) for text, prefix in zip(texts, prefixes, strict=True)], dtype=bool)
         # A prefix whose windows are all read may be too short.
-        counts = np.bincount(pair, minlength=len(texts))
-        if any(
-            len(prefix) < len(text) and count <= self.passages
-            for text, prefix, count in zip(texts, prefixes, counts, strict=True)
-        ):
+        if (is_cut & (np.bincount(pair, minlength=len(texts)) <= self.passages)).any():
             encoded, pair = self._encode_windows(queries, texts)
         position = np.arange(len(pair)) - np.searchsorted(pair, pair)  # of a window in its text
         kept = np.flatnonzero(position < self.passages)
         return {key: [values[i] for i in kept] for key, values in encoded.items()}, pair[kept]
+
+    def pad(self, encoded: Encoded, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
+        """Pad the chosen pairs to tensors [pairs, tokens], the tokens being a multiple of 8 (or `max_length`)."""
+        chosen = {key: [values[i] for i in indices] for key, values in encoded.items()}
+        longest = max(len(ids) for ids in chosen["input_ids"])
+        length = max(longest, min(-(-longest // 8) * 8, self.max_length))  # the model may have no more positions
+        options = {"padding": "max_length", "max_length": length, "return_tensors": "pt", "verbose": False}
+        return dict(self.tokenizer.pad(chosen, **options))
 
     def truncation_rates(self, queries: Sequence[Any], texts: Sequence[Any]) -> tuple[float, float]:
         """The shares (0 to 1) of the given pairs in which the query, and in which the text, is truncated."""
@@ -129,18 +124,14 @@ class PairEncoder:
         blank = text.find(" ", limit, 2 * limit)
         return text if blank < 0 else text[:blank]
 
-    def _encode(self, queries: list[str], texts: list[str]) -> Encoded:
-        return dict(self.tokenizer(queries, texts, truncation="only_second", max_length=self.max_length, verbose=False))
+    def _encode(self, queries: list[str], texts: list[str], **options: Any) -> Encoded:
+        options = {"truncation": "only_second", "max_length": self.max_length, "verbose": False, **options}
+        return dict(self.tokenizer(queries, texts, **options))
 
     def _encode_windows(self, queries: list[str], texts: list[str]) -> tuple[Encoded, np.ndarray]:
         room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True) - self.query_limit
         stride = max(0, min(int(self.max_length * WINDOW_OVERLAP), room - 1))
-        encoded = dict(
-            self.tokenizer(
-                queries, texts, truncation="only_second", max_length=self.max_length, verbose=False,
-                return_overflowing_tokens=True, stride=stride,
-            )
-        )  # fmt: skip
+        encoded = self._encode(queries, texts, return_overflowing_tokens=True, stride=stride)
         return encoded, np.array(encoded.pop("overflow_to_sample_mapping"), dtype=np.int64)
 
 
@@ -155,20 +146,15 @@ def clean(text: Any) -> str:
 def length_batches(
     lengths: Sequence[int] | np.ndarray, *, max_tokens: int, max_pairs: int | None = None
 ) -> list[np.ndarray]:
-    """Batch pairs of similar length, at most `max_tokens` tokens (with padding) in a batch.
+    """Batch the indices of pairs of similar length, with at most `max_tokens` tokens (padding included) per batch.
 
     The longest pairs come first, so that a batch too large for the device fails at once.
-
-    Returns:
-        The indices of each batch's pairs.
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        size = max(1, max_tokens // max(1, int(lengths[order[start]])))
-        stop = start + (min(size, max_pairs) if max_pairs else size)
-        batches.append(order[start:stop])
-        start = stop
+    order, batches = np.argsort(-np.asarray(lengths), kind="stable"), []
+    while len(order):
+        fitting = max(1, max_tokens // max(1, int(lengths[order[0]])))
+        batch, order = np.split(order, [min(fitting, max_pairs or fitting)])
+        batches.append(batch)
     return batches
 
 
@@ -182,11 +168,3 @@ def balance_batches(batches: list[np.ndarray], lengths: np.ndarray, max_tokens: 
         if len(balanced) <= target:
             return balanced
     return batches
-
-
-def pad(
-    tokenizer: PreTrainedTokenizerBase, encoded: Encoded, indices: Sequence[int] | np.ndarray
-) -> dict[str, torch.Tensor]:
-    """Pad the chosen pairs to tensors [pairs, tokens], the number of tokens being a multiple of 8."""
-    chosen = {key: [values[i] for i in indices] for key, values in encoded.items()}
-    return dict(tokenizer.pad(chosen, pad_to_multiple_of=8, return_tensors="pt", verbose=False))

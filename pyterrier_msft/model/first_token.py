@@ -11,13 +11,20 @@ from transformers import PreTrainedModel
 # The attention implementation that training registers for CPUs, see training/cpu.py.
 CPU_ATTENTION = "pyterrier_msft_cpu"
 
-# Model families that score from the first token's state only, and whose layers are built alike.
-FIRST_TOKEN_HEADS = {"bert", "electra", "roberta", "xlm-roberta", "camembert"}
+# Classes of transformers that score from the first token's state only, and whose layers are built alike.
+FIRST_TOKEN_CLASSES = {
+    f"{family}ForSequenceClassification" for family in ("Bert", "Electra", "Roberta", "XLMRoberta", "Camembert")
+}
+
+
+def scores_first_token(model: PreTrainedModel) -> bool:
+    """Whether a model is known to score from its first token only: by its class, since a subclass may do otherwise."""
+    return type(model).__module__.startswith("transformers.") and type(model).__name__ in FIRST_TOKEN_CLASSES
 
 
 def last_layer(model: PreTrainedModel) -> Any:
     """The last layer of a model that scores from its first token only; None for other models or adapted layers."""
-    if model.config.model_type not in FIRST_TOKEN_HEADS:
+    if not scores_first_token(model):
         return None
     layer: Any = model.base_model.encoder.layer[-1]
     attention = layer.attention.self
@@ -33,12 +40,9 @@ def first_token_only(model: PreTrainedModel) -> Iterator[None]:
     of x. Hardly any of the layer's work remains. Other models, and layers with an adapter, stay as they are.
     """
     layer = last_layer(model)
-    # Other attention implementations have masks of another shape. A layer with its own `forward` is patched already.
-    if (
-        layer is None
-        or model.config._attn_implementation not in {"sdpa", "eager", CPU_ATTENTION}
-        or "forward" in vars(layer)
-    ):
+    # Other attention implementations have masks of another shape.
+    has_known_mask = model.config._attn_implementation in {"sdpa", "eager", CPU_ATTENTION}
+    if layer is None or not has_known_mask or "forward" in vars(layer):  # the last: patched already
         yield
         return
 
@@ -56,8 +60,7 @@ def first_token_only(model: PreTrainedModel) -> Iterator[None]:
         weights = attention.dropout(weights.softmax(-1))
         context = torch.einsum("bhe,hde->bhd", weights @ states, value)
         context = context + weights.sum(-1, keepdim=True) * attention.value.bias.unflatten(0, by_head)
-        rows: torch.Tensor = layer.feed_forward_chunk(layer.attention.output(context.flatten(1).unsqueeze(1), first))
-        return rows
+        return layer.feed_forward_chunk(layer.attention.output(context.flatten(1).unsqueeze(1), first))
 
     layer.forward = forward
     try:

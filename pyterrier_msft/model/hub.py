@@ -10,15 +10,11 @@ from huggingface_hub import snapshot_download
 from pyterrier_msft.model.loading import first_line
 
 # What a model is loaded from; repositories hold other formats of the same weights too.
-LOADED_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*.py", "*.md", "*.jinja")
+LOADED_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*.py", "*.md", "*.jinja", "bpe.codes")
 
 
 def fetch(name: str, *, revision: str | None = None, files: Sequence[str] = LOADED_FILES) -> Path:
-    """Download a model from the hub, unless it is in the local cache, and return its folder.
-
-    Raises:
-        ValueError: If there is no such model, or neither a connection nor a cached copy.
-    """
+    """Download a model from the hub, unless it is cached, and return its folder; a ValueError if that fails."""
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*files]))
     except (OSError, ValueError) as error:

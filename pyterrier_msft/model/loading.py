@@ -1,4 +1,9 @@
-"""Load a network with a single score, and its tokenizer, from a hub name or a folder."""
+"""Load a network with a single score, and its tokenizer, from a hub name or a folder.
+
+Supporting a model family: change `load_model` (the class, and which weights belong to a new head), `scoring.forward`
+(where the output has the score), `encoding.PairEncoder` (how a pair becomes tokens) and, for speed only,
+`first_token.FIRST_TOKEN_CLASSES` (if the family scores from the first token).
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,48 +19,38 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 def load_model(
     name: str, *, seed: int, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Tokenizer, bool]:
-    """Load a backbone or a published cross-encoder, with one output.
+    """Load a backbone or a published cross-encoder, its tokenizer, and whether its head is new (untrained).
 
-    Args:
-        name: A folder or a name on the Hugging Face hub.
-        seed: Seed of the random weights of a new head.
-        revision: The hub's branch, tag or commit. None: the default branch.
-        trust_remote_code: Whether to run code that comes with a model.
-
-    Returns:
-        The model in evaluation mode with float32 weights, its tokenizer, and whether its head is new (untrained).
-
-    Raises:
-        ValueError: If the model can't be found, has several labels, or lacks weights below its head.
+    The model is in evaluation mode, with float32 weights. A ValueError says why it can't be used.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     with _explain_errors(name), quiet_transformers():
         config = AutoConfig.from_pretrained(name, **options)
     _check_config(config, name)
     config.num_labels = 1
-    with _explain_errors(name), quiet_transformers():
+    with _explain_errors(name), quiet_transformers(), isolated_rng(seed):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        with isolated_rng(seed):
-            # Pickled weights can run code when they are loaded; safetensors can't.
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                name, config=config, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **options
-            )
-    body = f"{model.base_model_prefix}."
-    # A pooler belongs to the head: BERT's comes with its pre-training task, and many checkpoints leave it out.
-    missing = [key for key in report["missing_keys"] if key.startswith(body) and ".pooler." not in key]
-    if missing:
+        # Pickled weights can run code when they are loaded; safetensors can't.
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, config=config, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **options
+        )
+    prefix, missing = f"{model.base_model_prefix}.", report["missing_keys"]
+    missing_head = [key for key in missing if not key.startswith(prefix)]
+    # Many checkpoints leave out the pooler, which belongs to BERT's pre-training task.
+    lost = [key for key in missing if key.startswith(prefix) and ".pooler." not in key]
+    if lost:
         raise ValueError(
-            f"model must have all weights of its backbone; {len(missing)} are missing in {name!r}, e.g. {missing[0]!r}"
+            f"model must have all weights of its backbone; {len(lost)} are missing in {name!r}, e.g. {lost[0]!r}"
         )
     ensure_pad_token(tokenizer, model, name)
-    return model.eval(), tokenizer, any(not key.startswith(body) for key in report["missing_keys"])
+    return model.eval(), tokenizer, bool(missing_head)
 
 
-def load_tokenizer(model: PreTrainedModel) -> Tokenizer:
+def load_tokenizer(model: PreTrainedModel, *, trust_remote_code: bool = False) -> Tokenizer:
     """Load the tokenizer from where a model in memory was loaded from; a ValueError if there is none."""
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model must have a tokenizer beside it; got a loaded model without one at {model.name_or_path!r}. Save "
@@ -71,9 +66,9 @@ def ensure_pad_token(tokenizer: Tokenizer, model: PreTrainedModel, name: str) ->
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token_id is None:
             raise ValueError(f"tokenizer must have a pad, eos or unk token; got none of them in {name!r}")
-        # Padding on the left would shift the positions of the pair.
+        # Padding on the left shifts positions. Only a tokenizer made for it keeps its side: XLNet scores at the end.
         tokenizer.padding_side = "right"
-    if model.config.pad_token_id is None:  # decoders find the last token, from which they score, by it
+    if model.config.pad_token_id is None:  # decoders score from the last token before the padding
         model.config.pad_token_id = tokenizer.pad_token_id
     size = model.get_input_embeddings().weight.shape[0]
     if (largest := max(tokenizer.get_vocab().values())) >= size:
@@ -132,15 +127,16 @@ def first_line(error: BaseException) -> str:
 
 
 def _check_config(config: transformers.PretrainedConfig, name: str) -> None:
-    architectures = config.architectures or []
-    if any(architecture.endswith(("ForCausalLM", "ForConditionalGeneration")) for architecture in architectures):
-        raise ValueError(
-            f"model must be an encoder or a cross-encoder; got {name!r}, which generates text ({architectures[0]}). "
-            "Re-rankers that score with the probability of a word aren't supported"
-        )
-    classifies = any("SequenceClassification" in architecture for architecture in architectures)
-    if classifies and config.num_labels != 1:
-        raise ValueError(f"model must have one label (a score); got {config.num_labels} labels in {name!r}")
+    for architecture in config.architectures or []:
+        # These may be re-rankers that would silently get a new head. No re-ranker is a ...LMHeadModel: the backbones
+        # of GPT-2 and XLNet are.
+        if architecture.endswith(("ForCausalLM", "ForConditionalGeneration")):
+            raise ValueError(
+                f"model must be a backbone or a cross-encoder; got {name!r}, which generates text ({architecture}). "
+                "Re-rankers that score with the probability of a word aren't supported"
+            )
+        if "SequenceClassification" in architecture and config.num_labels != 1:
+            raise ValueError(f"model must have one label (a score); got {config.num_labels} labels in {name!r}")
 
 
 @contextlib.contextmanager

@@ -68,10 +68,7 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
 
     Weights are quantized per channel, inputs dynamically. Faster on processors with VNNI or AMX, with rounded scores.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch moves this API to another package
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", UserWarning)
+    with warnings.catch_warnings(action="ignore"):  # torch moves this API to another package
         layer = last_layer(model)  # `first_token_only` reads the weights of its keys and values
         kept = {layer.attention.self.key, layer.attention.self.value} if layer is not None else set()
         settings = {
@@ -79,8 +76,7 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear) and module not in kept
         }
-        copy: PreTrainedModel = torch.ao.quantization.quantize_dynamic(model, settings)
-    return copy.eval()
+        return torch.ao.quantization.quantize_dynamic(model, settings).eval()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:

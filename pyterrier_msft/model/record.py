@@ -51,6 +51,11 @@ class StageRecord(_Record):
         return self.fitter.partition("(")[0]
 
     @property
+    def updates(self) -> int:
+        """The last step of the history."""
+        return self.history[-1]["step"] if self.history else 0
+
+    @property
     def metrics(self) -> dict[str, float]:
         """The best value of each validation metric."""
         columns = {name for row in self.history for name in row} - {*HISTORY_START, *HISTORY_END}
@@ -72,11 +77,7 @@ class ModelRecord(_Record):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read a record and those of its stages."""
         record = super().from_dict(values)
-        stages = [dict(stage) for stage in values.get("stages") or ()]
-        # Early versions kept the data reports in a list of their own.
-        for stage, report in zip(stages, values.get("reports") or (), strict=False):
-            stage.setdefault("data_report", report)
-        record.stages = [StageRecord.from_dict(stage) for stage in stages]
+        record.stages = [StageRecord.from_dict(stage) for stage in values.get("stages") or ()]
         return record
 
     @classmethod
@@ -92,14 +93,9 @@ class ModelRecord(_Record):
 
 def history_frame(stages: Sequence[StageRecord]) -> pd.DataFrame:
     """Put the histories of all stages into one frame, with the stage's number and fitter in each row."""
-    rows = [
-        {"stage": number, "fitter": stage.objective, **row}
-        for number, stage in enumerate(stages, 1)
-        for row in stage.history
-    ]
-    frame = pd.DataFrame(rows, columns=None if rows else [*HISTORY_START, *HISTORY_END])
-    metrics = [name for name in frame.columns if name not in {*HISTORY_START, *HISTORY_END}]
-    return frame[[*HISTORY_START, *metrics, *HISTORY_END]]
+    rows = [{"stage": number, "fitter": s.objective, **row} for number, s in enumerate(stages, 1) for row in s.history]
+    metrics = dict.fromkeys(name for row in rows for name in row if name not in {*HISTORY_START, *HISTORY_END})
+    return pd.DataFrame(rows, columns=[*HISTORY_START, *metrics, *HISTORY_END])
 
 
 def library_versions() -> dict[str, str]:

@@ -1,7 +1,4 @@
-"""Score (query, text) pairs in batches.
-
-Training and `transform` share this code, so that both read a pair in the same way.
-"""
+"""Score (query, text) pairs in batches, for `transform` and for validation alike."""
 
 import contextlib
 import logging
@@ -15,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from pyterrier_msft.model.encoding import Encoded, PairEncoder, balance_batches, length_batches, pad
+from pyterrier_msft.model.encoding import Encoded, PairEncoder, balance_batches, length_batches
 from pyterrier_msft.model.first_token import first_token_only
 from pyterrier_msft.model.loading import quiet_transformers
 from pyterrier_msft.model.precision import autocast
@@ -24,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 # Pairs tokenized and sorted by length at a time: enough for batches with hardly any padding, and a bound on memory.
 PAIRS_PER_BLOCK = 8192
-
 # Tokens per forward pass: a CPU's caches are small, and a GPU needs much work per launch.
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 65536}
 UNLIMITED = 2**62
@@ -32,30 +28,17 @@ UNLIMITED = 2**62
 
 def forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Compute one float32 score per pair, [pairs]."""
-    logits: torch.Tensor = model(**batch).logits
-    return logits.float().squeeze(-1)
+    return model(**batch).logits.float().squeeze(-1)
 
 
 def score_pairs(
     model: PreTrainedModel, encoder: PairEncoder, queries: Sequence[Any], texts: Sequence[Any], *, dtype: torch.dtype,
     batch_size: int | None = None, progress: Callable[[int], Any] | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Score each pair, in the order given.
+    """Compute the model's raw score of each pair, float32 [pairs].
 
     A pair read in several windows gets the score of the best one (MaxP: Dai and Callan, SIGIR 2019). A batch that
-    doesn't fit the device's memory is halved.
-
-    Args:
-        model: A cross-encoder with one output, on the device to compute on.
-        encoder: How pairs become tokens.
-        queries: One query per pair.
-        texts: One text per pair.
-        dtype: The precision to compute in.
-        batch_size: Pairs (or windows) per forward pass. None: as many as the device's budget of tokens allows.
-        progress: Called with the number of pairs scored since the last call.
-
-    Returns:
-        The model's raw scores, float32 [pairs].
+    doesn't fit the device's memory is halved. `progress` is called with the number of pairs scored since the last call.
     """
     scorer = _Scorer(model, encoder, len(queries), dtype=dtype, batch_size=batch_size, progress=progress)
     was_training = model.training
@@ -80,7 +63,7 @@ class _Scorer:
         batch_size: int | None, progress: Callable[[int], Any] | None,
     ) -> None:  # fmt: skip
         self.scores = np.full(n_pairs, -np.inf, dtype=np.float32)
-        self.model, self.tokenizer, self.dtype, self.batch_size = model, encoder.tokenizer, dtype, batch_size
+        self.model, self.encoder, self.dtype, self.batch_size = model, encoder, dtype, batch_size
         self.device = next(model.parameters()).device
         budget = TOKENS_PER_PASS.get(self.device.type, TOKENS_PER_PASS["cpu"])
         self.max_tokens = budget if batch_size is None else UNLIMITED
@@ -91,7 +74,7 @@ class _Scorer:
         """Score windows, `pair` being the index of each one's pair."""
         self.encoded, self.pair = encoded, pair
         self.lengths = np.array([len(ids) for ids in encoded["input_ids"]])
-        batches = self._batch(self.lengths)
+        batches = length_batches(self.lengths, max_tokens=self.max_tokens, max_pairs=self.batch_size)
         if self.device.type == "cpu" and self.batch_size is None and len(batches) > 1:
             batches = balance_batches(batches, self.lengths, self.max_tokens, torch.get_num_threads())
         self.queue = deque(batches)
@@ -108,9 +91,6 @@ class _Scorer:
                 self.queue.clear()
                 raise
 
-    def _batch(self, lengths: np.ndarray) -> list[np.ndarray]:
-        return length_batches(lengths, max_tokens=self.max_tokens, max_pairs=self.batch_size)
-
     def _work(self) -> None:
         """Score batches from the queue until it is empty."""
         with torch.inference_mode(), autocast(self.device, self.dtype):
@@ -122,18 +102,20 @@ class _Scorer:
                 self._score_batch(indices)
 
     def _score_batch(self, indices: np.ndarray) -> None:
-        batch = {key: value.to(self.device) for key, value in pad(self.tokenizer, self.encoded, indices).items()}
+        batch = {key: value.to(self.device) for key, value in self.encoder.pad(self.encoded, indices).items()}
         try:
             found = forward(self.model, batch).cpu().numpy()
         except RuntimeError as error:
             if not is_out_of_memory(error) or len(indices) == 1:
                 raise
-            logger.warning("Out of memory with %d pairs per pass; continuing with half as many", len(indices))
+            logger.warning("out of memory with %d pairs per pass; continuing with %d", len(indices), len(indices) // 2)
             with self.lock:
                 self.max_tokens = min(self.max_tokens, batch["input_ids"].numel() // 2)
                 remaining = np.concatenate([indices, *self.queue])
                 self.queue.clear()
-                self.queue.extend(remaining[part] for part in self._batch(self.lengths[remaining]))
+                lengths = self.lengths[remaining]
+                parts = length_batches(lengths, max_tokens=self.max_tokens, max_pairs=self.batch_size)
+                self.queue.extend(remaining[part] for part in parts)
             return
         with self.lock:
             np.maximum.at(self.scores, self.pair[indices], found)
@@ -153,5 +135,6 @@ def core_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that the device's memory is exhausted; on a CPU, only torch's message tells."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    """Whether an error says that the device's memory is exhausted; not every device has a class of error for that."""
+    message = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in message or "allocate memory" in message

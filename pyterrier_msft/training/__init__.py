@@ -1,4 +1,4 @@
-"""Groups, a loss and a cross-encoder to a trained one."""
+"""Trains a cross-encoder on groups of documents with a listwise loss."""
 
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 

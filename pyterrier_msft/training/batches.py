@@ -10,13 +10,13 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from pyterrier_msft.data.groups import Group, Groups
-from pyterrier_msft.model.encoding import PairEncoder, balance_batches, length_batches, pad
+from pyterrier_msft.model.encoding import PairEncoder, balance_batches, length_batches
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 
 # Tokens per forward pass; fewer passes are faster on a GPU, smaller ones fit a CPU's caches.
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 65536}
-MIN_TOKENS_PER_WORKER = 512  # below which a thread costs more than it saves
+MIN_TOKENS_PER_THREAD = 512  # below which a thread costs more than it saves
 # Batches among which queries are sorted by length: more of them save padding and make batches less random.
 SORTED_BATCHES = 16
 # The epoch of a group that pads a batch: a rank without a query scores one text that has no part in the loss.
@@ -33,27 +33,25 @@ class BatchSchedule(Sampler[list[GroupIndex]]):
     Attributes:
         updates: Number of updates of the weights.
         eval_every: Updates between validations (and checkpoints).
-        batches_per_epoch: Number of batches in which each query is seen once.
+        updates_per_epoch: Number of updates in which each query is seen once.
     """
 
     def __init__(self, groups: Groups, hyperparameters: Hyperparameters) -> None:
-        self.seed, self.batch_size = hyperparameters.seed, hyperparameters.batch_size
+        self.seed = hyperparameters.seed
+        self.batch_size = hyperparameters.batch_size * hyperparameters.gradient_accumulation  # queries per update
         self.lengths = groups.lengths()  # (queries,) characters
-        self.batches_per_epoch = math.ceil(len(groups) / self.batch_size)
-        accumulation = hyperparameters.gradient_accumulation
-        batches = max(1, math.ceil(self.batches_per_epoch * hyperparameters.epochs))
-        self.updates = hyperparameters.max_steps or math.ceil(batches / accumulation)
-        self.total = self.updates * accumulation if hyperparameters.max_steps else batches
+        self.updates_per_epoch = math.ceil(len(groups) / self.batch_size)
+        self.updates = hyperparameters.max_steps or max(1, math.ceil(self.updates_per_epoch * hyperparameters.epochs))
         self.eval_every = hyperparameters.eval_every or max(1, self.updates // 10)
 
     def __len__(self) -> int:
-        return self.total
+        return self.updates
 
     def __iter__(self) -> Iterator[list[GroupIndex]]:
         """Iterate over this rank's share of each batch."""
         rank, world_size = distributed.rank(), distributed.world_size()
-        for number in range(self.total):
-            epoch, place = divmod(number, self.batches_per_epoch)
+        for number in range(self.updates):
+            epoch, place = divmod(number, self.updates_per_epoch)
             if place == 0:
                 batches = self._epoch_batches(epoch)
             batch = batches[place]
@@ -84,9 +82,6 @@ class GroupDataset(Dataset[Group]):
             for group, (_, epoch) in zip(groups, indices, strict=True)
         ]
 
-    def __getitem__(self, index: GroupIndex) -> Group:
-        return self.__getitems__([index])[0]
-
     def __len__(self) -> int:
         return len(self.groups)
 
@@ -103,18 +98,12 @@ class Collator:
     - labels: [G, L] float;
     - mask: [G, L] bool, True for a document;
     - qids: the G queries' ids.
-
-    Args:
-        encoder: The encoder of pairs.
-        max_tokens: Largest number of tokens in a chunk.
-        max_pairs: Largest number of pairs in a chunk. None: no limit.
-        workers: Number of threads that should have chunks of like size.
     """
 
     encoder: PairEncoder
-    max_tokens: int
-    max_pairs: int | None
-    workers: int = 1
+    max_tokens: int  # per chunk
+    max_pairs: int | None  # per chunk
+    threads: int = 1  # to balance the chunks for; not with `max_pairs`, whose chunks are computed in turn
 
     def __call__(self, groups: list[Group]) -> dict[str, Any]:
         """Turn groups into a batch."""
@@ -132,7 +121,7 @@ class Collator:
         chunks = self._chunks(np.array([len(ids) for ids in encoded["input_ids"]]))
         slots = is_scored.flatten().nonzero().squeeze(-1)[torch.from_numpy(document)]
         return {
-            "chunks": [pad(self.encoder.tokenizer, encoded, chunk) for chunk in chunks],
+            "chunks": [self.encoder.pad(encoded, chunk) for chunk in chunks],
             "slots": slots[torch.from_numpy(np.concatenate(chunks))],
             "labels": labels,
             "mask": mask,
@@ -141,7 +130,7 @@ class Collator:
 
     def _chunks(self, lengths: np.ndarray) -> list[np.ndarray]:
         chunks = length_batches(lengths, max_tokens=self.max_tokens, max_pairs=self.max_pairs)
-        workers = min(self.workers, int(lengths.sum()) // MIN_TOKENS_PER_WORKER)
-        if workers > 1 and self.max_pairs is None:
-            return balance_batches(chunks, lengths, self.max_tokens, workers)
+        threads = min(self.threads, int(lengths.sum()) // MIN_TOKENS_PER_THREAD)
+        if threads > 1 and self.max_pairs is None:
+            return balance_batches(chunks, lengths, self.max_tokens, threads)
         return chunks

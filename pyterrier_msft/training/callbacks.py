@@ -21,7 +21,7 @@ from pyterrier_msft.training.batches import BatchSchedule
 from pyterrier_msft.training.checkpoints import Checkpoint
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 
-# A resumed run loses at most this much work. Of one process alone: several would have to agree at every step.
+# A resumed run loses at most this much work.
 SECONDS_BETWEEN_CHECKPOINTS = 900
 # Scores of a query's documents that differ by less are equal for ranking; logits are of order 1.
 COLLAPSED_SPREAD = 1e-3
@@ -31,20 +31,14 @@ class HistoryCallback(TrainerCallback, ExportableState):
     """Log some fifty times per training run, append each to the history, and show the progress bar if `verbose`."""
 
     def __init__(
-        self,
-        history: list[dict[str, Any]],
-        schedule: BatchSchedule,
-        hyperparameters: Hyperparameters,
-        *,
-        verbose: bool,
+        self, history: list[dict[str, Any]], schedule: BatchSchedule, hyperparameters: Hyperparameters, *, verbose: bool
     ) -> None:
         self.history, self.schedule = history, schedule
-        self.accumulation = hyperparameters.gradient_accumulation
         self.metric = str(hyperparameters.metric)
         self.log_every = max(1, min(schedule.eval_every, schedule.updates // 50))
         self.first_row = len(history)
-        self.pairs: torch.Tensor | int = 0  # since the last row, over all ranks; on the device, which isn't waited for
-        self.seconds_before = 0.0  # a resume
+        self.pairs: torch.Tensor | int = 0  # since the last row
+        self.seconds_before = 0.0  # in the run that is resumed
         self.started = self.last_row_at = time.monotonic()
         self.bar = pt.tqdm(total=schedule.updates, desc="training", unit="step") if verbose else None
 
@@ -58,6 +52,10 @@ class HistoryCallback(TrainerCallback, ExportableState):
         self.history.extend(attributes["rows"])
         self.seconds_before = attributes["seconds"]
 
+    def count_pairs(self, pairs: torch.Tensor) -> None:
+        """Count the pairs that were trained on, over all ranks."""
+        self.pairs = self.pairs + pairs
+
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_log |= is_due(state.global_step, self.log_every, self.schedule)
         # A checkpoint's history must hold the loss up to its step.
@@ -69,10 +67,9 @@ class HistoryCallback(TrainerCallback, ExportableState):
         if not logs or "loss" not in logs:
             return  # validation, or Trainer's summary
         now = time.monotonic()
-        batches = min(state.global_step * self.accumulation, len(self.schedule))
         row = {
             "step": state.global_step,
-            "epoch": batches / self.schedule.batches_per_epoch,
+            "epoch": state.global_step / self.schedule.updates_per_epoch,
             "loss": float(logs["loss"]),
             "learning_rate": float(logs["learning_rate"]),
             "seconds": self._seconds(),
@@ -143,7 +140,6 @@ class BestWeightsCallback(TrainerCallback, ExportableState):
         else:
             self.evals_without_improvement += 1
             control.should_training_stop |= self.out_of_patience
-            control.should_save |= self.out_of_patience
 
 
 class CheckpointCallback(TrainerCallback, ExportableState):
@@ -169,7 +165,10 @@ class CheckpointCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_save |= is_due(state.global_step, self.schedule.eval_every, self.schedule)
         is_overdue = time.monotonic() - self.saved_at > SECONDS_BETWEEN_CHECKPOINTS
-        control.should_save |= is_overdue and distributed.world_size() == 1
+        control.should_save |= distributed.all_reduce_max(int(is_overdue)) > 0  # ranks save together
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_save |= control.should_training_stop
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.saved_at = time.monotonic()
@@ -184,7 +183,7 @@ class CollapseCallback(TrainerCallback):
         self.collapse_reported = False
 
     def observe(self, scores: torch.Tensor, mask: torch.Tensor) -> None:
-        """Note by how much the scores, [G, L], of the median list differ; on the device, which isn't waited for."""
+        """Note by how much the scores, [G, L], of the median list differ, without synchronizing the device."""
         low = scores.masked_fill(~mask, math.inf).amin(-1)
         high = scores.masked_fill(~mask, -math.inf).amax(-1)
         # The median, so that a list of one document, or one that is learned already, doesn't hide the rest.

@@ -20,15 +20,10 @@ BEST_WEIGHTS_NAME = "best.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint.
-
-    Args:
-        path: Its folder.
-        callbacks: What each of our callbacks exported, by the name of its class.
-    """
+    """A complete checkpoint."""
 
     path: Path
-    callbacks: Mapping[str, dict[str, Any]]
+    callbacks: Mapping[str, dict[str, Any]]  # what each of our callbacks exported, by the name of its class
 
     @property
     def identity(self) -> dict[str, str]:
@@ -48,27 +43,31 @@ class Checkpoint:
 
 
 def newest_checkpoint(folder: str | Path) -> Checkpoint | None:
-    """Find the newest complete checkpoint in a folder; None if there is none.
+    """Find the newest complete checkpoint in a folder; None if there is none."""
+    paths = sorted(Path(folder).glob("checkpoint-*"), key=_step, reverse=True)
+    return next((checkpoint for path in paths if (checkpoint := read_checkpoint(path)) is not None), None)
 
-    Trainer's state is written last, so a checkpoint whose state can be read has everything else, but for the random
-    states of other ranks.
+
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """Read a checkpoint; None if writing it was interrupted.
+
+    Trainer's state is written last, so a checkpoint with a state has everything else, but for the random states of
+    other ranks.
     """
-    for path in sorted(Path(folder).glob("checkpoint-*"), key=_step, reverse=True):
-        try:
-            state = json.loads((path / TRAINER_STATE_NAME).read_text())
-            callbacks = {
-                name: content["attributes"]
-                for name, content in state["stateful_callbacks"].items()
-                if isinstance(content, dict)
-            }
-        except (OSError, ValueError, KeyError):
-            continue  # writing it was interrupted
-        checkpoint = Checkpoint(path, callbacks)
-        random_states = _random_state_names(checkpoint.world_size)
+    try:
+        state = json.loads((path / TRAINER_STATE_NAME).read_text())
+        exported = state["stateful_callbacks"].items()
+    except (OSError, ValueError, KeyError):
+        return None
+    callbacks = {name: content["attributes"] for name, content in exported if isinstance(content, dict)}
+    checkpoint = Checkpoint(path, callbacks)
+    if "CheckpointCallback" in callbacks:  # else another program's: complete or not, it isn't ours to delete
+        ranks = [""] if checkpoint.world_size == 1 else [f"_{rank}" for rank in range(checkpoint.world_size)]
+        random_states = [f"rng_state{rank}.pth" for rank in ranks]
         needed = (SAFE_WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, *random_states)
-        if all((path / name).is_file() for name in needed):
-            return checkpoint
-    return None
+        if not all((path / name).is_file() for name in needed):
+            return None
+    return checkpoint
 
 
 def checkpoint_identity(checkpoint_dir: str | Path | None) -> dict[str, str]:
@@ -78,7 +77,7 @@ def checkpoint_identity(checkpoint_dir: str | Path | None) -> dict[str, str]:
 
 
 def checkpoint_to_resume(folder: Path, identity: Mapping[str, str]) -> Checkpoint | None:
-    """Find the checkpoint to resume from, the same one on all ranks, and delete incomplete ones.
+    """Find the checkpoint to resume from, the same one on all ranks, and delete incomplete ones beside it.
 
     Raises:
         ValueError: If it belongs to another training run; the message names what differs.
@@ -100,7 +99,7 @@ def checkpoint_to_resume(folder: Path, identity: Mapping[str, str]) -> Checkpoin
                 "another checkpoint_dir, or delete this one"
             )
         for path in folder.glob("checkpoint-*"):
-            if path != newest.path:
+            if read_checkpoint(path) is None:
                 shutil.rmtree(path, ignore_errors=True)
         return newest
 
@@ -131,7 +130,3 @@ def check_writable(folder: str | Path, name: str) -> Path:
 def _step(checkpoint: Path) -> int:
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
-
-
-def _random_state_names(world_size: int) -> list[str]:
-    return ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]

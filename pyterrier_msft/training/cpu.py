@@ -1,8 +1,7 @@
 """What makes training faster on a CPU: dropout, attention, and one chunk per thread.
 
 Together 1.5 times as fast as torch's own on 2 cores with bfloat16 in hardware, at MiniLM's own dropout of 0.1.
-`benchmarks/training.py` measures it. Nothing else depends on this module: without it, training gives equally good
-weights, with other dropout masks.
+`benchmarks/training.py` measures it. Without it, training gives equally good weights, with other dropout masks.
 """
 
 import pickle
@@ -17,21 +16,21 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from pyterrier_msft.model.first_token import CPU_ATTENTION, FIRST_TOKEN_HEADS
+from pyterrier_msft.model.first_token import CPU_ATTENTION, scores_first_token
 from pyterrier_msft.model.scoring import core_pool, forward
 from pyterrier_msft.training.gradient_cache import Chunk, ScoreGrads
 
-MAX_WORKERS = 8
-MAX_GRADIENT_BYTES = 2 * 2**30  # of all workers, each of which holds gradients of its own
+MAX_THREADS = 8
+MAX_GRADIENT_BYTES = 2 * 2**30  # of all threads, each of which holds gradients of its own
 
 
 # ---- one chunk per thread
 
 
-def max_workers(network: PreTrainedModel) -> int:
+def max_threads(network: PreTrainedModel) -> int:
     """Return how many threads may compute chunks of their own."""
     gradients = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
-    return max(1, min(MAX_WORKERS, MAX_GRADIENT_BYTES // max(1, gradients), torch.get_num_threads()))
+    return max(1, min(MAX_THREADS, MAX_GRADIENT_BYTES // max(1, gradients), torch.get_num_threads()))
 
 
 def supports_threads(model: torch.nn.Module, chunk: Chunk) -> bool:
@@ -53,7 +52,7 @@ def supports_threads(model: torch.nn.Module, chunk: Chunk) -> bool:
 
 
 def threaded_step(
-    model: torch.nn.Module, chunks: Sequence[Chunk], loss_and_score_grads: ScoreGrads, workers: int
+    model: torch.nn.Module, chunks: Sequence[Chunk], loss_and_score_grads: ScoreGrads, threads: int
 ) -> torch.Tensor:
     """Add the gradient of a step to the parameters' `grad`, with a thread for each chunk.
 
@@ -65,16 +64,16 @@ def threaded_step(
     """
     seeds = torch.randint(2**62, (len(chunks),)).tolist()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    workers = min(workers, len(chunks))
+    threads = min(threads, len(chunks))
 
     def backward_chunk(scores: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return torch.autograd.grad(scores, parameters, grad, allow_unused=True)
 
-    with core_pool(workers) as pool:
+    with core_pool(threads) as pool:
         scores = list(pool.map(partial(_forward_with_seed, model), chunks, seeds))
         loss, score_grads = loss_and_score_grads(scores)
-        for start in range(0, len(chunks), workers):  # no more chunks than workers hold their gradients
-            window = slice(start, start + workers)
+        for start in range(0, len(chunks), threads):  # no more chunks than threads hold their gradients
+            window = slice(start, start + threads)
             for grads in pool.map(backward_chunk, scores[window], score_grads[window]):
                 _add_grads(parameters, grads)
             del grads
@@ -116,7 +115,7 @@ def patch_for_cpu(network: PreTrainedModel, dtype: torch.dtype) -> None:
         module.forward = partial(_dropout, module)  # type: ignore[method-assign]
     if network.config._attn_implementation != "sdpa":
         return
-    if dropouts and network.config.model_type in FIRST_TOKEN_HEADS:
+    if dropouts and scores_first_token(network):
         network.set_attn_implementation(CPU_ATTENTION)
     elif not dropouts and dtype == torch.bfloat16:
         network.set_attn_implementation("eager")

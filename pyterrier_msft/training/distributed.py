@@ -38,8 +38,7 @@ def init_process_group() -> None:
 
 def wait_for_everyone() -> None:
     """Block until all ranks get here."""
-    init_process_group()
-    PartialState().wait_for_everyone()
+    gather_objects(None)
 
 
 def gather_objects(value: T) -> list[T]:
@@ -91,12 +90,7 @@ def gather_lists(
     """Gather the lists of all ranks, so that each computes the loss of the whole batch.
 
     A mean over pairs isn't the mean of the ranks' means, so a loss per rank would depend on their number. Gradients
-    flow to this rank's scores alone.
-
-    Args:
-        scores: [G, L] of this rank, like `labels` and `mask`.
-        labels: The labels.
-        mask: The mask. A row without a document is padding and is left out.
+    flow to this rank's scores alone. All are [G, L]; a row without a document is padding and is left out.
 
     Returns:
         Those of all ranks in the order of the batch, whose (n * world_size + r)-th list is the n-th of rank r.

@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from pyterrier_msft.model.scoring import forward
+from pyterrier_msft.model.scoring import UNLIMITED, forward
 
 Chunk = dict[str, torch.Tensor]  # the token ids (and masks) of some pairs, each [pairs, tokens]
 ScoreGrads = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, Sequence[torch.Tensor]]]
-"""The scores of each chunk to the loss, and to its gradient at the scores of each chunk."""
+"""Computes the loss from the scores of each chunk, and its gradient at the scores of each chunk."""
 
 # On a CPU a process that needs too much memory is killed, where a GPU raises an error that training recovers from.
 # With weights, gradients and AdamW's moments of a BERT-base beside it, this fits a machine of 8 GB.
@@ -40,12 +40,14 @@ def gradient_cache_step(
             scores.append(forward(model, chunk))
     end = _random_state(device)
     loss, score_grads = loss_and_score_grads(scores)
-    for number, (chunk, state, grad) in enumerate(zip(chunks, states, score_grads, strict=True), 1):
-        _set_random_state(state, device)
-        is_last = number == len(chunks)  # the only one at which DDP exchanges gradients
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-            accelerator.backward((forward(model, chunk) * grad).sum())
-    _set_random_state(end, device)
+    try:
+        for number, (chunk, state, grad) in enumerate(zip(chunks, states, score_grads, strict=True), 1):
+            _set_random_state(state, device)
+            is_last = number == len(chunks)  # the only one after which DDP exchanges gradients
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+                accelerator.backward((forward(model, chunk) * grad).sum())
+    finally:
+        _set_random_state(end, device)
     return loss
 
 
@@ -60,23 +62,18 @@ def split_chunks(chunks: Sequence[Chunk], max_pairs: int | None) -> list[Chunk]:
     ]
 
 
-def max_tokens_with_graph(
-    network: PreTrainedModel, dtype: torch.dtype, *, max_length: int, device: torch.device
-) -> int:
-    """Estimate how many tokens' activations of all layers may be held at once; no limit but on a CPU.
+def max_graph_tokens(network: PreTrainedModel, dtype: torch.dtype, *, max_length: int, device: torch.device) -> int:
+    """Estimate how many tokens' activations of all layers may be held at once on a CPU; no limit elsewhere.
 
     Per token and layer, 17 numbers for each hidden unit, and 2.5 for each head and token attended to (Korthikanti et
     al., MLSys 2023).
     """
     config = network.config
-    try:
-        numbers = 17 * config.hidden_size + 2.5 * config.num_attention_heads * max_length
-        layers = config.num_hidden_layers
-    except AttributeError:  # a family that names them otherwise
-        return 2**62
-    if device.type != "cpu":
-        return 2**62
-    return max(max_length, int(MAX_ACTIVATION_BYTES / (layers * numbers * dtype.itemsize)))
+    names = ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    if device.type != "cpu" or not all(hasattr(config, name) for name in names):
+        return UNLIMITED
+    numbers = 17 * config.hidden_size + 2.5 * config.num_attention_heads * max_length
+    return max(max_length, int(MAX_ACTIVATION_BYTES / (config.num_hidden_layers * numbers * dtype.itemsize)))
 
 
 def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -2,28 +2,36 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
 import ir_measures
 from ir_measures import nDCG
 
-# Arguments of `transformers.TrainingArguments` that have a name of their own here.
-OWN_NAMES = {
+# Arguments of `transformers.TrainingArguments` that are set elsewhere, and by what.
+SET_ELSEWHERE = {
+    "bf16": "MonoCE's dtype",
+    "fp16": "MonoCE's dtype",
     "gradient_accumulation_steps": "gradient_accumulation",
     "learning_rate": "learning_rate",
     "max_grad_norm": "clip_norm",
     "max_steps": "max_steps",
     "num_train_epochs": "epochs",
-    "output_dir": "checkpoint_dir (of fit)",
+    "output_dir": "checkpoint_dir of fit",
     "per_device_train_batch_size": "batch_size",
     "seed": "seed",
+    "use_cpu": "MonoCE's device",
     "warmup_ratio": "warmup",
     "warmup_steps": "warmup",
     "weight_decay": "weight_decay",
 }
-UNSUPPORTED = ("deepspeed", "fsdp", "fsdp_config")
+# Those that this package's training can't work with.
+UNSUPPORTED = (
+    "deepspeed", "disable_tqdm", "eval_on_start", "eval_strategy", "fsdp", "fsdp_config", "load_best_model_at_end",
+    "logging_nan_inf_filter", "logging_strategy", "remove_unused_columns", "restore_callback_states_from_checkpoint",
+    "save_only_model", "save_strategy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +42,13 @@ class Hyperparameters:
         learning_rate: Peak learning rate of AdamW; it decays linearly to 0.
         epochs: Number of times that each query is seen.
         max_steps: Number of updates; overrides `epochs`.
-        batch_size: Queries per step, over all processes, so that the number of GPUs doesn't change the result (but
+        batch_size: Queries per update, over all processes, so that the number of GPUs doesn't change the result (but
             for the random numbers of dropout).
-        gradient_accumulation: Steps whose gradients are averaged for one update.
-        pairs_per_pass: Largest number of query-document pairs whose activations are held in memory. A step with more
-            costs one extra forward pass; the gradient is unchanged (gradient caching: Gao et al., RepL4NLP 2021).
-            None: no limit, until memory runs out.
+        gradient_accumulation: Multiplies the queries per update: `batch_size` times as many, in the memory that
+            `batch_size` needs. For every loss the gradient is that of one large batch, by gradient caching.
+        pairs_per_pass: Largest number of query-document pairs (or windows, with `passages`) whose activations are held
+            in memory. A batch with more costs one extra forward pass; the gradient is unchanged (gradient caching: Gao
+            et al., RepL4NLP 2021). None: on a CPU, as many as take 4 GiB by an estimate; on a GPU, as many as fit.
         warmup: Updates during which the learning rate rises from 0; below 1, a fraction of all updates.
         weight_decay: Weight decay of AdamW.
         clip_norm: Maximum norm of the gradient. None: no clipping.
@@ -119,10 +128,14 @@ def _check_trainer_args(trainer_args: Any) -> None:
     if not isinstance(trainer_args, Mapping):
         raise ValueError(f"trainer_args must be a dictionary; got {type(trainer_args).__name__}")
     for name in trainer_args:
-        if name in OWN_NAMES:
-            raise ValueError(f"trainer_args must not set {name!r}. Use {OWN_NAMES[name]} instead")
-        if name in UNSUPPORTED and trainer_args[name]:
-            raise ValueError(
-                f"trainer_args must not set {name!r}: the weights of an encoder fit one GPU. Run the script with "
-                "torchrun to train on several GPUs, or train fewer weights with MonoCE(..., adapter=LoraConfig(...))"
-            )
+        if name in SET_ELSEWHERE:
+            raise ValueError(f"trainer_args must not set {name!r}. Use {SET_ELSEWHERE[name]} instead")
+        if name in UNSUPPORTED:
+            sharding = "; the weights of an encoder fit one GPU. Run the script with torchrun to train on several GPUs"
+            hint = sharding if name in {"deepspeed", "fsdp", "fsdp_config"} else ""
+            raise ValueError(f"trainer_args must not set {name!r}, which isn't supported{hint}")
+    if trainer_args:
+        from transformers import TrainingArguments  # takes seconds
+
+        if unknown := trainer_args.keys() - {f.name for f in fields(TrainingArguments)}:
+            raise ValueError(f"trainer_args must be arguments of transformers.TrainingArguments; got {min(unknown)!r}")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from transformers import PreTrainedModel
 
 from pyterrier_msft.notices import warn
@@ -23,7 +23,7 @@ def preserve_global_state() -> Iterator[None]:
     `Accelerator`, which the next one would take over.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    accelerator_state = dict(AcceleratorState._shared_state)
+    shared_states = [(owner, dict(owner._shared_state)) for owner in (AcceleratorState, GradientState)]
     environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     with torch.random.fork_rng():
         try:
@@ -31,8 +31,9 @@ def preserve_global_state() -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
-            AcceleratorState._shared_state.clear()
-            AcceleratorState._shared_state.update(accelerator_state)
+            for owner, shared_state in shared_states:
+                owner._shared_state.clear()
+                owner._shared_state.update(shared_state)
             for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
                 del os.environ[name]
             os.environ.update(environment)
@@ -69,6 +70,9 @@ def training_mode(network: PreTrainedModel, hyperparameters: Hyperparameters, dt
             parameter.grad = None
         if network.config._attn_implementation != attention:
             network.set_attn_implementation(attention)
+        if any(getattr(module, "gradient_checkpointing", False) for module in network.modules()):
+            network.gradient_checkpointing_disable()
+            network.disable_input_require_grads()
 
 
 def _freeze_position_embeddings(network: PreTrainedModel) -> None:

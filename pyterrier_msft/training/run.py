@@ -44,17 +44,9 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train a cross-encoder in place, on its device and in its precision; weights and loss are float32.
 
-    Args:
-        model: The cross-encoder.
-        encoder: The encoder of pairs.
-        groups: What to learn from.
-        loss: The loss.
-        hyperparameters: The settings.
-        validation: If given, the best weights by its metric remain, and `patience` applies.
-        checkpoint_dir: Folder of checkpoints; an interrupted run is resumed from its newest one.
-        identity: What determines the result, by name; a checkpoint of another identity is refused.
-        history: A list to append rows to as they come, so that an interruption leaves them. None: a new list.
-        verbose: Whether to show a progress bar.
+    With `validation`, the best weights by its metric remain, and `patience` applies. A run with a `checkpoint_dir` is
+    resumed from its newest checkpoint, if that has the same `identity`: what determines the result, by name. Rows are
+    appended to `history` as they come, so that an interruption leaves them.
 
     Returns:
         The history, a dictionary for each logged step.
@@ -65,6 +57,7 @@ def train(
     """
     history, identity = [] if history is None else history, dict(identity or {})
     network, dtype = model.network, model.training_dtype
+    model.mark_changed()
     schedule = BatchSchedule(groups, hyperparameters)
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_global_state())
@@ -83,6 +76,8 @@ def train(
             identity=None if checkpoint_dir is None else identity, args=arguments,
         )  # fmt: skip
         stack.callback(trainer.rows.close)
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError("training with FSDP or DeepSpeed isn't supported. Run the script with torchrun")
         if checkpoint_dir is None:
             _keep_tensorboard_events(trainer)
             _run(trainer)
@@ -98,7 +93,7 @@ def _run(trainer: ListwiseTrainer, folder: Path | None = None, checkpoint: Check
         logger.info("resuming from %s", checkpoint.path)
         trainer.resume_callbacks(checkpoint)
     try:
-        if best is None or not best.out_of_patience:
+        if best is None or best.best_weights is None or not best.out_of_patience:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
     except KeyboardInterrupt:
         logger.warning(
@@ -132,7 +127,6 @@ def training_arguments(
         "output_dir": str(folder),
         "max_steps": updates,
         "per_device_train_batch_size": hyperparameters.batch_size,
-        "gradient_accumulation_steps": hyperparameters.gradient_accumulation,
         "learning_rate": hyperparameters.learning_rate,
         "weight_decay": hyperparameters.weight_decay,
         "max_grad_norm": hyperparameters.clip_norm or 0.0,

@@ -16,17 +16,12 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from pyterrier_msft.data.groups import Groups
 from pyterrier_msft.model.encoding import PairEncoder
-from pyterrier_msft.model.scoring import forward, is_out_of_memory
+from pyterrier_msft.model.scoring import UNLIMITED, forward, is_out_of_memory
 from pyterrier_msft.training import cpu, distributed
 from pyterrier_msft.training.batches import TOKENS_PER_PASS, BatchSchedule, Collator, GroupDataset
-from pyterrier_msft.training.callbacks import (
-    BestWeightsCallback,
-    CheckpointCallback,
-    CollapseCallback,
-    HistoryCallback,
-)
+from pyterrier_msft.training.callbacks import BestWeightsCallback, CheckpointCallback, CollapseCallback, HistoryCallback
 from pyterrier_msft.training.checkpoints import BEST_WEIGHTS_NAME, Checkpoint, save_weights
-from pyterrier_msft.training.gradient_cache import gradient_cache_step, max_tokens_with_graph, split_chunks
+from pyterrier_msft.training.gradient_cache import Chunk, gradient_cache_step, max_graph_tokens, split_chunks
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 from pyterrier_msft.training.validation import Validation
 
@@ -44,9 +39,6 @@ class ListwiseTrainer(Trainer):
     """
 
     control: TrainerControl
-
-    # Otherwise the loss isn't divided by the accumulation for models whose forward takes **kwargs.
-    loss_is_scaled_for_ga = False
 
     def __init__(
         self,
@@ -68,49 +60,55 @@ class ListwiseTrainer(Trainer):
         torch.manual_seed(args.seed + distributed.rank())  # other dropout masks on each rank
         self.list_loss, self.network, self.encoder, self.schedule = loss, network, encoder, schedule
         self.hyperparameters, self.dtype, self.validation = hyperparameters, dtype, validation
-        self.batches_of_update: tuple[int, list[Batch]] = (-1, [])
-        self.max_pairs: int | None = None  # per pass, once memory has run out
-        self.max_tokens = max_tokens_with_graph(network, dtype, max_length=encoder.max_length, device=args.device)
+        self.max_graph_tokens = max_graph_tokens(network, dtype, max_length=encoder.max_length, device=args.device)
+        # Set once memory has run out, for the rest of the run.
+        self.always_caches, self.max_pairs_per_pass = False, hyperparameters.pairs_per_pass
         runs_alone = distributed.world_size() == 1 and not args.torch_compile
-        self.workers = cpu.max_workers(network) if args.device.type == "cpu" and runs_alone else 1
-        self.workers_checked = False
-        if self.workers > 1:  # autocast's cache of weights serves all threads until the first of them leaves it
+        self.threads = cpu.max_threads(network) if args.device.type == "cpu" and runs_alone else 1
+        self.threads_checked = False
+        if self.threads > 1:  # autocast's cache of weights would be cleared by the first thread that is done
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self._add_callbacks(history, identity, verbose=verbose)
 
     # ---- one step
+
+    # DDP averages the gradients of the ranks, each of which computes the loss of the whole batch. So a loss is
+    # multiplied by the number of ranks where it is differentiated, and returned without that factor.
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Score a batch's pairs and compute the loss of its lists."""
         scores = torch.cat([forward(model, chunk) for chunk in inputs["chunks"]])  # (pairs,)
-        return self.listwise_loss(scores, inputs) * distributed.world_size()  # DDP averages the gradients of the ranks
+        return self.listwise_loss(scores, inputs) * distributed.world_size()
 
     def training_step(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Add a batch's gradient. Where memory runs out, compute the update's batches again in passes half as large."""
-        batches = self._batches_of_update(self._prepare_inputs(inputs))
-        todo = batches[-1:]
+        """Add a batch's gradient to the parameters; where memory runs out, try again with less at a time."""
+        batch = self._prepare_inputs(inputs)
         while True:
             try:
-                return [self.add_gradient(model, batch) for batch in todo][-1]
+                loss = self.add_gradient(model, batch)
+                self.rows.count_pairs(self.batch_pairs)
+                return loss
             except RuntimeError as error:
-                self._halve_passes(error, todo)
+                if not is_out_of_memory(error):
+                    raise
+                self._use_less_memory(error, batch)
+            # After the except block, so that the traceback doesn't hold the activations any longer.
             model.zero_grad()  # the backward pass may have stopped halfway
-            todo = batches
 
     def add_gradient(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Add a batch's gradient in the way that suits its size and the device; return its loss."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()  # optimizers without a schedule
-        chunks = split_chunks(batch["chunks"], self.max_pairs)
+            self.optimizer.train()  # schedule-free optimizers
+        chunks = split_chunks(batch["chunks"], self.max_pairs_per_pass)
         batch = {**batch, "chunks": chunks}
         loss_and_score_grads = partial(self.loss_and_score_grads, batch)
-        if self._needs_gradient_cache(chunks):
+        if self._ranks_use_gradient_cache(chunks):
             return gradient_cache_step(model, chunks, loss_and_score_grads, self.accelerator)
         if len(chunks) > 1 and self._uses_threads(model, chunks[0]):
-            return cpu.threaded_step(model, chunks, loss_and_score_grads, self.workers)
+            return cpu.threaded_step(model, chunks, loss_and_score_grads, self.threads)
         loss: torch.Tensor = super().training_step(model, batch)
         return loss / distributed.world_size()
 
@@ -130,7 +128,7 @@ class ListwiseTrainer(Trainer):
                 f"loss must be finite; got {loss.item()} at step {self.state.global_step + 1} (queries {qids}). Try a "
                 f"learning_rate below {self.hyperparameters.learning_rate}"
             )
-        self.rows.pairs = self.rows.pairs + mask.sum()
+        self.batch_pairs = mask.sum()  # on the device, which isn't synchronized for it
         self.collapse.observe(scores.detach(), mask)
         return loss
 
@@ -139,45 +137,47 @@ class ListwiseTrainer(Trainer):
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """Compute the loss from the scores of each chunk, and its gradient at the scores of each chunk."""
         scores = torch.cat([part.detach() for part in pair_scores]).requires_grad_()
-        loss = self.listwise_loss(scores, batch) / self.current_gradient_accumulation_steps
+        loss = self.listwise_loss(scores, batch)
         grads = torch.autograd.grad(loss * distributed.world_size(), scores)[0]
         return loss.detach(), grads.split([len(part) for part in pair_scores])
 
     # ---- how a step is computed
 
-    def _needs_gradient_cache(self, chunks: Sequence[dict[str, torch.Tensor]]) -> bool:
+    def _ranks_use_gradient_cache(self, chunks: Sequence[Chunk]) -> bool:
+        """Return whether this batch needs gradient caching on any rank: DDP requires the same path on all."""
+        limit, accumulates = self.max_pairs_per_pass, self.hyperparameters.gradient_accumulation > 1
+        if limit is None and not accumulates and not self.always_caches and self.max_graph_tokens == UNLIMITED:
+            return False  # on all ranks, which needn't be asked
+        pairs = sum(len(chunk["input_ids"]) for chunk in chunks)
         tokens = sum(chunk["input_ids"].numel() for chunk in chunks)
-        is_bounded = self.max_pairs is not None or self.hyperparameters.pairs_per_pass is not None
-        needs_it = len(chunks) > 1 and (is_bounded or tokens > self.max_tokens)
-        if self.args.device.type == "cpu" or is_bounded:  # else no rank needs it
-            return distributed.all_reduce_max(int(needs_it)) > 0  # DDP wants all ranks to take the same way
-        return needs_it
+        is_too_large = (limit is not None and pairs > limit) or tokens > self.max_graph_tokens
+        needs_it = len(chunks) > 1 and (accumulates or self.always_caches or is_too_large)
+        return distributed.all_reduce_max(int(needs_it)) > 0
 
-    def _uses_threads(self, model: torch.nn.Module, chunk: dict[str, torch.Tensor]) -> bool:
-        if self.workers > 1 and not self.workers_checked:  # in the first step, when the optimizer is there
-            self.workers_checked = True
+    def _uses_threads(self, model: torch.nn.Module, chunk: Chunk) -> bool:
+        if self.threads > 1 and not self.threads_checked:  # in the first step, when the optimizer is there
+            self.threads_checked = True
             if not cpu.supports_threads(model, chunk):
-                self.workers = 1
-        return self.workers > 1
+                self.threads = 1
+        return self.threads > 1
 
-    def _batches_of_update(self, batch: Batch) -> list[Batch]:
-        step, batches = self.batches_of_update
-        batches = [*batches, batch] if step == self.state.global_step else [batch]
-        self.batches_of_update = (self.state.global_step, batches)
-        return batches
-
-    def _halve_passes(self, error: RuntimeError, batches: Sequence[Batch]) -> None:
-        chunks = [chunk for batch in batches for chunk in split_chunks(batch["chunks"], self.max_pairs)]
-        pairs = max(len(chunk["input_ids"]) for chunk in chunks)
-        if not is_out_of_memory(error) or pairs == 1:
-            raise error
+    def _use_less_memory(self, error: RuntimeError, batch: Batch) -> None:
+        """Hold fewer activations from now on: first by gradient caching, then in passes of half the size."""
+        chunks = split_chunks(batch["chunks"], self.max_pairs_per_pass)
+        pairs = len(max(chunks, key=lambda chunk: chunk["input_ids"].numel())["input_ids"])  # of the largest chunk
         if distributed.world_size() > 1:  # the other ranks have gone on
             raise RuntimeError(
                 f"out of memory with {pairs} pairs per pass on rank {distributed.rank()}. Start again with "
-                f"pairs_per_pass={pairs // 2}; the gradient is the same"
+                f"pairs_per_pass={max(1, pairs // 2)}"
             ) from error
-        self.max_pairs = pairs // 2
-        logger.warning("out of memory with %d pairs per pass; continuing with %d", pairs, self.max_pairs)
+        if len(chunks) > 1 and not self.always_caches:
+            self.always_caches = True
+            logger.warning("out of memory; continuing with gradient caching")
+        elif pairs > 1:
+            self.always_caches, self.max_pairs_per_pass = True, pairs // 2
+            logger.warning("out of memory with %d pairs per pass; continuing with %d", pairs, pairs // 2)
+        else:
+            raise error
 
     # ---- what Trainer asks for
 
@@ -185,7 +185,7 @@ class ListwiseTrainer(Trainer):
         """Return the loader of the whole run's batches. accelerate doesn't prepare it: it would change their order."""
         budget = TOKENS_PER_PASS.get(self.args.device.type, TOKENS_PER_PASS["cpu"])
         collate = Collator(
-            self.encoder, min(budget, self.max_tokens), self.hyperparameters.pairs_per_pass, self.workers
+            self.encoder, min(budget, self.max_graph_tokens), self.hyperparameters.pairs_per_pass, self.threads
         )
         return DataLoader(
             self.train_dataset,

@@ -16,17 +16,11 @@ from pyterrier_msft.training import distributed
 
 @dataclass(frozen=True)
 class Validation:
-    """Results to re-rank, their qrels, and the measure of how well they are ranked.
+    """Results to re-rank, their qrels, and the measure of how well they are ranked."""
 
-    Args:
-        results: Columns qid, query, docno and text; ids as strings.
-        qrels: Columns qid, docno and label; ids as strings.
-        metric: An `ir_measures` measure.
-    """
-
-    results: pd.DataFrame
-    qrels: pd.DataFrame
-    metric: Any
+    results: pd.DataFrame  # qid, query, docno, text; ids as strings
+    qrels: pd.DataFrame  # qid, docno, label; ids as strings
+    metric: Any  # of ir_measures
 
     def evaluate(self, network: PreTrainedModel, encoder: PairEncoder, dtype: torch.dtype) -> float:
         """Return the metric's mean over the judged queries. Each rank scores its share of the pairs."""
