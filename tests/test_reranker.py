@@ -564,7 +564,7 @@ def test_records_of_other_versions(trained, test_part, tmp_path):
     record = json.loads(path.read_text())
     extra = {"of_a_later_version": {"a": [1]}}
     for part in (record, record["stages"][0], record["stages"][0]["data_report"]):
-        part |= extra
+        part.update(extra)
     path.write_text(json.dumps(record))
     loaded = MonoCE.load(tmp_path / "model")
     assert loaded.data_report == trained.data_report

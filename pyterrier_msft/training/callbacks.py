@@ -40,7 +40,7 @@ class HistoryCallback(TrainerCallback, ExportableState):
         self.pairs: torch.Tensor | int = 0  # since the last row
         self.seconds_before = 0.0  # in the run that is resumed
         self.started = self.last_row_at = time.monotonic()
-        self.bar = pt.tqdm(total=schedule.updates, desc="training", unit="step") if verbose else None
+        self.bar = pt.tqdm(total=schedule.updates, desc="training", unit="step", disable=not verbose)
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
@@ -60,8 +60,7 @@ class HistoryCallback(TrainerCallback, ExportableState):
         control.should_log |= is_due(state.global_step, self.log_every, self.schedule)
         # A checkpoint's history must hold the loss up to its step.
         control.should_log |= control.should_evaluate or control.should_save
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
@@ -77,19 +76,13 @@ class HistoryCallback(TrainerCallback, ExportableState):
         }
         self.history.append(row)
         self.last_row_at, self.pairs = now, 0
-        if self.bar is not None:
-            self.bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", self.metric) if name in row})
+        self.bar.set_postfix(loss=f"{row['loss']:.3g}")
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         self.history[-1] |= {self.metric: float(metrics[f"eval_{self.metric}"]), "seconds": self._seconds()}
         self.last_row_at = time.monotonic()  # validation doesn't count as training time
-
-    def close(self) -> None:
-        """Close the progress bar."""
-        if self.bar is not None:
-            self.bar.close()
 
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
@@ -118,8 +111,8 @@ class BestWeightsCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the best weights."""
-        attributes = {"best": self.best, "evals_without_improvement": self.evals_without_improvement}
-        return {"args": {}, "attributes": attributes}
+        names = ("best", "evals_without_improvement")
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint's best metric and weights."""

@@ -77,7 +77,7 @@ def training_mode(network: PreTrainedModel, hyperparameters: Hyperparameters, dt
 
 def _freeze_position_embeddings(network: PreTrainedModel) -> None:
     embeddings = [module for name, module in network.named_modules() if name.endswith("position_embeddings")]
-    if not embeddings:
-        warn(f"freeze_position_embeddings has no effect: {type(network).__name__} has no position embeddings")
     for module in embeddings:
         module.requires_grad_(False)
+    if not embeddings:
+        warn(f"freeze_position_embeddings has no effect: {type(network).__name__} has no position embeddings")

@@ -75,7 +75,7 @@ def train(
             dtype=dtype, validation=validation, history=history, verbose=verbose,
             identity=None if checkpoint_dir is None else identity, args=arguments,
         )  # fmt: skip
-        stack.callback(trainer.rows.close)
+        stack.callback(trainer.rows.bar.close)
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError("training with FSDP or DeepSpeed isn't supported. Run the script with torchrun")
         if checkpoint_dir is None:
@@ -88,7 +88,7 @@ def train(
 
 def _run(trainer: ListwiseTrainer, folder: Path | None = None, checkpoint: Checkpoint | None = None) -> None:
     """Train, from a checkpoint if there is one; leave the best weights in the network."""
-    best, network = trainer.best, trainer.network
+    best = trainer.best
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint.path)
         trainer.resume_callbacks(checkpoint)
@@ -108,8 +108,8 @@ def _run(trainer: ListwiseTrainer, folder: Path | None = None, checkpoint: Check
         # Mixed precision leaves a patched `forward` behind, which would round later scores in float32.
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         if best is not None and best.best_weights is not None:
-            network.load_state_dict(best.best_weights)
-        network.eval()
+            trainer.network.load_state_dict(best.best_weights)
+        trainer.network.eval()
         if distributed.world_size() > 1:
             trainer.accelerator.free_memory()  # removes DDP's hooks from the parameters
 
