@@ -1,4 +1,4 @@
-"""The paper's comparison on a real collection in a few minutes on a laptop, without any download but packages.
+"""The paper's comparison on a real collection in a few minutes on a laptop; only packages are downloaded.
 
 PyDocs (the docstrings of installed packages) is indexed with PISA. A small cross-encoder is trained with a contrastive
 objective on labels (CL), by distillation from a teacher's rankings (KD), and with both in either order. One experiment

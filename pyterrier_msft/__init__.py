@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# The module of each public name. Imported at first use, so that `import pyterrier_msft` (and PyTerrier's list of
+# The module of each public name, imported at first use, so that `import pyterrier_msft` (and PyTerrier's list of
 # datasets, which imports this package) doesn't load torch and transformers.
 _MODULE_OF = {
     "Contrastive": "fitters",

@@ -34,7 +34,7 @@ class CachedMonoCE(pt.Estimator):
         self.schematic = {**reranker.schematic, "label": "MonoCE (cached)"}
 
     def fit(self, *args: Any, **options: Any) -> Self:
-        """Train the re-ranker, see `MonoCE.fit`. Its new scores are cached apart from the old ones."""
+        """Train the re-ranker, see `MonoCE.fit`. New scores are cached separately from old ones."""
         self.reranker.fit(*args, **options)
         return self
 
@@ -43,7 +43,7 @@ class CachedMonoCE(pt.Estimator):
         inp = self.reranker.prepare(inp)
         if not len(inp):
             return self.reranker.transform(inp)
-        # Keyed by content and not by ids: by the query's own text and a digest of the document's.
+        # Keyed by content rather than by ids: the query's text and a digest of the document's.
         queries = [clean(query) for query in inp["query"]]
         texts = [clean(text) for text in inp[self.reranker.text_field]]
         keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
@@ -60,7 +60,7 @@ class CachedMonoCE(pt.Estimator):
         return with_scores(inp, scored.loc[pd.MultiIndex.from_arrays([queries, keys])].to_numpy())
 
     def _open(self, path: Path) -> Any:
-        """Open the cache in a folder. A new one is made aside and moved, since other processes may open it too."""
+        """Open the cache in a folder. A new one is made elsewhere and renamed, as other processes may open it too."""
         from pyterrier_caching import Sqlite3ScorerCache
 
         if not path.is_dir():

@@ -20,7 +20,7 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def format_value(value: Any) -> str:
-    """Format a value as a user would write it, without memory addresses and the rows of frames."""
+    """Format a value as a user would write it, without memory addresses or the rows of frames."""
     if isinstance(value, pd.DataFrame):
         return f"<{len(value):,} rows>"
     if inspect.isfunction(value):
@@ -43,14 +43,14 @@ def is_default(value: Any, field: "Field[Any]") -> bool:
 
 
 def sha256_of(content: Any) -> str:
-    """Digest something that JSON can hold."""
+    """Digest JSON-serializable content."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def digestible(value: Any, name: str) -> Any:
     """Convert a setting to JSON-serializable content that changes whenever the setting does.
 
-    A "teacher" that is a path counts by the content of its file. Raise a ValueError for a transformer or a function
+    The path of a teacher is replaced with a digest of the file. Raise a ValueError for a transformer or a function
     without source code, because their content isn't known.
     """
     if isinstance(value, pd.DataFrame):

@@ -1,4 +1,4 @@
-"""Fitters declare a stage of fine-tuning: `Contrastive`, `Distillation`, and sequences of them with `>>`."""
+"""A fitter declares a stage of fine-tuning: `Contrastive` or `Distillation`. `>>` joins them to sequences."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -27,7 +27,7 @@ MEMORY_SETTINGS = frozenset({"pairs_per_pass"})  # settings that don't change th
 
 @dataclass(frozen=True)
 class TrainingInput:
-    """What a fitter labels, see `Fitter.groups`."""
+    """The data that a fitter labels, see `Fitter.groups`."""
 
     results: pd.DataFrame | Iterable[Rankings]  # a frame, or the rankings of a file's chunks
     head: pd.DataFrame  # the frame, or a file's first rows, for checks and error messages
@@ -77,7 +77,7 @@ class Fitter(Hyperparameters):
 
     @property
     def stages(self) -> tuple["Fitter", ...]:
-        """The stages in order: this one."""
+        """This stage alone, as a tuple like that of a `FitterSequence`."""
         return (self,)
 
     def __rshift__(self, other: "Fitter | FitterSequence") -> FitterSequence:
@@ -99,12 +99,12 @@ class Fitter(Hyperparameters):
         topics: pd.DataFrame | None = None,
         verbose: bool = False,
     ) -> tuple[Groups, DataReport]:
-        """Make the training groups of a first stage's results, and report on the data.
+        """Convert a first stage's results to training groups, and report on the data.
 
-        Results are a frame, or a file, see `runs.read_run`, whose texts are looked up in training. `topics` (qid,
-        query) is for a file without queries. See `TrainingInput` for the others.
+        `results` is a frame, or a file (see `runs.read_run`) whose texts are looked up in training. `topics` (qid,
+        query) is for a file without queries. See `TrainingInput` for the other arguments.
         """
-        load = None  # a frame has texts
+        load = None  # a frame has its texts
         self._check_sources(qrels, load_text, is_file=not isinstance(results, pd.DataFrame))
         rankings: pd.DataFrame | Iterable[Rankings]
         if isinstance(results, pd.DataFrame):
@@ -129,31 +129,31 @@ class Fitter(Hyperparameters):
             )
         return replace(groups, load=load), report
 
-    # A subclass implements these four.
+    # Subclasses implement the following four methods.
 
     def _check_sources(self, qrels: pd.DataFrame | None, load_text: Any, *, is_file: bool) -> None:
-        """Raise a ValueError if something that the labels come from is missing, or doesn't work with a file."""
+        """Raise a ValueError if a source of the labels is missing, or can't be used with results in a file."""
         raise NotImplementedError
 
     def _read_file(self, path: Path, qrels: Any, topics: pd.DataFrame | None) -> Iterable[Rankings]:
-        """Read those rows of a file that can get a label."""
+        """Read the rows of a file that can get a label."""
         raise NotImplementedError
 
     def _label(self, data: TrainingInput) -> tuple[Groups, DataReport]:
-        """Label the documents of results; there may be no groups."""
+        """Label the documents of the results; the groups may be empty."""
         raise NotImplementedError
 
     def _no_data_message(self, report: DataReport, head: pd.DataFrame, qrels: Any) -> str:
-        """Explain why there are no groups; `head` may lack most of the results."""
+        """Explain why there are no groups; of a file, `head` has only the first rows."""
         raise NotImplementedError
 
     def digest(self) -> str:
-        """Digest all settings that determine the result, for cache keys; a teacher mustn't be a transformer."""
+        """Digest the settings that affect the result, for cache keys; a ValueError if the teacher is a transformer."""
         names = [f.name for f in fields(self) if f.name not in MEMORY_SETTINGS]
         return sha256_of([type(self).__name__, sorted((name, digestible(getattr(self, name), name)) for name in names)])
 
     def readable_settings(self) -> dict[str, str]:
-        """Return the settings by name; instead of the labels' sources, the digest of the groups counts."""
+        """Return the settings by name, without the sources of labels, which the digest of the groups covers."""
         settings = {"objective": type(self).__name__}
         for f in fields(self):
             if f.name not in self.label_sources | MEMORY_SETTINGS:
@@ -173,9 +173,9 @@ class Contrastive(Fitter):
     `n_positives` relevant documents and `n_negatives` others per query.
 
     Args:
-        n_positives: Relevant documents per group, at most. None: all of a query, e.g. for `losses.multi_positive`.
-        n_negatives: Negatives per group, at most.
-        depth: Ranks of the results to sample negatives from; relevant documents may have any rank.
+        n_positives: Maximum number of relevant documents per group. None: all, e.g. for `losses.multi_positive`.
+        n_negatives: Maximum number of negatives per group.
+        depth: Number of top results to sample negatives from; relevant documents may have any rank. None: all.
         min_relevance: Minimum label of a relevant document.
         add_missing_positives: Whether to add relevant documents that the first stage missed, with texts from
             `MonoCE(..., text=...)`.
@@ -243,10 +243,10 @@ class Distillation(Fitter):
     teacher's ranks, or its scores if the loss needs scores.
 
     Args:
-        teacher: None: the incoming ranking is the teacher's. Else a result frame (qid, docno, score or rank); the
-            path of a TREC run, or of permutations (`.jsonl`, see `teachers.read_permutations`), plain or `.gz`; a
-            transformer or pipeline, which is applied to the training documents (`teachers.cached` makes that
-            resumable); or a mapping of names to these, fused by reciprocal rank (`teachers.fuse`).
+        teacher: A result frame (qid, docno, score or rank); the path of a TREC run, or of permutations (`.jsonl`, see
+            `teachers.read_permutations`), plain or `.gz`; a transformer or pipeline, which is applied to the training
+            documents (`teachers.cached` makes that resumable); or a mapping of names to these, fused by reciprocal
+            rank (`teachers.fuse`). None: the training results are the teacher's ranking.
         depth: Documents per query, from the top of the results.
         unranked: What to do with documents that the teacher didn't rank: "drop" them, or rank them "last", tied (not
             for a loss that needs scores).

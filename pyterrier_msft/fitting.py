@@ -70,9 +70,9 @@ def train_stage(
     model: CrossEncoder, encoder: PairEncoder, data: StageData, stages: list[StageRecord], *, place: int,
     validation: ValidationFrames | None, checkpoint_dir: str | Path | None, verbose: bool,
 ) -> None:  # fmt: skip
-    """Train a model in place, and add a record to those of its earlier stages.
+    """Train a model in place, and add a record of the stage to `stages`.
 
-    `place` is the stage's place in its call of fit, from 1; `checkpoint_dir` is the stage's own.
+    `place` is the stage's position in its call of fit, from 1; `checkpoint_dir` is for this stage alone.
     """
     fitter, before = data.fitter, model.fingerprint
     resumed = _stages_to_resume(stages, checkpoint_dir) if place == 1 else []
@@ -89,7 +89,7 @@ def train_stage(
         )  # fmt: skip
     except BaseException:
         record.fingerprint = model.fingerprint
-        if record.fingerprint == before:  # nothing was learned: as if there had been no fit
+        if record.fingerprint == before:  # nothing was learned: drop the new record
             model.head_is_new = was_new
             stages[-1:] = resumed
         else:
@@ -103,7 +103,7 @@ def train_stage(
 
 
 def _stages_to_resume(stages: list[StageRecord], checkpoint_dir: str | Path | None) -> list[StageRecord]:
-    """Return the records of an interrupted fit, the last ones, if training resumes from its checkpoints."""
+    """Return the records of the interrupted fit that training resumes from its checkpoints; empty if there is none."""
     if stages and stages[-1].interrupted is not None:
         resumed = stages[-stages[-1].place :]
         if checkpoint_identity(checkpoint_dir).get("start weights") == resumed[0].start:
@@ -129,7 +129,7 @@ def _new_record(encoder: PairEncoder, data: StageData, place: int, start: str) -
 def _identity(
     model: CrossEncoder, encoder: PairEncoder, data: StageData, validation: ValidationFrames | None, start: str
 ) -> dict[str, str]:
-    """What determines the result of training, by name: a checkpoint with another identity is refused."""
+    """Return what determines the result of training, by name. A checkpoint with another identity is refused."""
     frames = json.dumps([*map(frame_digest, validation or ())])
     return {
         **data.fitter.readable_settings(),

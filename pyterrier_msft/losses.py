@@ -30,7 +30,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 Labels = Literal["order", "binary", "graded", "scores"]
-"""What a loss reads in labels. "order": which of two is higher, as in ranks; "binary": above 0 is relevant; "graded":
+"""How a loss interprets labels. "order": which of two is higher, as in ranks; "binary": above 0 is relevant; "graded":
 grades of relevance, 0 for none, where a higher grade is a larger gain; "scores": real-valued scores of a teacher."""
 
 # The needs that each kind of labels satisfies: grades can be read as binary, a teacher's scores can't.
@@ -112,7 +112,7 @@ def weighted_ranknet(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """RankNet with larger weights for pairs near the top.
 
     log(1 + exp(s_j - s_i)) / (r_i + r_j) for y_i > y_j. Reddy et al., EMNLP 2024 (FIRST). The ranks r, from 1, are
-    those by the present scores, and constants to the gradient; FIRST's code uses the teacher's ranks. As in that code,
+    those by the current scores, and have no gradient; FIRST's code uses the teacher's ranks. As in that code,
     the mean is over the number of pairs, not the sum of weights: values are lower than `ranknet`'s, and fall with the
     lists' length. Usable pairs have different labels.
     """
@@ -128,7 +128,7 @@ class LambdaLoss:
 
     sum over y_i > y_j of abs(g_i - g_j) · abs(1/D(r_i) - 1/D(r_j)) / maxDCG@k · log(1 + exp(s_j - s_i)), with the gain
     g = 2^y - 1 and the discount D(r) = log2(1 + r). Burges, Ragno and Le, NIPS 2006; Wang et al., CIKM 2018. The ranks
-    r, from 1, are those by the present scores, and constants to the gradient. Beyond rank k, 1/D is 0 (None: no
+    r, from 1, are those by the current scores, and have no gradient. Beyond rank k, 1/D is 0 (None: no
     cutoff). Labels are grades; negative ones count as 0. Large grades don't overflow, but with ranks as labels all
     gains but the first few vanish. Usable lists have different grades.
     """
@@ -293,7 +293,7 @@ class Combination:
 
     @property
     def labels(self) -> Labels | None:
-        """The least kind of labels that all parts can read; None if no part declares any."""
+        """The least specific kind of labels that all parts can use; None if no part declares any."""
         return self._sufficient_labels()[0] if self._needs() else None
 
     def __call__(self, scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
@@ -323,12 +323,12 @@ def combine(*parts: tuple[Loss, float]) -> Combination:
 
 
 def _masked(scores: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as float32 with 0 where there is no document, before any arithmetic: 0 · NaN is NaN, in gradients too."""
+    """Return both as float32, with 0 where there is no document. Must come first: 0 · NaN is NaN, in gradients too."""
     return torch.where(mask, scores.float(), 0), torch.where(mask, labels.float(), 0)  # (G, L) each
 
 
 def _mean(values: Tensor, usable: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of the usable values; 0 if there are none. Other values must be finite for the gradient to be."""
+    """Mean of the usable values; 0 if there are none. The others must be finite too, or the gradient isn't."""
     return torch.where(usable, values, 0).sum(dim) / usable.sum(dim).clamp(min=1)
 
 
@@ -342,9 +342,9 @@ def _preference_pairs(labels: Tensor, mask: Tensor) -> Tensor:
 
 
 def _score_ranks(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """Ranks from 1 by the scores, without a gradient. Of equal scores the lower label comes first.
+    """Ranks from 1 by the scores, without a gradient. Among equal scores, the lower label comes first.
 
-    So the ranks of equal scores don't depend on the arrangement, and a model whose scores are all equal can learn.
+    So the ranks of equal scores don't depend on the order of documents, and a model with all scores equal can learn.
     """
     order = labels.argsort(dim=-1, stable=True)  # (G, L)
     ordered = torch.where(mask, scores, -math.inf).gather(-1, order)
@@ -352,13 +352,13 @@ def _score_ranks(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 
 
 def _logsumexp(x: Tensor, chosen: Tensor) -> Tensor:
-    """Over the chosen items of the last dimension; 0 where there are none, as the gradient of log 0 is NaN."""
+    """Logsumexp over the chosen items of the last dimension; 0 if there are none, as the gradient of log 0 is NaN."""
     some = chosen.any(-1, keepdim=True)
     return torch.where(some.squeeze(-1), torch.where(chosen | ~some, x, -math.inf).logsumexp(-1), 0)
 
 
 def _log_softmax(x: Tensor, mask: Tensor) -> Tensor:
-    """Over the documents; 0 elsewhere."""
+    """Log-softmax over the documents; 0 elsewhere."""
     chosen = mask | ~mask.any(-1, keepdim=True)
     return torch.where(mask, torch.where(chosen, x, -math.inf).log_softmax(-1), 0)  # (G, L)
 

@@ -3,7 +3,7 @@
 import sys
 import warnings
 
-# Packages that may be called by the user's code and issue our warnings.
+# Packages whose code may run between the user's line and a warning.
 INTERNAL_PACKAGES = {
     "pyterrier_msft", "pyterrier", "pyterrier_alpha", "pyterrier_caching",
     "pandas", "torch", "transformers", "accelerate",
@@ -11,7 +11,7 @@ INTERNAL_PACKAGES = {
 
 
 def warn(message: str) -> None:
-    """Warn at the innermost calling line outside this package and the libraries it works with."""
+    """Issue a warning that points at the innermost line outside this package and the libraries it works with."""
     frame, level = sys._getframe(1), 2  # `warnings.warn` counts its own caller, this function, as 1
     while frame.f_globals.get("__name__", "").partition(".")[0] in INTERNAL_PACKAGES:
         if frame.f_back is None:  # in a thread of this package

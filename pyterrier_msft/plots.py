@@ -27,8 +27,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 2)))
 GREY, LIGHT_GREY = "0.45", "0.75"
 
-SMOOTHING_WINDOWS = 20  # in the length of a stage's curve
-MIN_STAGE_WIDTH = 0.15  # of the x-axis; shorter stages have their names on two levels
+SMOOTHING_WINDOWS = 20  # number of the running mean's windows in a stage
+MIN_STAGE_WIDTH = 0.15  # share of the x-axis; if a stage is narrower, names alternate between two lines
 LABEL_LINE = 14.0  # points between the lines of labels
 LETTER_WIDTH = 5.0  # points of an average letter of small text
 
@@ -59,7 +59,7 @@ def learning_curve(history: pd.DataFrame, *, ax: "Axes | None" = None, metric: s
         The Axes of the loss. The metric's is its twin, last in `figure.axes`; without a loss, the metric's is returned.
 
     Raises:
-        ValueError: If a column is missing, the metric isn't there, or several columns may be meant.
+        ValueError: If a column is missing, the metric isn't there, or several columns could be the metric.
     """
     _require_columns(history, ["stage", "step"], "history")
     metric = _metric_column(history, metric)
@@ -105,7 +105,7 @@ def query_differences(
     This shows whether a few queries changed much or many a little, and which queries to look at.
 
     Args:
-        perquery: Columns name, qid, measure and value, as of `pt.Experiment(perquery=True)`. With a column seed, each
+        perquery: Columns name, qid, measure and value, as in `pt.Experiment(perquery=True)`. With a column seed, each
             system's values are averaged over its seeds.
         system: The system's name.
         baseline: The name of the system that it's compared with.
@@ -300,7 +300,7 @@ def _add_legend(ax: "Axes", curves: Mapping[str, pd.DataFrame], *, marked: bool)
 
 
 def _label_extremes(ax: "Axes", d: npt.NDArray[np.float64], labels: list[str], n_gains: int, n_losses: int) -> None:
-    """Label the first `n_gains` bars above all bars, and the last `n_losses` below, a line each."""
+    """Label the first `n_gains` bars above all bars, and the last `n_losses` below, one per line."""
     n, box = len(d), ax.get_window_extent()
     points = 72 / ax.figure.dpi
     line = min(LABEL_LINE / (box.height * points), 0.8 / max(n_gains + n_losses, 1))  # in the height of the Axes
@@ -341,7 +341,7 @@ def _plot_comparison(ax: "Axes", row: Mapping[Any, Any], y: float) -> None:
 
 
 def _ttest_interval(row: Mapping[Any, Any]) -> tuple[float, float]:
-    """The interval of level 1 - alpha that belongs to the t-test, from the table's of level 1 - 2 alpha."""
+    """Compute the t-test's interval, of level 1 - alpha, from the table's interval, of level 1 - 2 alpha."""
     alpha, df = (1 - row["ci_level"]) / 2, max(row["n_queries"] - 1, 1)
     half = stdtrit(df, 1 - alpha / 2) / stdtrit(df, 1 - alpha) * (row["ci_high"] - row["ci_low"]) / 2
     return row["difference"] - half, row["difference"] + half

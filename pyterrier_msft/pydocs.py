@@ -119,7 +119,7 @@ class PyDocs(pt.datasets.Dataset):
         return "en"
 
     def get_topics(self, variant: str | None = None) -> pd.DataFrame:
-        """Return the part's topics, qid and query, in an order by hash: the first n are a fair sample."""
+        """Return the part's topics, qid and query, ordered by a hash: the first n are a fair sample."""
         _check_variant(variant)
         topics = load_collection().topics
         return topics.loc[topics["part"] == self.part, ["qid", "query"]].reset_index(drop=True)
@@ -182,7 +182,7 @@ class PyDocs(pt.datasets.Dataset):
 class PyDocsTextLoader(pt.Transformer):
     """A Transformer that adds the text of PyDocs' documents.
 
-    Requires the column docno; adds the column text. All loaders are equal, so that PyTerrier finds the candidates that
+    Requires the column docno; adds the column text. All loaders are equal, so that PyTerrier detects the steps that
     pipelines share.
     """
 

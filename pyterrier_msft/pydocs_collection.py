@@ -51,7 +51,7 @@ _MODULES = {"scikit-learn": "sklearn"}  # distributions that are imported by ano
 # A folder with a leading underscore is internal or vendored, except `_core`, where numpy keeps its public functions.
 _SKIPPED_FOLDERS = re.compile(r"_(?!core$).*|tests?|externals|idlelib|turtledemo|(site|dist)-packages|config-.*")
 _SKIPPED_FILES = re.compile(r"(test_.*|.*_test|conftest|setup)\.py")
-_PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError, OSError)  # the parser raises four of them
+_PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError, OSError)  # the first four are from the parser
 _MIN_WORDS, _MAX_WORDS = 3, 30  # of a summary
 _MIN_REST, _PREFIX = 200, 200  # characters
 
@@ -62,7 +62,7 @@ _WRAPPED = re.compile(r"[a-z0-9(`*'\"]")  # start of a line that continues a sen
 _SENTENCE = re.compile(r".+?(?<!e\.g)(?<!i\.e)(?<!vs)[.!?](?=\s+[A-Z])")
 _PHRASE = re.compile(r"(?!Created on |\w+\()[^\W\d_].*[^:;,{(\[]")  # no signature, directive, prompt or broken sentence
 _ROLE = re.compile(r":[\w:+-]+:`~?\.?([^`<]+?)(?:\s*<[^`]*>)?`")  # :func:`~numpy.sort`
-_UNDERLINE = re.compile(r"([-=~^*#+_.])\1{3,}")  # of headings: one meaningless token per character
+_UNDERLINE = re.compile(r"([-=~^*#+_.])\1{3,}")  # of headings: each character would be a token
 _BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")  # NULs and lone surrogates can't be indexed or written
 
 

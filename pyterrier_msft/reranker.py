@@ -49,9 +49,9 @@ class MonoCE(SavingMixin, pt.Estimator):
         text: Where to look up texts that the results don't have: a dataset or an index with `.text_loader()`.
         max_length: Tokens per pair; a longer document is truncated.
         max_query_length: Tokens per query; a longer query is truncated. None: half of `max_length`.
-        passages: Maximum number of windows of `max_length` tokens in which a longer document is read. Its score is
+        passages: Maximum number of windows of `max_length` tokens that a longer document is split into. Its score is
             the best window's, in scoring and in training (MaxP: Dai and Callan, SIGIR 2019).
-        batch_size: Pairs per forward pass in scoring. None: as many as the device's budget of tokens allows.
+        batch_size: Pairs per forward pass in scoring. None: as many as fit the token budget of the device.
         dtype: "auto" (bfloat16 where the hardware supports it, else float32), "float32", "bfloat16", "float16", or
             "int8" (CPUs only: training in float32, scoring with a quantized copy).
         device: E.g. "cpu" or "cuda:1". None: a GPU if there is one.
@@ -65,7 +65,7 @@ class MonoCE(SavingMixin, pt.Estimator):
         >>> pipeline.fit(train_topics, train_qrels)
     """
 
-    # PyTerrier's own hash is that of the repr, with which an experiment would mix up two re-rankers.
+    # PyTerrier hashes the repr, so an experiment would mix up two re-rankers with the same repr.
     __hash__ = object.__hash__
     schematic = {"label": "MonoCE", "help_url": "https://github.com/terrierteam/pyterrier_msft"}  # noqa: RUF012
     # PyTerrier reads each argument of __init__ from an attribute `x` or `_x`.
@@ -110,7 +110,7 @@ class MonoCE(SavingMixin, pt.Estimator):
     # ---- scoring
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Score each (query, text) pair and rank each query's documents by it.
+        """Score each (query, text) pair, and rank each query's documents by score.
 
         Args:
             inp: Results with qid, query, docno and the text (without the text if the re-ranker has `text=`).
@@ -132,7 +132,7 @@ class MonoCE(SavingMixin, pt.Estimator):
         return inp
 
     def score(self, prepared: pd.DataFrame) -> np.ndarray:
-        """Score the rows of what `prepare` returns, float64 [rows]."""
+        """Score the rows that `prepare` returned; the scores are float64 [rows]."""
         if not len(prepared):
             return np.empty(0)
         with pt.tqdm(total=len(prepared), desc="MonoCE", unit="pair", disable=not self.verbose) as bar:
@@ -143,7 +143,7 @@ class MonoCE(SavingMixin, pt.Estimator):
         return scores.astype(np.float64)
 
     def pair_encoder(self, max_length: int | None = None) -> PairEncoder:
-        """The encoder of pairs, with the re-ranker's own length or another. Loads the model."""
+        """Return the encoder of pairs for the re-ranker's own `max_length` or another. Loads the model."""
         return self.cross_encoder.pair_encoder(
             max_length=max_length or self.max_length, max_query_length=self.max_query_length, passages=self.passages
         )
@@ -166,8 +166,8 @@ class MonoCE(SavingMixin, pt.Estimator):
                 (extra `[runs]`): a TREC run, plain or `.gz`, or Parquet. `MonoCE(..., text=dataset)` then provides
                 the queries and the texts, which are looked up batch by batch.
             qrels_tr: qid, docno, label. Not needed for distillation.
-            topics_or_res_va: Validation results, of other queries. The weights that are best by the fitter's metric
-                are kept.
+            topics_or_res_va: Validation results, of other queries. The weights with the best value of the fitter's
+                metric are kept.
             qrels_va: Their qrels.
             fitter: Used instead of the re-ranker's own.
             checkpoint_dir: Folder for checkpoints, which makes training resumable: repeat the call, in a new process
@@ -217,7 +217,7 @@ class MonoCE(SavingMixin, pt.Estimator):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the weights: equal for equal weights, in whatever object they are. Loads the model."""
+        """A digest of the weights: two re-rankers with equal weights have the same one. Loads the model."""
         return self.cross_encoder.fingerprint
 
     def scoring_settings(self) -> dict[str, Any]:
@@ -226,7 +226,7 @@ class MonoCE(SavingMixin, pt.Estimator):
         return {**settings, "dtype": str(self.cross_encoder.dtype)}
 
     def source_digest(self, results: pd.DataFrame | str | Path) -> str:
-        """A digest of what `text=` adds to training results; empty if nothing."""
+        """Digest what `text=` adds to training results; empty if it adds nothing."""
         return self._texts.digest(results)
 
     def __repr__(self) -> str:
@@ -238,12 +238,12 @@ class MonoCE(SavingMixin, pt.Estimator):
         return f"MonoCE({', '.join(parts)})"
 
     def cached(self, folder: str | Path) -> CachedMonoCE:
-        """Add a cache of scores on disk, which can't become stale: neither by `fit` nor by edited texts.
+        """Cache scores on disk. Neither `fit` nor edited texts make the cache stale.
 
-        Scores are stored by the weights' fingerprint, the settings that affect them, and the texts of the pair.
+        The key of a score is the weights' fingerprint, the settings that affect scores, and the texts of the pair.
 
         Args:
-            folder: Where to keep the caches, one for each fingerprint.
+            folder: Where to keep the caches, one for each combination of weights and settings.
 
         Raises:
             ImportError: Without pyterrier-caching (extra `[cache]`).
@@ -258,11 +258,11 @@ class MonoCE(SavingMixin, pt.Estimator):
         return self.clone()
 
     def reseeded(self, seed: int) -> "MonoCE":
-        """Copy the re-ranker for a replicate: a new head gets other random weights, trained weights stay."""
+        """Copy the re-ranker with another seed: a new head gets other random weights; trained weights stay."""
         return self._with_model(self.cross_encoder.reseeded(seed))
 
     def apply_attributes(self, **settings: Any) -> "MonoCE":
-        """Copy the re-ranker with other settings (not those of the weights), for `pt.inspect`."""
+        """Copy the re-ranker with other settings, for `pt.inspect`; those that determine the weights can't change."""
         if fixed := sorted(WEIGHTS_SETTINGS & settings.keys()):
             raise ValueError(f"{fixed[0]} must stay the same; got {settings[fixed[0]]!r}. Make a new MonoCE with it")
         MonoCE(**{"dtype": self._dtype, "device": self._device, **settings})  # checks them
@@ -278,6 +278,6 @@ class MonoCE(SavingMixin, pt.Estimator):
         return other
 
     def take_weights(self, other: "MonoCE") -> None:
-        """Share the weights and the history of another re-ranker, and keep one's own settings."""
+        """Share the weights and the history of another re-ranker; keep this one's settings."""
         self.cross_encoder.take_weights(other.cross_encoder)
         self.stages = other.stages

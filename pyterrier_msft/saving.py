@@ -15,11 +15,11 @@ from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.record import RECORD, ModelRecord, StageRecord, library_versions
 from pyterrier_msft.training import distributed
 
-# What `pt.Artifact` reads to find `MonoCE.load`, by the entry point "cross_encoder.hf" in setup.py.
+# `pt.Artifact` reads this to find `MonoCE.load`, through the entry point "cross_encoder.hf" in setup.py.
 ARTIFACT = {"type": "cross_encoder", "format": "hf", "package_hint": "pyterrier-msft"}
 
-# Arguments of the re-ranker that a model's record holds and `load` restores. The seed is one of them since weights that
-# neither the backbone nor an adapter's folder holds, e.g. a pooler's, are drawn again.
+# Arguments of the re-ranker that a model's record holds and `load` restores. The seed is one of them, as weights that
+# neither the backbone nor an adapter's folder has, e.g. a pooler's, are drawn again.
 SAVED_SETTINGS = ("text_field", "max_length", "max_query_length", "passages", "seed")
 
 
@@ -35,7 +35,7 @@ class SavingMixin:
     ) -> None:  # fmt: skip
         """Write the model as an ordinary Hugging Face folder, with a model card and a record of its training.
 
-        A model that is already there is replaced; other files in the folder stay.
+        An existing model is replaced; other files in the folder are kept.
 
         Args:
             path: The folder.
@@ -65,8 +65,8 @@ class SavingMixin:
         """Publish what `save` writes as a model on the Hugging Face hub.
 
         Args:
-            repo: The repository, e.g. "user/model". It is created if need be; a model in it is replaced, and other
-                files stay.
+            repo: The repository, e.g. "user/model". It is created if needed; an existing model is replaced, and other
+                files are kept.
             private: Whether a new repository is private. None: the hub's default.
             merged: See `save`.
             license: See `save`.
@@ -75,7 +75,7 @@ class SavingMixin:
             **card: See `save`.
 
         Returns:
-            The commit's URL. With several processes rank 0 publishes; the others return the model's URL at once.
+            The commit's URL. With several processes, rank 0 publishes; the others return the model's URL at once.
         """
         api = HfApi(token=token)
         if distributed.rank() != 0:
@@ -93,8 +93,8 @@ class SavingMixin:
     def load(cls, path: str | Path, **settings: Any) -> Self:
         """Load a re-ranker that `save` or `push_to_hub` wrote: its weights, settings and history.
 
-        `MonoCE(path)`, in contrast, takes the weights only, to start something new. For cross-encoders published by
-        others, both take the weights.
+        `MonoCE(path)`, in contrast, loads only the weights, with new settings and no history. For cross-encoders that
+        others published, both load only the weights.
 
         Args:
             path: A folder, or a name on the Hugging Face hub.
@@ -130,4 +130,4 @@ class SavingMixin:
         record = ModelRecord(settings, model.hub_name, model.head_is_new, fingerprint, self.stages, library_versions())
         (folder / storage.FIRST).write_text(json.dumps(ARTIFACT))
         (folder / "README.md").write_text(model_card(record, is_adapter=model.has_adapter and not merged, **card))
-        record.write(folder)  # last, see finish_save
+        record.write(folder)  # last: it marks the save as complete, see finish_save

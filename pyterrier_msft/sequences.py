@@ -1,4 +1,4 @@
-"""Train every sequence of stages that a study compares; a stage that two sequences share is trained once."""
+"""Train every sequence of stages that a study compares; a beginning that sequences share is trained once."""
 
 import dataclasses
 import hashlib
@@ -22,7 +22,7 @@ from pyterrier_msft.training.checkpoints import check_writable
 
 logger = logging.getLogger(__name__)
 
-# Increase it when the same data, settings and weights at the start would give other weights than before.
+# Increase this when the same data, settings and initial weights would give other weights than before.
 SEMANTICS_VERSION = 1
 
 ValidationFrames = tuple[pd.DataFrame, pd.DataFrame]  # results and qrels
@@ -36,7 +36,7 @@ class Stage:
         fitter: The fitter, for example `Contrastive()`.
         results: First-stage results with columns qid, query, docno, text, and score or rank; or the path of a file of
             results, see `MonoCE.fit`.
-        qrels: Columns qid, docno and label. None where the fitter doesn't need them.
+        qrels: Columns qid, docno and label. None if the fitter doesn't need them.
     """
 
     fitter: Fitter | FitterSequence
@@ -81,11 +81,11 @@ def fit_sequences(
     Args:
         reranker: The re-ranker that every sequence starts from; it isn't changed.
         stages: The stages by name.
-        sequences: Names of stages joined by `-`, for example `["CL", "KD", "CL-KD", "KD-CL"]`. Stages at the
-            beginning that two sequences share are trained once.
+        sequences: Names of stages joined by `-`, for example `["CL", "KD", "CL-KD", "KD-CL"]`. A beginning
+            that sequences share is trained once.
         validation: Results and qrels of other queries, to validate every stage on.
         save_dir: Folder to keep each stage's result in, under a digest of everything that determines it (fitter, data,
-            weights at the start, settings), so that a later call reuses it. An interrupted stage is resumed from its
+            initial weights, settings), so that a later call reuses it. An interrupted stage is resumed from its
             last checkpoint.
         seeds: Train every sequence once per seed. The seed replaces the fitters' seeds and determines the weights of
             a new head.
@@ -118,7 +118,7 @@ def fit_sequences(
                 start = trained[prefix[:-1]]
                 folder = None if folders is None else folders.of(prefix, start)
                 trained[prefix] = _fit_stage(start, stages[prefix[-1]], validation, folder, "-".join(prefix))
-    # Distinct objects even where two names mean one sequence: PyTerrier tells transformers apart by identity.
+    # Distinct objects even if two names stand for one sequence: PyTerrier tells transformers apart by identity.
     result: dict[str, MonoCE] = {}
     for name, path in paths.items():
         is_taken = any(trained[path] is other for other in result.values())
@@ -165,14 +165,14 @@ def _fit_stage(
     trained.fitter = stage.fitter
     trained.fit(stage.results, stage.qrels, *(validation or (None, None)), checkpoint_dir=checkpoint_dir)
     if folder is not None and checkpoint_dir is not None:
-        # Adapters stay apart, for the next stage to train.
+        # Adapters aren't merged, so that the next stage can train them.
         distributed.run_on_rank_zero(lambda: trained.save(folder, merged=False))
         shutil.rmtree(checkpoint_dir, ignore_errors=True)
     return trained
 
 
 def _load_result(start: MonoCE, folder: Path) -> MonoCE | None:
-    """Load what an earlier call saved, with the present settings; None if there is nothing, or nothing complete."""
+    """Load the result that an earlier call saved, with the settings of `start`; None if there is no complete one."""
     if not folder.is_dir():
         return None
     try:

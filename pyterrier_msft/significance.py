@@ -12,7 +12,7 @@ were trained several times, a column `seed` tells the runs apart.
 **Seeds.** Queries are the sample; seeds aren't. Runs with several seeds share their queries, and counting them as more
 queries would make p-values arbitrarily small. So a system's values are first averaged over its seeds, query by query,
 and n is the number of queries (Sakai 2018). The tests generalize to other queries, *given* the average of the trained
-models. What another training run would bring isn't in the p-values but in `seed_summary`; read both (Bouthillier et al.
+models. How far training runs differ isn't in the p-values but in `seed_summary`; report both (Bouthillier et al.
 2021). Systems may have different numbers of seeds; one that isn't trained has one row per query, with any seed or NaN.
 
 **Missing values.** Queries without a value in any system (PyTerrier gives NaN if there are no qrels) are left out, and
@@ -48,7 +48,7 @@ UNDECIDED = "undecided"
 
 
 class Outcome(NamedTuple):
-    """A test's statistic and p-value, in the order of PyTerrier and scipy."""
+    """A test's statistic and p-value, in the order that PyTerrier and scipy use."""
 
     statistic: float
     pvalue: float
@@ -276,7 +276,7 @@ def query_values(perquery: pd.DataFrame, measure: Any) -> pd.DataFrame:
     """Return a measure's value for each query (index qid) and system (column), averaged over the system's seeds.
 
     Raises:
-        ValueError: As `equivalence_table`.
+        ValueError: As in `equivalence_table`.
     """
     return pd.DataFrame({name: runs.mean(axis=1) for name, runs in _runs(perquery, str(measure)).items()})
 

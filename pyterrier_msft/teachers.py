@@ -1,6 +1,6 @@
-"""Teachers for `Distillation`: each form of a teacher gives a ranking (qid, docno, and score or rank).
+"""Teachers for `Distillation`: convert any kind of teacher to a ranking (qid, docno, and score or rank).
 
-Files of permutations and of labelled passages are read here too.
+The readers of permutations and of labelled passages can be imported from here too.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Queries per call of a teacher. Constant, because padding, and so a cross-encoder's last digits, depend on it.
+# Queries per call of a teacher. Fixed, because it affects padding, and thus the last digits of a model's scores.
 QUERIES_PER_CALL = 8
 
 
@@ -49,7 +49,7 @@ def check_teacher(teacher: Any) -> None:
 def get_ranking(
     teacher: Any, results: pd.DataFrame, *, depth: int | None = None, text_field: str = "text", verbose: bool = False
 ) -> pd.DataFrame | None:
-    """Return the ranking of a teacher, see `Distillation`; None if the teacher is None: the results are the ranking.
+    """Return a teacher's ranking, see `Distillation`; None if the teacher is None, as the results are the ranking then.
 
     A transformer is applied to the top `depth` of the results. Only transformers and mappings need the results.
     """
@@ -73,7 +73,7 @@ def get_ranking(
 def fuse(rankings: Mapping[Any, pd.DataFrame], *, k: float = 60) -> pd.DataFrame:
     """Fuse rankings by reciprocal rank (Cormack, Clarke and Büttcher, SIGIR 2009).
 
-    A document's score is the sum of 1/(k + rank) over the rankings that have it; ranks start at 1 and are equal for
+    A document's score is the sum of 1/(k + rank) over the rankings that contain it; ranks start at 1 and are equal for
     equal scores.
 
     Args:
@@ -135,13 +135,13 @@ def _apply(teacher: pt.Transformer, candidates: pd.DataFrame, *, verbose: bool) 
 def cached(teacher: pt.Transformer, folder: str | Path, *, batch_size: int = 1, verbose: bool = False) -> "Cached":
     """Cache a re-ranker's rankings on disk, so that an interrupted run can be resumed.
 
-    A ranking is cached for a query with its documents in their order, with their texts and other columns; scores and
-    ranks count only by the order that they give. The key has the teacher's `fingerprint` if it has one, as a
+    The key of a ranking is the query and its documents in order, with their texts and other columns; scores and ranks
+    affect only that order. The key includes the teacher's `fingerprint` if the teacher has one, as a
     `MonoCE` does. Other properties of a teacher can't be detected, so use one folder per model and prompt.
 
     Args:
         teacher: A transformer or pipeline that re-ranks results, e.g. an LLM.
-        folder: The folder for the rankings; they are in `rankings.jsonl`, which `read_permutations` can read.
+        folder: The folder to write the rankings to, as `rankings.jsonl`, which `read_permutations` can read.
         batch_size: Queries per call of the teacher; an interruption loses at most one call.
         verbose: Whether to show progress.
 
@@ -155,7 +155,7 @@ def cached(teacher: pt.Transformer, folder: str | Path, *, batch_size: int = 1, 
 class Cached(pt.Transformer):
     """A re-ranker with its rankings on disk, see `cached`.
 
-    Sets score and rank of the input's rows, without the documents that the teacher dropped.
+    Sets score and rank, and removes the documents that the teacher dropped.
     """
 
     __hash__ = object.__hash__
@@ -185,7 +185,7 @@ class Cached(pt.Transformer):
         return self.folder / "rankings.jsonl"
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Re-rank each query's documents, with the teacher if there is no cached ranking.
+        """Re-rank each query's documents; call the teacher only for queries without a cached ranking.
 
         Raises:
             ValueError: If the teacher returns documents that weren't in its input, or an invalid score.
@@ -197,7 +197,7 @@ class Cached(pt.Transformer):
             return self.rank(inp, bar.update)
 
     def rank(self, inp: pd.DataFrame, progress: Callable[[int], Any]) -> pd.DataFrame:
-        """Re-rank valid results; `progress` gets the number of queries done."""
+        """Re-rank valid results; `progress` is called with the number of queries done since the last call."""
         qids, docnos = as_ids(inp["qid"]), as_ids(inp["docno"])
         frame = inp.reset_index(drop=True).assign(qid=qids, docno=docnos)
         if (key := order_key(frame)) is not None:

@@ -19,7 +19,7 @@ from pyterrier_msft import MonoCE
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.loading import quiet_transformers
 
-# For such tiny models a second thread costs more than it computes.
+# For such tiny models, a second thread costs more than it saves.
 torch.set_num_threads(1)
 
 WORDS = [f"w{i}" for i in range(100)]
@@ -70,7 +70,7 @@ class Part:
 
 
 def make_part(name: str, *, n_queries: int, n_docs: int = 8, seed: int) -> Part:
-    """Queries whose only relevant document is the only one with words from the first ten: easy to learn.
+    """Make queries that are easy to learn: only the relevant document has words from the first ten of `WORDS`.
 
     The first stage's order is uninformative. A document's `quality` is how many of those words it has.
     """

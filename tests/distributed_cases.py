@@ -1,4 +1,4 @@
-"""Run by test_distributed.py in two processes with torchrun, and in one; each case writes what it gave to a file."""
+"""Run by test_distributed.py in two processes with torchrun, and in one; each case writes its result to a file."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from ir_measures import RR
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences
 from pyterrier_msft.training import batches, distributed
 
-SGD = {"optim": "sgd"}  # AdamW turns gradients that are 0 up to rounding into steps
+SGD = {"optim": "sgd"}  # AdamW would take steps along gradients that are 0 up to rounding
 QUERIES = 37  # divisible by neither the number of processes nor the batch size
 FIT = {"learning_rate": 0.3, "batch_size": 5, "epochs": 2, "dropout": 0.0, "warmup": 0, "clip_norm": None}
 CASES = {

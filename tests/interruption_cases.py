@@ -24,7 +24,7 @@ from transformers import TrainerState
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences
 
 KILLS = 20
-# Functions that write a part of a checkpoint, and up to which call of them the process may die.
+# The parts of a checkpoint, and for each the last write at which the process may be killed.
 WRITES = {"weights": 9, "random state": 20, "state": 6}
 TRAIN, DEV = make_part("tr", n_queries=40, seed=1), make_part("va", n_queries=10, seed=2)
 TEACHER = TRAIN.results.assign(score=TRAIN.results["quality"] * 10.0 + TRAIN.results["score"])

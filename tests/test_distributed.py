@@ -63,7 +63,7 @@ def untrained(backbone) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", [*distributed_cases.CASES, "passes", "stopping", "sequence"])
-def test_two_processes_learn_what_one_process_learns(one, two, untrained, name):
+def test_two_processes_give_the_weights_of_one(one, two, untrained, name):
     alone, together = result(one, name), result(two, name)
     expected, scores = centred(alone["scores"]), centred(together["scores"])
     moved = np.abs(expected - untrained).max()

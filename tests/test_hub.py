@@ -119,7 +119,7 @@ def test_a_record_cannot_allow_remote_code(trained, online):
     assert loaded.max_length == 24
 
 
-def test_a_card_takes_all_fields_of_the_hub(trained, tmp_path):
+def test_a_card_accepts_all_fields_of_the_hub(trained, tmp_path):
     trained.save(tmp_path / "model", base_model="google/electra-base-discriminator", library_name="pyterrier")
     data = ModelCard.load(tmp_path / "model" / "README.md").data
     assert (data.base_model, data.library_name) == ("google/electra-base-discriminator", "pyterrier")

@@ -92,7 +92,7 @@ def test_a_slow_tokenizer_is_refused(windowed, monkeypatch):
         windowed.windows(["w1"], ["w2"])
 
 
-def test_the_share_that_is_cut(windowed):
+def test_the_share_of_truncated_documents(windowed):
     texts = [words(0, 11), words(0, 29), words(0, 30)]  # one window, three windows, one token more
     assert windowed.truncation_rates(["w1 w2"] * 3, texts) == (0.0, pytest.approx(1 / 3))
 
@@ -115,7 +115,7 @@ def test_a_documents_score_is_its_best_windows(windowed, backbone):
     assert sum(done) == 6  # pairs, not windows
 
 
-def test_as_pyterriers_own_passages(ce, long_part):
+def test_scores_equal_those_of_pyterriers_passages(ce, long_part):
     """MaxP with PyTerrier's transformers and with ours."""
     results = long_part.results.head(80)
     sliding = pt.text.sliding(text_attr="text", length=8, stride=8, prepend_attr=None)
@@ -202,7 +202,7 @@ def test_passages_are_saved_and_part_of_the_cache_key(ce, backbone, train_part, 
 
 
 @pytest.mark.parametrize("wrong", [0, 1.5, None])
-def test_wrong_passages(wrong):
+def test_invalid_passages(wrong):
     with pytest.raises(ValueError, match="passages must be"):
         MonoCE(passages=wrong)
 

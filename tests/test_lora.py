@@ -196,7 +196,7 @@ def test_an_adapter_for_a_model_in_memory(backbone, test_part):
 @pytest.mark.parametrize(
     "wrong", ["lora", {"r": 8}, peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)]
 )
-def test_wrong_adapters(backbone, wrong):
+def test_invalid_adapters(backbone, wrong):
     with pytest.raises(ValueError, match=r"adapter must be a peft configuration"):
         MonoCE(backbone, adapter=wrong)
 

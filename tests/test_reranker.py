@@ -370,7 +370,7 @@ def test_a_failed_fit_leaves_the_head_new(ce, train_part, test_part):
         ({"text": 3}, "text_loader"),
     ],
 )
-def test_wrong_settings(settings, message):
+def test_invalid_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         MonoCE(**settings)
 

@@ -1,4 +1,4 @@
-"""Results in files: read in chunks, they give the same groups as a frame; texts are looked up later."""
+"""Results in files: chunks give the same groups as a frame, and texts are looked up later."""
 
 import dataclasses
 import warnings

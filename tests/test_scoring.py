@@ -253,7 +253,7 @@ def test_any_text_is_encoded_within_the_limit(encoder, queries, text):
 
 @settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 500), st.one_of(st.none(), st.integers(1, 9)))
-def test_batches_take_each_pair_once_within_the_budget(lengths, max_tokens, max_pairs):
+def test_batches_have_each_pair_once_within_the_budget(lengths, max_tokens, max_pairs):
     batches = length_batches(lengths, max_tokens=max_tokens, max_pairs=max_pairs)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:

@@ -59,7 +59,7 @@ def test_saved_stages_are_reused_with_the_present_settings(backbone, ce, stages,
 
 
 @pytest.mark.filterwarnings("ignore:Contrastive dropped")
-def test_what_changed_is_trained_again(ce, stages, batches, tmp_path, dev_part):
+def test_a_changed_stage_is_trained_again(ce, stages, batches, tmp_path, dev_part):
     fit_sequences(ce, stages, NAMES, save_dir=tmp_path)
     changed = {**stages, "KD": dataclasses.replace(stages["KD"], fitter=dataclasses.replace(KD, seed=7))}
     fit_sequences(ce, changed, NAMES, save_dir=tmp_path)
@@ -96,7 +96,7 @@ def test_an_interrupted_stage_is_resumed(ce, stages, tmp_path, caplog):
     assert not list(tmp_path.glob("*.checkpoints"))
 
 
-def test_one_re_ranker_per_seed(backbone, stages):
+def test_one_reranker_per_seed(backbone, stages):
     ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu")
     rerankers = fit_sequences(ce, stages, ["CL", "CL-KD"], seeds=[1, 2])
     assert {seed: list(r) for seed, r in rerankers.items()} == {1: ["CL", "CL-KD"], 2: ["CL", "CL-KD"]}

@@ -27,7 +27,7 @@ from pyterrier_msft.training.gradient_cache import gradient_cache_step
 from pyterrier_msft.training.run import train
 from pyterrier_msft.training.validation import Validation
 
-# A listwise loss gives some biases no gradient, which AdamW turns into noise: where weights are compared, SGD.
+# AdamW amplifies gradients that are 0 up to rounding, as some biases have, so tests that compare weights use SGD.
 SGD = {"optim": "sgd"}
 ALL_LOSSES = [
     losses.localized_contrastive, losses.multi_positive, losses.binary_cross_entropy, losses.ranknet,
@@ -86,7 +86,7 @@ class Interrupting:
 
 
 class Killed(BaseException):
-    """Stands for a killed process: nothing of ours catches it."""
+    """Stands for a killed process: the package doesn't catch it."""
 
 
 # ---- learning
@@ -144,7 +144,7 @@ def test_max_steps_may_exceed_an_epoch(model, groups):
 
 
 @pytest.mark.parametrize("warmup", [0.1, 1.0, 5])
-def test_warmup_leaves_a_real_update(model, groups, warmup):
+def test_warmup_leaves_an_update_with_a_positive_learning_rate(model, groups, warmup):
     before = weights(model)
     run(model, groups, dataclasses.replace(FAST, max_steps=1, warmup=warmup))
     assert not torch.equal(weights(model), before)
@@ -245,7 +245,7 @@ def test_gradient_checkpointing_ends_with_the_run(model, groups):
 # ---- batches
 
 
-def test_an_epoch_takes_each_query_once_in_another_order(groups):
+def test_each_epoch_has_each_query_once_in_a_new_order(groups):
     schedule = list(BatchSchedule(groups, dataclasses.replace(FAST, batch_size=10)))
     assert len(schedule) == 3 * 7
     epochs = [[pair for batch in schedule[i : i + 7] for pair in batch] for i in (0, 7, 14)]
@@ -254,7 +254,7 @@ def test_an_epoch_takes_each_query_once_in_another_order(groups):
     assert [query for query, _ in epochs[0]] != [query for query, _ in epochs[1]]
 
 
-def test_queries_of_a_batch_have_like_lengths(groups):
+def test_queries_of_a_batch_have_similar_lengths(groups):
     rng = np.random.default_rng(0)
     schedule = BatchSchedule(
         dataclasses.replace(groups, texts=["x" * n for n in rng.integers(1, 500, len(groups.texts))]), FAST
@@ -375,7 +375,7 @@ def test_threads_are_reproducible_with_dropout(new, groups, two_threads, tmp_pat
 
 
 @pytest.mark.parametrize("reason", ["hooks", "random numbers", "numpy's random numbers", "memory"])
-def test_models_that_threads_would_disturb_are_trained_in_one(new, groups, two_threads, monkeypatch, reason):
+def test_models_that_do_not_support_threads_are_trained_in_one(new, groups, two_threads, monkeypatch, reason):
     models = [new() for _ in range(2)]
     calls, number = [], torch.randn if reason == "random numbers" else np.random.standard_normal
     if reason == "memory":
@@ -551,7 +551,7 @@ def test_another_error_and_a_single_pair_that_does_not_fit_are_raised(model, gro
 # ---- what goes wrong
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_queries(model, groups):
+def test_a_non_finite_loss_is_reported_with_step_and_queries(model, groups):
     def broken(scores, labels, mask):
         return scores.sum() * float("nan")
 

@@ -1,1 +1,1 @@
-"""Turns result frames, qrels and rankings into groups of labelled documents."""
+"""Convert result frames, qrels and rankings to groups of labelled documents."""

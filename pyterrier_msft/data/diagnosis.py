@@ -54,7 +54,7 @@ def _message(needed: str, report: DataReport, why: str) -> str:
 
 
 def _explain_missing_texts(report: DataReport) -> str:
-    """Say if there are no rows, or none with a text and a query; else empty."""
+    """Explain that there are no rows, or none with a text and a query; empty otherwise."""
     if not report.queries:
         return "the results are empty"
     if report.documents:

@@ -65,7 +65,7 @@ def require_ids(frame: pd.DataFrame, columns: Iterable[Any]) -> None:
 
 
 def require(valid: np.ndarray, values: Any, rule: str) -> None:
-    """Raise a ValueError that states the rule, and counts and exemplifies the values that break it."""
+    """Raise a ValueError with the rule, the number of values that break it, and an example, unless all are valid."""
     if not valid.all():
         invalid = np.asarray(values)[~valid]
         verb = "isn't" if len(invalid) == 1 else "aren't"
@@ -76,9 +76,9 @@ def require(valid: np.ndarray, values: Any, rule: str) -> None:
 
 
 def as_ids(values: pd.Series) -> pd.Series:
-    """Convert ids to strings without surrounding whitespace, under a plain index; every row must have one.
+    """Convert ids to strings without surrounding whitespace, with a plain index; every row must have an id.
 
-    An integer that pandas made a float, because another value was missing, becomes an integer again: 1.0 is "1".
+    Integers that pandas stored as floats, because other values were missing, become integers again: 1.0 gives "1".
     """
     values = values.reset_index(drop=True)
     require_ids(values.to_frame(), [values.name])
@@ -99,7 +99,7 @@ def _undo_float(value: Any) -> Any:
 
 
 def is_blank(values: pd.Series) -> np.ndarray:
-    """Return a mask of missing (None, NaN, NA), empty and whitespace texts; raise a ValueError for e.g. lists."""
+    """Return a mask of missing (None, NaN, NA), empty and whitespace texts; a ValueError for other types."""
     if _has_text_dtype(values):
         return (values.isna() | (values == "") | values.str.isspace()).to_numpy(dtype=bool)
     column = values.tolist()
@@ -111,7 +111,7 @@ def is_blank(values: pd.Series) -> np.ndarray:
 
 
 def as_texts(values: pd.Series) -> pd.Series:
-    """Convert a column to strings under a plain index; missing values become empty, lone surrogates '?'."""
+    """Convert a column to strings with a plain index; missing values become empty, lone surrogates '?'."""
     values = values.reset_index(drop=True)
     if _has_text_dtype(values):
         return values.fillna("")
@@ -142,7 +142,7 @@ def order_column(columns: Iterable[str]) -> str | None:
 
 
 def order_key(frame: pd.DataFrame) -> np.ndarray | None:
-    """Return what orders results, higher is better: the score, else the negative rank, else None."""
+    """Return the sort key of results, higher is better: the score, else the negative rank, else None."""
     column = order_column(frame.columns)
     if column is None:
         return None

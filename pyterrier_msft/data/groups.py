@@ -60,7 +60,7 @@ class Ragged(Sequence[np.ndarray]):
 
     def __init__(self, values: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
         self.values = values  # the arrays, concatenated
-        self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])  # of each array, and the end
+        self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])  # of each array, and of the end
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -74,12 +74,12 @@ class Ragged(Sequence[np.ndarray]):
 class Groups:
     """The training data of a stage: each query's documents with labels, from which each epoch draws a group.
 
-    A group has the documents that `sample_documents` chooses with `sampling`; without it, all of its query's.
+    With `sampling`, a group has the documents that `sample_documents` chooses; without it, all of the query's.
     """
 
     qids: list[str]
     queries: list[str]
-    texts: list[str]  # distinct texts, or docnos if there is `load`
+    texts: list[str]  # distinct texts; with `load`, docnos
     documents: Ragged  # per query: its documents as int32 indices into texts, best-ranked first
     labels: Ragged  # per query: float32 labels of its documents
     sampling: Sampling | None = None
@@ -94,7 +94,7 @@ class Groups:
         return texts if self.load is None else self.load(texts)
 
     def draw_all(self, requests: Sequence[tuple[int, int]], *, seed: int) -> list[Group]:
-        """Draw the groups of (index, epoch) pairs; each depends on its pair and the seed alone."""
+        """Draw the groups of (index, epoch) pairs; each depends only on its pair and the seed."""
         drawn = [self._draw(index, epoch, seed) for index, epoch in requests]
         texts = iter(self.text(document for documents, _ in drawn for document in documents))
         return [
@@ -110,7 +110,7 @@ class Groups:
         return documents[sampled], labels[sampled]
 
     def lengths(self) -> np.ndarray:
-        """Return the characters of each query with its longest document, for batches of similar length.
+        """Return the length in characters of each query plus its longest document, for batches of similar length.
 
         Texts that have to be looked up aren't counted.
         """
@@ -122,7 +122,7 @@ class Groups:
         return queries + longest
 
     def digest(self) -> str:
-        """Digest the content, for cache keys; of texts that have to be looked up, a sample."""
+        """Digest the content, for cache keys; texts that have to be looked up are sampled."""
         digest = hashlib.sha256(f"{self.sampling} {self.load is None}".encode())
         for strings in (self.qids, self.queries, self.texts):
             for start in range(0, len(strings), CHUNK_SIZE):
@@ -149,9 +149,9 @@ class GroupsBuilder:
         self.texts: dict[str, int] = {}
 
     def add(self, rankings: Rankings, keep: np.ndarray, labels: np.ndarray) -> dict[str, int]:
-        """Add the rows of new queries that are in the mask `keep`; return their counts, as fields of a DataReport.
+        """Add the rows in the mask `keep`; return the number of groups and documents, as fields of a DataReport.
 
-        The rankings of all calls share one numbering of texts.
+        Each call adds new queries; the rankings of all calls share one numbering of texts.
         """
         query = rankings.query[keep]
         offsets = query_offsets(query)
@@ -178,7 +178,7 @@ def _concatenate(arrays: list[np.ndarray], dtype: Any) -> Ragged:
 
 
 def _renumber(ids: np.ndarray, names: list[str]) -> list[str]:
-    """Renumber ids in place, in the order in which they occur; return the names by new ids."""
+    """Renumber ids in place by first occurrence; return the names in the order of the new ids."""
     new_ids = np.full(len(names), -1, dtype=np.int32)
     used: list[str] = []
     for start in range(0, len(ids), CHUNK_SIZE):

@@ -31,8 +31,8 @@ def from_qrels(
 
     A positive is a document with a grade of at least `min_relevance`, at any rank; its label is the grade. Negatives
     are the other documents in the top `depth`, judged or not, with label 0. A passage (docno `d%p0`) has the grade of
-    its document. Positives that the results lack are added if `load_missing` returns the texts of a frame of qid, query
-    and docno. For the settings, see `Contrastive`.
+    its document. Positives that the results lack are added with the texts that `load_missing` returns for a frame of
+    qid, query and docno. For the settings, see `Contrastive`.
     """
     grades = grades_of(qrels)
     judged = set(grades.index.get_level_values("qid"))
@@ -61,7 +61,7 @@ def from_qrels(
 
 
 def grades_of(qrels: pd.DataFrame) -> pd.Series:
-    """Return qrels as a series of labels over (qid, docno), ids as strings; the higher of two labels of a pair."""
+    """Return the labels of qrels, indexed by qid and docno as strings; if a pair has two labels, the higher one."""
     return _labels_by_pair(qrels).max()
 
 
@@ -82,7 +82,7 @@ def _labels_by_pair(qrels: pd.DataFrame) -> Any:
 def _add_missing(
     rankings: Rankings, positives: pd.DataFrame, load: Callable[[pd.DataFrame], Iterable[Any]]
 ) -> Rankings:
-    """Add the positives that rankings lack, at the end of their query's."""
+    """Add the positives that are missing in rankings, each at the end of its query's ranking."""
     is_found = np.isin(np.arange(len(positives)), rankings.match(positives, rankings.parent))
     query_ids = {qid: i for i, qid in enumerate(rankings.qids) if rankings.query_texts[i]}
     missing = positives[~is_found & positives["qid"].isin(query_ids).to_numpy()]
@@ -125,7 +125,7 @@ def from_teacher(
     """Label the first stage's top documents by a teacher's ranking (None: the results' own), for distillation.
 
     A label is the number of the query's documents that the teacher ranks lower; with `keep_scores`, the teacher's
-    score. In a query that the teacher ranked, `unranked` documents are dropped ("drop"), or tied in the last place
+    score. In a query that the teacher ranked, documents that it left out are dropped (`unranked="drop"`) or tied last
     ("last").
     """
     if keep_scores and unranked == "last":
@@ -200,7 +200,7 @@ def _check_order(ordered_by: str | None, keep_scores: bool) -> None:
 
 
 def _count_others(query: np.ndarray, key: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Count, for some rows, the other ones of the query: those with a lower key, those with the same key, and all."""
+    """Count, for some rows, the query's other rows: those with a lower key, those with the same key, and all."""
     by_query = pd.Series(key[rows]).groupby(query[rows])
     lowest, highest = by_query.rank(method="min"), by_query.rank(method="max")
     counts = np.zeros((3, len(key)))

@@ -51,12 +51,12 @@ def read_permutations(path: str | Path, *, responses: str | Path | None = None, 
       `unsorted_docs`; strings, or objects of `docno`, `docid`, `doc_id`, `pid`, `id` or `_id`, of `text`, `content`,
       `contents`, `passage`, `segment`, `body` or `doc` (or of these within `doc`), and `title`;
     - the permutation, best first: `permutation`, `ranking`, `re_rank_id` or `response`; positions from 1, docnos, or
-      an answer like "[2] > [1]". Docnos need no candidates. Objects in `candidates` or `hits` without a permutation
-      are in the teacher's order, as RankLLM and RankGPT write them.
+      an answer like "[2] > [1]". A list of docnos needs no candidates. Objects in `candidates` or `hits` without a
+      permutation are in the teacher's order, as RankLLM and RankGPT write them.
 
-    A missing qid or docno is replaced with a digest of the text. An LLM's mistakes are counted in one warning: of a
-    document that is named twice the first position is used, an unknown document is ignored, and a document that isn't
-    named is unranked. If a query occurs again, its first ranking is used.
+    A missing qid or docno is replaced with a digest of the text. An LLM's mistakes are counted in one warning: for a
+    document that is named twice, the first position is used; an unknown document is ignored; a document that isn't
+    named is unranked. For a query that occurs again, the first ranking is used.
 
     Args:
         path: JSON lines, or an array in a `.json` file; plain or `.gz`, in UTF-8.
@@ -118,7 +118,7 @@ def read_labelled_passages(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame
 
     A line has `query_id`, `query`, and lists `positive_passages` and `negative_passages` of docid, title and text
     (or `pos` and `neg`, or strings); title and text are joined with a space, as in Tevatron. Other names and ids are
-    as in `read_permutations`. A passage in both lists is relevant; a warning counts them.
+    as in `read_permutations`. A passage in both lists is relevant; a warning counts such passages.
 
     Args:
         path: JSON lines, or an array in a `.json` file; plain or `.gz`, in UTF-8.
@@ -153,7 +153,7 @@ def check_unranked(unranked: str) -> None:
 
 
 def text_id(text: str) -> str:
-    """Return the qid or docno of a text without one: a digest of it."""
+    """Return a digest of a text, to replace a missing qid or docno."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -226,7 +226,7 @@ def _parse_ranking(fields: dict[str, Any], answer: Any = None) -> Record:
         raise ValueError(f"candidates must be a list; got {_shorten(candidates)}")
     docnos, texts = map(list, zip(*map(_parse_passage, candidates), strict=True)) if candidates else ([], [])
     if permutation is None:
-        # A list with another name may be a permutation, so that the order of candidates isn't the ranking.
+        # A list with an unknown name may be the permutation; then the order of candidates isn't the ranking.
         others = [name for name, value in fields.items() if _is_list_of(value, str | int) and value]
         if others or not any(name in fields for name in RERANKED) or not _is_list_of(candidates, dict):
             names = ", ".join(PERMUTATION)
@@ -292,7 +292,7 @@ def _parse_query(fields: dict[str, Any]) -> tuple[str, str | None]:
 
 
 def _parse_passage(item: Any) -> tuple[str | None, str | None]:
-    """Return a passage's docno and text, at least one of which is there."""
+    """Return a passage's docno and text, at least one of which isn't None."""
     if isinstance(item, str):
         return None, item
     if not isinstance(item, dict):

@@ -24,7 +24,7 @@ class Rankings:
     """The rankings of some queries, as columns of integer ids: each row is a document with text.
 
     Rows are grouped by query, best document first. `clean_results` makes one Rankings of a whole frame, `read_run`
-    one of each chunk of a file. Singular names are columns of ids; plural ones say which string an id stands for.
+    one of each chunk of a file. Singular names are columns of ids; plural names map between ids and strings.
     """
 
     qids: list[str]
@@ -45,7 +45,7 @@ class Rankings:
         return rank_in_query(self.query)
 
     def queries_with(self, rows: np.ndarray) -> np.ndarray:
-        """Return a mask of the queries that have any of the rows, given as a mask."""
+        """Return a mask of the queries that have at least one of the rows, which are given as a mask."""
         return np.bincount(self.query[rows], minlength=len(self.qids)) > 0
 
     def frame(self, rows: np.ndarray | slice = slice(None)) -> pd.DataFrame:
@@ -58,7 +58,7 @@ class Rankings:
     def match(self, pairs: pd.DataFrame, documents: np.ndarray) -> np.ndarray:
         """Return each row's position among distinct pairs of qid and docno, -1 if it isn't there.
 
-        `documents` has the rows' ids to match: `document`, or `parent`.
+        `documents` is the column of ids to match: `document` or `parent`.
         """
         query_ids = {qid: i for i, qid in enumerate(self.qids)}
         query = np.array([query_ids.get(qid, -1) for qid in pairs["qid"]], dtype=np.int64)
@@ -69,11 +69,11 @@ class Rankings:
 
     def lookup(self, pairs: pd.DataFrame, column: str, documents: np.ndarray, default: float) -> np.ndarray:
         """Look up each row's value in a column of distinct pairs, see `match`; the default if its pair isn't there."""
-        return np.append(pairs[column].to_numpy(), default)[self.match(pairs, documents)]  # -1 is the default
+        return np.append(pairs[column].to_numpy(), default)[self.match(pairs, documents)]  # index -1 is the default
 
 
 def clean_results(results: pd.DataFrame, *, text_field: str) -> tuple[Rankings, np.ndarray]:
-    """Convert a frame of results to rankings, without empty texts and with the best of duplicate rows.
+    """Convert a frame of results to rankings; drop empty texts, and all but the best of duplicate rows.
 
     Also return the positions of the rankings' rows in the results.
     """
@@ -156,7 +156,7 @@ def top_documents(results: pd.DataFrame, *, depth: int | None, text_field: str =
 
 
 class RowsByQuery:
-    """A frame whose rows are found by qid (a string) without a scan."""
+    """A frame with fast lookup of rows by qid (a string)."""
 
     def __init__(self, frame: pd.DataFrame) -> None:
         self.frame = frame.sort_values("qid", kind="stable", ignore_index=True)
@@ -180,7 +180,7 @@ def parent_ids(docnos: Iterable[str], ids: dict[str, int]) -> np.ndarray:
 
 
 def best_first(query: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Return the order of rows by query and descending key; ties keep their order."""
+    """Return the indices that sort rows by query and descending key; ties keep their order."""
     same = query[1:] == query[:-1]
     if (query[1:] >= query[:-1]).all() and (~same | (key[1:] <= key[:-1])).all():
         return np.arange(len(query))  # the usual case, much faster than sorting

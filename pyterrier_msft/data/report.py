@@ -23,7 +23,7 @@ class DataReport:
     ranked_last: int = 0  # query-document pairs that the teacher didn't rank, placed last
     judged_twice: int = 0  # query-document pairs with two different labels; the higher one is used
     several_queries: int = 0  # qids with different query texts; that of the best-ranked document is used
-    tied_labels: float = 0.0  # rate of pairs of a query's documents that a teacher ties
+    tied_labels: float = 0.0  # rate, over the pairs of a query's documents, of ties by the teacher
     agreement: float | None = None  # mean rank correlation of the teacher with the first stage, -1 to 1
     truncated_queries: float = 0.0
     truncated_documents: float = 0.0
@@ -67,7 +67,7 @@ class DataReport:
         return "; ".join(self._dropped())
 
     def conflicts(self) -> str:
-        """Describe where the data contradict themselves; empty if nowhere."""
+        """Describe contradictions in the data; empty if there are none."""
         return "; ".join(self._conflicts())
 
     def teacher_looks_inverted(self) -> bool:

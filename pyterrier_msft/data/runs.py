@@ -38,16 +38,16 @@ def read_run(
 
     Args:
         path: A TREC run, plain or `.gz`, or Parquet with qid, docno, and score or rank (and query). The rows of a
-            query must be together.
+            query must be contiguous.
         depth: Documents to keep per query, from the top. None: all.
         relevant: qid and docno (strings) of documents to keep at any rank.
         topics: qid and query, for a file without queries; queries that aren't here are dropped.
 
     Yields:
-        Rankings with docnos in place of texts, and shared document ids.
+        Rankings with docnos in place of texts; all share one numbering of documents.
 
     Raises:
-        ValueError: If the file is missing or has another format, or the rows of a query aren't together.
+        ValueError: If the file is missing or has another format, or the rows of a query aren't contiguous.
         ImportError: If polars isn't installed.
     """
     rows = _scan(Path(path))
@@ -121,7 +121,7 @@ class _Converter:
         )
 
     def _sort(self, batch: "pl.DataFrame") -> tuple["pl.DataFrame", list[str]]:
-        """Order rows by query and descending key, without unknown queries; add query, query_id and key."""
+        """Sort rows by query and descending key, and drop unknown queries; add the columns query, query_id and key."""
         import polars as pl
 
         runs = batch["qid"].rle().struct.unnest()

@@ -16,7 +16,7 @@ from pyterrier_msft.data.groups import DIGEST_SAMPLE
 from pyterrier_msft.data.runs import first_docnos
 from pyterrier_msft.notices import warn
 
-MIN_LOOKUPS_FOR_CHECK = 32  # documents without text, and none with one, after which the source must be wrong
+MIN_LOOKUPS_FOR_CHECK = 32  # if none of so many documents has a text, the source must be wrong
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TextSource:
         return results
 
     def add_to(self, results: pd.DataFrame) -> pd.DataFrame:
-        """Add the texts to results that lack them, as far as there is a source."""
+        """Add texts to results that lack them, if there is a source."""
         return results if self.source is None or self.field in results.columns else self.load(results)
 
     def load(self, results: pd.DataFrame) -> pd.DataFrame:
@@ -79,7 +79,7 @@ class TextSource:
         return None
 
     def digest(self, results: pd.DataFrame | str | Path) -> str:
-        """A digest of a sample of the texts (and, for a run file, queries) that the source adds; empty if none."""
+        """Digest a sample of the texts (and, for a run file, the queries) that the source adds; empty if none."""
         if self.source is None or (isinstance(results, pd.DataFrame) and self.field in results.columns):
             return ""
         topics = None
@@ -100,7 +100,7 @@ class TextLookup:
         self.n_found = self.n_missing = 0
 
     def __call__(self, docnos: list[str]) -> list[str]:
-        """Return the texts of documents; a ValueError if none of many has had one so far."""
+        """Return the texts of documents; raise a ValueError if none of many documents so far has had a text."""
         loaded = self.load(pd.DataFrame({"docno": list(dict.fromkeys(docnos))}))
         by_docno = dict(zip(loaded["docno"], as_texts(loaded[self.field]), strict=True))
         texts = [by_docno.get(docno, "") for docno in docnos]

@@ -29,7 +29,7 @@ def validation_frames(
         raise ValueError(f"validation labels must be whole numbers, which measures need; got {fractions.iloc[0]}")
     results = texts.add_to(results.reset_index(drop=True))
     require_columns(results, ["qid", "query", "docno", texts.field], "validation results")
-    # Passages are judged as their documents, as in training.
+    # A passage has the label of its document, as in training.
     docno = as_ids(results["docno"]).str.replace(PASSAGE_SUFFIX, "", regex=True)
     frame = pd.DataFrame({"qid": as_ids(results["qid"]), "docno": docno})
     frame["query"], frame["text"] = as_texts(results["query"]), as_texts(results[texts.field])

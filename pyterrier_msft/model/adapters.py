@@ -16,7 +16,7 @@ ORIGIN_FIELDS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "p
 
 
 def check(adapter: Any) -> None:
-    """Raise a ValueError unless an adapter is one of peft's for a model's layers, e.g. LoRA."""
+    """Raise a ValueError unless an adapter is a peft configuration, e.g. of LoRA, other than prompt learning."""
     if not isinstance(adapter, _peft().PeftConfig) or adapter.is_prompt_learning:
         raise ValueError(f"adapter must be a peft configuration like LoraConfig(r=16); got {type(adapter).__name__}")
 
@@ -25,7 +25,7 @@ def add(network: PreTrainedModel, adapter: Any, *, base: str, revision: str | No
     """Add a new adapter to a network, in place, and return the `PeftModel` around the same modules.
 
     The head and, if there is one, the pooler are trained and saved with the adapter, since they may be new. The
-    backbone's name (or folder) and revision are recorded for whoever loads the adapter.
+    backbone's name (or folder) and revision are recorded, so that the adapter can be loaded.
     """
     config = copy.deepcopy(adapter)
     config.task_type = "SEQ_CLS"
@@ -47,7 +47,7 @@ def load(network: PreTrainedModel, folder: str | Path) -> Any:
 
 
 def backbone_of(folder: str | Path) -> tuple[str, str | None]:
-    """The backbone (name or folder) of a saved adapter, and its revision."""
+    """Return the backbone (name or folder) of a saved adapter, and its revision."""
     config = _peft().PeftConfig.from_pretrained(str(folder))
     return config.base_model_name_or_path, config.revision
 
@@ -59,7 +59,7 @@ def merge(peft_model: Any) -> PreTrainedModel:
 
 
 def digestible_config(peft_model: Any) -> dict[str, Any]:
-    """The fields of an adapter's configuration that affect its scores or its training, for a digest."""
+    """Return the fields of an adapter's configuration that affect its scores or its training, for a digest."""
     return {
         key: sorted(set(value)) if isinstance(value, set | list | tuple) else value
         for key, value in peft_model.active_peft_config.to_dict().items()
@@ -87,4 +87,4 @@ def _peft() -> Any:
 
 
 def _ignore_future_warnings() -> Any:
-    return warnings.catch_warnings(action="ignore", category=FutureWarning)  # of names that peft still uses
+    return warnings.catch_warnings(action="ignore", category=FutureWarning)  # about names that peft still uses

@@ -1,4 +1,4 @@
-"""A cross-encoder as one object."""
+"""`CrossEncoder`: network, tokenizer and adapter in one object."""
 
 import copy
 import hashlib
@@ -60,7 +60,7 @@ class CrossEncoder:
         self.was_saved_untrained = False  # according to the record of a saved re-ranker
         self._source: str | None = None  # folder or name to load the present weights from
         self._expected_fingerprint: str | None = None  # of weights still to be loaded
-        self._int8: tuple[str, PreTrainedModel] | None = None  # with the fingerprint of the weights quantized
+        self._int8: tuple[str, PreTrainedModel] | None = None  # the weights' fingerprint, and their quantized copy
 
     @property
     def is_loaded(self) -> bool:
@@ -166,7 +166,7 @@ class CrossEncoder:
         return scores
 
     def clone(self, *, with_weights: bool = True) -> Self:
-        """Copy the cross-encoder; without its weights, they are loaded again."""
+        """Copy the cross-encoder; without weights, the copy loads them again."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)  # copy.copy would use __getstate__
         # In one call, since the two share modules.
@@ -175,31 +175,31 @@ class CrossEncoder:
         return other
 
     def reseeded(self, seed: int) -> Self:
-        """Copy the cross-encoder for a replicate: a new head gets other random weights, trained weights stay."""
+        """Copy the cross-encoder with another seed: a new head gets other random weights; trained weights stay."""
         other = self.clone(with_weights=not self.head_is_new)
         other.seed = seed
         return other
 
     def take_weights(self, other: "CrossEncoder") -> None:
-        """Share the weights of another cross-encoder and keep one's own settings."""
+        """Share the weights of another cross-encoder; keep this one's settings."""
         self._network, self._tokenizer, self._peft_model = other.network, other.tokenizer, other._peft_model
-        # Loaded again, from the same source, a new head gets the same random weights only with the same seed.
+        # A new head that is loaded again gets the same random weights only with the same seed.
         self._source = other._source if self.seed == other.seed else None
         self.adapter_folder, self._head_is_new = other.adapter_folder, other._head_is_new
 
     def mark_changed(self) -> None:
-        """Note that the weights are no longer those on disk."""
+        """Record that the weights are no longer those on disk."""
         self._source = None
 
     def mark_saved(self, folder: Path) -> None:
-        """Note that the weights can be loaded from a folder, so that they needn't travel with a pickle."""
+        """Record that the weights can be loaded from a folder, so that a pickle needn't contain them."""
         if not self.has_adapter:
             self._source = str(folder)
 
     def write(self, folder: Path, *, max_length: int, merged: bool) -> str:
         """Write weights and tokenizer into a folder and return the fingerprint of the weights written.
 
-        They have the format of transformers or, for an adapter that isn't merged, of peft.
+        The format is that of transformers or, for an adapter that isn't merged, of peft.
         """
         network, peft_model = self.network, self._peft_model
         if peft_model is not None and merged:
@@ -240,7 +240,7 @@ class CrossEncoder:
 
 
 def fingerprint_of(network: PreTrainedModel, peft_model: Any) -> str:
-    """A digest of a network's weights and its adapter's configuration. It takes a third of a second for BERT-base."""
+    """Digest a network's weights and its adapter's configuration. This takes a third of a second for BERT-base."""
     state, digest = network.state_dict(), hashlib.sha256()
     if peft_model is not None:
         config = adapters.digestible_config(peft_model)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 Encoded = dict[str, list[list[int]]]  # a tokenizer's columns ("input_ids", ...), one list of integers per pair
 
-CHARACTERS_PER_TOKEN = 12  # of a text that are tokenized, per token that is read: twice what any language needs
+CHARACTERS_PER_TOKEN = 12  # how much of a long text is tokenized: twice as much as any language needs
 WINDOW_OVERLAP = 1 / 8  # between consecutive windows of a text, as a fraction of max_length
 MAX_BALANCED_BATCHES = 32  # per worker; with more, an uneven last round hardly matters
 
@@ -32,11 +32,11 @@ class PairEncoder:
     passages: int = 1
 
     def __call__(self, queries: Sequence[Any], texts: Sequence[Any]) -> Encoded:
-        """Encode pairs, truncated but not padded. Missing values (None, NaN) are read as the empty text."""
+        """Encode pairs, truncated but not padded. Missing values (None, NaN) are read as empty texts."""
         queries, texts, prefixes = self._prepare(queries, texts)
         encoded = self._encode(queries, prefixes)
         for i, (query, text, prefix) in enumerate(zip(queries, texts, prefixes, strict=True)):
-            # A prefix of few and long words may be too short to fill the pair.
+            # A prefix of few, long words may be too short to fill the pair.
             if len(prefix) < len(text) and len(encoded["input_ids"][i]) < self.max_length:
                 for key, (values,) in self._encode([query], [text]).items():
                     encoded[key][i] = values
@@ -45,13 +45,13 @@ class PairEncoder:
     def windows(self, queries: Sequence[Any], texts: Sequence[Any]) -> tuple[Encoded, np.ndarray]:
         """Encode each pair in as many windows of the text as it needs, at most `passages`.
 
-        Windows are as long as fits beside the query, and overlap, so that what one cuts apart is whole in the next.
+        Windows fill the space beside the query, and overlap, so that a phrase that one cuts is whole in the next.
 
         Returns:
             The windows, and for each of them the index of its pair.
 
         Raises:
-            ValueError: If `passages` is above 1 and the tokenizer is not a fast one, which alone can make windows.
+            ValueError: If `passages` is above 1 and the tokenizer isn't a fast one: slow ones can't make windows.
         """
         if self.passages == 1:
             return self(queries, texts), np.arange(len(queries))
@@ -60,7 +60,7 @@ class PairEncoder:
         queries, texts, prefixes = self._prepare(queries, texts)
         encoded, pair = self._encode_windows(queries, prefixes)
         is_cut = np.array([len(prefix) < len(text) for text, prefix in zip(texts, prefixes, strict=True)], dtype=bool)
-        # A prefix whose windows are all read may be too short.
+        # If all windows of a prefix are kept, the prefix may be too short.
         if (is_cut & (np.bincount(pair, minlength=len(texts)) <= self.passages)).any():
             encoded, pair = self._encode_windows(queries, texts)
         position = np.arange(len(pair)) - np.searchsorted(pair, pair)  # of a window in its text
@@ -68,7 +68,7 @@ class PairEncoder:
         return {key: [values[i] for i in kept] for key, values in encoded.items()}, pair[kept]
 
     def pad(self, encoded: Encoded, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
-        """Pad the chosen pairs to tensors [pairs, tokens], the tokens being a multiple of 8 (or `max_length`)."""
+        """Pad the chosen pairs to tensors [pairs, tokens], where tokens is a multiple of 8 or `max_length`."""
         chosen = {key: [values[i] for i in indices] for key, values in encoded.items()}
         longest = max(len(ids) for ids in chosen["input_ids"])
         length = max(longest, min(-(-longest // 8) * 8, self.max_length))  # the model may have no more positions
@@ -76,7 +76,7 @@ class PairEncoder:
         return dict(self.tokenizer.pad(chosen, **options))
 
     def truncation_rates(self, queries: Sequence[Any], texts: Sequence[Any]) -> tuple[float, float]:
-        """The shares (0 to 1) of the given pairs in which the query, and in which the text, is truncated."""
+        """Return the shares (0 to 1) of the pairs whose query, and whose text, is truncated."""
         if not len(queries):
             return 0.0, 0.0
         truncated = self._truncate_queries(queries)
@@ -84,13 +84,13 @@ class PairEncoder:
         if self.passages > 1:
             _, pair = replace(self, passages=self.passages + 1).windows(queries, texts)
             return query_rate, float(np.mean(np.bincount(pair) > self.passages))
-        # A pair is truncated if there is one more token to read.
+        # A pair is truncated if it has at least one more token.
         longer = PairEncoder(self.tokenizer, self.max_length + 1, self.query_limit)
         return query_rate, float(np.mean([len(ids) > self.max_length for ids in longer(queries, texts)["input_ids"]]))
 
     @property
     def query_limit(self) -> int:
-        """The most tokens of a query that are read."""
+        """The maximum number of tokens of a query."""
         room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True) - 1
         return max(1, min(room, self.max_query_length or self.max_length // 2))
 
@@ -117,7 +117,7 @@ class PairEncoder:
         return {q: q[: o[limit - 1][1]] if len(o) > limit else q for q, o in zip(distinct, offsets, strict=True)}
 
     def _prefix(self, text: str) -> str:
-        """The beginning of a long text that is worth tokenizing, in whole words: tokenizers split at blanks first."""
+        """Return the beginning of a long text that is worth tokenizing, cut at a blank, where tokenizers split."""
         limit = CHARACTERS_PER_TOKEN * self.max_length * self.passages
         if len(text) <= 2 * limit or self.tokenizer.truncation_side != "right":
             return text
@@ -159,7 +159,7 @@ def length_batches(
 
 
 def balance_batches(batches: list[np.ndarray], lengths: np.ndarray, max_tokens: int, workers: int) -> list[np.ndarray]:
-    """Split pairs anew so that each worker gets equally many batches of similar size."""
+    """Batch the pairs again so that each worker gets the same number of batches, of similar size."""
     target = -(-len(batches) // workers) * workers
     if target > MAX_BALANCED_BATCHES * workers:
         return batches

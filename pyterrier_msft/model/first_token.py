@@ -11,19 +11,19 @@ from transformers import PreTrainedModel
 # The attention implementation that training registers for CPUs, see training/cpu.py.
 CPU_ATTENTION = "pyterrier_msft_cpu"
 
-# Classes of transformers that score from the first token's state only, and whose layers are built alike.
+# Classes of transformers that score from the first token's state only, and whose layers have the same structure.
 FIRST_TOKEN_CLASSES = {
     f"{family}ForSequenceClassification" for family in ("Bert", "Electra", "Roberta", "XLMRoberta", "Camembert")
 }
 
 
 def scores_first_token(model: PreTrainedModel) -> bool:
-    """Whether a model is known to score from its first token only: by its class, since a subclass may do otherwise."""
+    """Whether a model's class is known to score from the first token only; its subclasses may read other tokens."""
     return type(model).__module__.startswith("transformers.") and type(model).__name__ in FIRST_TOKEN_CLASSES
 
 
 def last_layer(model: PreTrainedModel) -> Any:
-    """The last layer of a model that scores from its first token only; None for other models or adapted layers."""
+    """Return the last layer of a model that scores from its first token only; None for others, or with adapters."""
     if not scores_first_token(model):
         return None
     layer: Any = model.base_model.encoder.layer[-1]
@@ -42,7 +42,7 @@ def first_token_only(model: PreTrainedModel) -> Iterator[None]:
     layer = last_layer(model)
     # Other attention implementations have masks of another shape.
     has_known_mask = model.config._attn_implementation in {"sdpa", "eager", CPU_ATTENTION}
-    if layer is None or not has_known_mask or "forward" in vars(layer):  # the last: patched already
+    if layer is None or not has_known_mask or "forward" in vars(layer):  # in vars: patched already
         yield
         return
 

@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 
 from pyterrier_msft.model.loading import first_line
 
-# What a model is loaded from; repositories hold other formats of the same weights too.
+# The files that loading needs; repositories may also hold the same weights in other formats.
 LOADED_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*.py", "*.md", "*.jinja", "bpe.codes")
 
 

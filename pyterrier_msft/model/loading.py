@@ -1,6 +1,6 @@
 """Load a network with a single score, and its tokenizer, from a hub name or a folder.
 
-Supporting a model family: change `load_model` (the class, and which weights belong to a new head), `scoring.forward`
+To support a model family, change `load_model` (the class, and which weights belong to a new head), `scoring.forward`
 (where the output has the score), `encoding.PairEncoder` (how a pair becomes tokens) and, for speed only,
 `first_token.FIRST_TOKEN_CLASSES` (if the family scores from the first token).
 """
@@ -47,7 +47,7 @@ def load_model(
 
 
 def load_tokenizer(model: PreTrainedModel, *, trust_remote_code: bool = False) -> Tokenizer:
-    """Load the tokenizer from where a model in memory was loaded from; a ValueError if there is none."""
+    """Load the tokenizer from the place that a model was loaded from; a ValueError if there is none."""
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=trust_remote_code)
@@ -61,12 +61,12 @@ def load_tokenizer(model: PreTrainedModel, *, trust_remote_code: bool = False) -
 
 
 def ensure_pad_token(tokenizer: Tokenizer, model: PreTrainedModel, name: str) -> None:
-    """Let a tokenizer without a padding token, e.g. GPT-2's, pad with another; a ValueError if it isn't the model's."""
+    """Set the padding token of a tokenizer that has none, e.g. GPT-2's; a ValueError if it doesn't fit the model."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token_id is None:
             raise ValueError(f"tokenizer must have a pad, eos or unk token; got none of them in {name!r}")
-        # Padding on the left shifts positions. Only a tokenizer made for it keeps its side: XLNet scores at the end.
+        # Padding on the left shifts positions. A tokenizer with a padding token keeps its side: XLNet scores the end.
         tokenizer.padding_side = "right"
     if model.config.pad_token_id is None:  # decoders score from the last token before the padding
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -87,7 +87,7 @@ def as_single_score(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def token_limit(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
-    """The most tokens a pair may have: the model's number of positions."""
+    """Return the maximum number of tokens of a pair: the model's number of positions."""
     positions = [
         module.num_embeddings
         - (module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0))
@@ -122,7 +122,7 @@ def isolated_rng(seed: int) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message."""
     return str(error).strip().split("\n", 1)[0]
 
 

@@ -15,7 +15,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The named device, or the best one available (None); a ValueError if the named device isn't available."""
+    """Return the named device, or the best available one (None); a ValueError if the named one isn't available."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     found = parse_device(device)
@@ -30,7 +30,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def parse_device(device: str | torch.device) -> torch.device:
-    """The device of that name, available or not; a ValueError for a name that torch doesn't know."""
+    """Return the device with a name, available or not; a ValueError for a name that torch doesn't know."""
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -38,7 +38,7 @@ def parse_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The precision to compute in; "auto" is bfloat16 where the hardware supports it, else float32."""
+    """Return the precision to compute in; "auto" is bfloat16 where the hardware supports it, else float32."""
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype not in {"auto", *DTYPES}:
@@ -68,7 +68,7 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
 
     Weights are quantized per channel, inputs dynamically. Faster on processors with VNNI or AMX, with rounded scores.
     """
-    with warnings.catch_warnings(action="ignore"):  # torch moves this API to another package
+    with warnings.catch_warnings(action="ignore"):  # that torch moves this API to another package
         layer = last_layer(model)  # `first_token_only` reads the weights of its keys and values
         kept = {layer.attention.self.key, layer.attention.self.value} if layer is not None else set()
         settings = {

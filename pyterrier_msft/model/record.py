@@ -99,6 +99,6 @@ def history_frame(stages: Sequence[StageRecord]) -> pd.DataFrame:
 
 
 def library_versions() -> dict[str, str]:
-    """The installed versions of the libraries that decide what training computes."""
+    """Return the installed versions of the libraries that affect training."""
     names = ("torch", "transformers", "accelerate", "pyterrier")
     return {"pyterrier_msft": __version__, **{name: importlib.metadata.version(name) for name in names}}

@@ -19,7 +19,7 @@ from pyterrier_msft.model.precision import autocast
 
 logger = logging.getLogger(__name__)
 
-# Pairs tokenized and sorted by length at a time: enough for batches with hardly any padding, and a bound on memory.
+# Pairs tokenized and sorted by length at a time: enough for little padding, few enough to bound memory.
 PAIRS_PER_BLOCK = 8192
 # Tokens per forward pass: a CPU's caches are small, and a GPU needs much work per launch.
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 65536}
@@ -44,7 +44,7 @@ def score_pairs(
     was_training = model.training
     model.eval()
     try:
-        # Entered once and not in each thread, since both change a state that threads share.
+        # Entered once rather than in each thread, since both change state that threads share.
         with quiet_transformers(), first_token_only(model):
             for start in range(0, len(queries), PAIRS_PER_BLOCK):
                 block = slice(start, start + PAIRS_PER_BLOCK)
@@ -71,7 +71,7 @@ class _Scorer:
         self.lock = threading.Lock()  # guards the scores, the queue and the progress bar
 
     def score(self, encoded: Encoded, pair: np.ndarray) -> None:
-        """Score windows, `pair` being the index of each one's pair."""
+        """Score windows; `pair` has the index of each window's pair."""
         self.encoded, self.pair = encoded, pair
         self.lengths = np.array([len(ids) for ids in encoded["input_ids"]])
         batches = length_batches(self.lengths, max_tokens=self.max_tokens, max_pairs=self.batch_size)
@@ -119,13 +119,13 @@ class _Scorer:
             return
         with self.lock:
             np.maximum.at(self.scores, self.pair[indices], found)
-            if self.progress is not None:  # counts a pair with its first window
+            if self.progress is not None:  # a pair counts when its first window is scored
                 self.progress(int(np.sum((indices == 0) | (self.pair[indices] != self.pair[indices - 1]))))
 
 
 @contextlib.contextmanager
 def core_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads between which torch's own threads are divided evenly."""
+    """Create a pool of workers that share torch's threads evenly."""
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
@@ -135,6 +135,6 @@ def core_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that the device's memory is exhausted; not every device has a class of error for that."""
+    """Whether an error says that the device's memory is exhausted; not every device has an error class for that."""
     message = str(error)
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in message or "allocate memory" in message

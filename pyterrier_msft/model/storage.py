@@ -1,4 +1,4 @@
-"""Folders of models: check them, write them, and replace one model by another."""
+"""Folders of models: check them, write them, and replace one model with another."""
 
 import contextlib
 import fnmatch
@@ -46,9 +46,9 @@ def check_target(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replace_model(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder for a model's files, then move them into `folder` in place of the old model's.
+    """Yield a temporary folder for a model's files, then move them into `folder` in place of the old model's.
 
-    An exception inside the block leaves the old model as it was. Files that aren't a model's stay in any case.
+    An exception inside the block leaves the old model as it was. Files that aren't a model's are always kept.
     """
     finish_save(folder)
     partial, is_new = folder / PARTIAL, not folder.is_dir()
@@ -63,7 +63,7 @@ def replace_model(folder: Path) -> Iterator[Path]:
 
 
 def finish_save(folder: Path) -> None:
-    """Move the files of a complete `PARTIAL` into the folder, also where a save was killed while it did so."""
+    """Move the files of a complete `PARTIAL` into the folder, also after a save was killed while moving them."""
     partial = folder / PARTIAL
     if not (partial / RECORD).is_file():
         return

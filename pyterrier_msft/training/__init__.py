@@ -1,4 +1,4 @@
-"""Trains a cross-encoder on groups of documents with a listwise loss."""
+"""Train a cross-encoder on groups of documents with a listwise loss."""
 
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 

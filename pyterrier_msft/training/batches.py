@@ -16,19 +16,19 @@ from pyterrier_msft.training.hyperparameters import Hyperparameters
 
 # Tokens per forward pass; fewer passes are faster on a GPU, smaller ones fit a CPU's caches.
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 65536}
-MIN_TOKENS_PER_THREAD = 512  # below which a thread costs more than it saves
-# Batches among which queries are sorted by length: more of them save padding and make batches less random.
+MIN_TOKENS_PER_THREAD = 512  # with fewer, a thread costs more than it saves
+# Number of batches whose queries are sorted by length together: more reduce padding, but make batches less random.
 SORTED_BATCHES = 16
-# The epoch of a group that pads a batch: a rank without a query scores one text that has no part in the loss.
+# Stands in for the epoch where a rank has no query in a batch: it scores one text, which isn't part of the loss.
 PADDING_GROUP = -1
 
 GroupIndex = tuple[int, int]  # a query's index, and the epoch (or PADDING_GROUP)
 
 
 class BatchSchedule(Sampler[list[GroupIndex]]):
-    """All batches of a training run. What the n-th batch holds depends on the seed and n alone.
+    """All batches of a training run. The content of the n-th batch depends only on the seed and n.
 
-    So a resumed run continues exactly, and negatives are resampled every epoch with no need of `set_epoch`.
+    So a resumed run continues exactly, and negatives are resampled every epoch; no `set_epoch` needed.
 
     Attributes:
         updates: Number of updates of the weights.
@@ -69,13 +69,13 @@ class BatchSchedule(Sampler[list[GroupIndex]]):
 
 @dataclass(frozen=True)
 class GroupDataset(Dataset[Group]):
-    """The groups that a schedule's batches name, drawn when they are asked for."""
+    """The groups of a schedule's batches, drawn on access."""
 
     groups: Groups
     seed: int
 
     def __getitems__(self, indices: list[GroupIndex]) -> list[Group]:
-        """Draw a batch of groups at once, so that texts are looked up at once."""
+        """Draw a batch of groups at once, so that their texts are looked up together."""
         groups = self.groups.draw_all([(query, max(epoch, 0)) for query, epoch in indices], seed=self.seed)
         return [
             replace(group, texts=group.texts[:1], labels=group.labels[:0]) if epoch == PADDING_GROUP else group
@@ -92,9 +92,9 @@ class Collator:
 
     A batch is a dictionary of
 
-    - chunks: token ids (and masks) of the pairs, in chunks of like length, each [pairs, tokens];
-    - slots: [pairs] the place of each pair's score in the flattened [G, L], in the order of the chunks; the windows
-      of one document have the same place;
+    - chunks: token ids (and masks) of the pairs, in chunks of similar length, each [pairs, tokens];
+    - slots: [pairs] the index of each pair's score in the flattened [G, L], in the order of the chunks; the windows
+      of one document have the same index;
     - labels: [G, L] float;
     - mask: [G, L] bool, True for a document;
     - qids: the G queries' ids.
@@ -103,7 +103,7 @@ class Collator:
     encoder: PairEncoder
     max_tokens: int  # per chunk
     max_pairs: int | None  # per chunk
-    threads: int = 1  # to balance the chunks for; not with `max_pairs`, whose chunks are computed in turn
+    threads: int = 1  # to balance the chunks between; ignored with `max_pairs`
 
     def __call__(self, groups: list[Group]) -> dict[str, Any]:
         """Turn groups into a batch."""

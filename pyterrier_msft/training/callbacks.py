@@ -1,6 +1,6 @@
-"""What happens beside the updates: history, progress bar, validation, early stopping, checkpoints, and a warning.
+"""Callbacks of training: history, progress bar, validation, early stopping, checkpoints, collapsed scores.
 
-Callbacks that a resumed run needs export their state into Trainer's checkpoints.
+Callbacks save the state that resuming requires in Trainer's checkpoints.
 """
 
 # ruff: noqa: D102 (TrainerCallback documents the hooks)
@@ -23,12 +23,12 @@ from pyterrier_msft.training.hyperparameters import Hyperparameters
 
 # A resumed run loses at most this much work.
 SECONDS_BETWEEN_CHECKPOINTS = 900
-# Scores of a query's documents that differ by less are equal for ranking; logits are of order 1.
+# Scores of a query's documents that differ by less than this count as equal; logits are of order 1.
 COLLAPSED_SPREAD = 1e-3
 
 
 class HistoryCallback(TrainerCallback, ExportableState):
-    """Log some fifty times per training run, append each to the history, and show the progress bar if `verbose`."""
+    """Log about fifty times per training run, append each log to the history, and show a progress bar if `verbose`."""
 
     def __init__(
         self, history: list[dict[str, Any]], schedule: BatchSchedule, hyperparameters: Hyperparameters, *, verbose: bool
@@ -38,12 +38,12 @@ class HistoryCallback(TrainerCallback, ExportableState):
         self.log_every = max(1, min(schedule.eval_every, schedule.updates // 50))
         self.first_row = len(history)
         self.pairs: torch.Tensor | int = 0  # since the last row
-        self.seconds_before = 0.0  # in the run that is resumed
+        self.seconds_before = 0.0  # of the run that is resumed
         self.started = self.last_row_at = time.monotonic()
         self.bar = pt.tqdm(total=schedule.updates, desc="training", unit="step", disable=not verbose)
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
+        """Return the state that a resumed run needs."""
         return {"args": {}, "attributes": {"rows": self.history[self.first_row :], "seconds": self._seconds()}}
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -89,7 +89,7 @@ class HistoryCallback(TrainerCallback, ExportableState):
 
 
 class BestWeightsCallback(TrainerCallback, ExportableState):
-    """Validate, keep a copy of the best of the `weights` in memory, and stop early when the metric doesn't improve."""
+    """Request validations, keep the best weights in memory, and stop early when the metric doesn't improve."""
 
     def __init__(
         self,
@@ -138,8 +138,8 @@ class BestWeightsCallback(TrainerCallback, ExportableState):
 class CheckpointCallback(TrainerCallback, ExportableState):
     """Save a checkpoint at the start, at each validation's step, and at least every quarter of an hour.
 
-    The one at the start makes a run resumable that is interrupted before the next. A checkpoint's `identity` says
-    what determines the result of the run, by name.
+    The first checkpoint makes a run resumable even if it is interrupted before the second. `identity` is, by name,
+    everything that determines the result of the run.
     """
 
     def __init__(self, identity: Mapping[str, str], schedule: BatchSchedule, *, save: Callable[[], None]) -> None:
@@ -148,7 +148,7 @@ class CheckpointCallback(TrainerCallback, ExportableState):
         self.is_resumed = False
 
     def state(self) -> dict[str, Any]:
-        """Return what tells whether a run may resume from the checkpoint."""
+        """Return what decides whether a run may resume from the checkpoint."""
         return {"args": {}, "attributes": {"identity": self.identity, "world_size": distributed.world_size()}}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -176,10 +176,10 @@ class CollapseCallback(TrainerCallback):
         self.collapse_reported = False
 
     def observe(self, scores: torch.Tensor, mask: torch.Tensor) -> None:
-        """Note by how much the scores, [G, L], of the median list differ, without synchronizing the device."""
+        """Record how much the scores ([G, L]) within the median list differ, without synchronizing the device."""
         low = scores.masked_fill(~mask, math.inf).amin(-1)
         high = scores.masked_fill(~mask, -math.inf).amax(-1)
-        # The median, so that a list of one document, or one that is learned already, doesn't hide the rest.
+        # The median, so that a list of one document, or one that is already learned, isn't decisive.
         self.spread = (high - low).median()
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
@@ -198,5 +198,5 @@ class CollapseCallback(TrainerCallback):
 
 
 def is_due(step: int, every: int, schedule: BatchSchedule) -> bool:
-    """Return whether something that happens every so many updates, and at the end, happens at a step."""
+    """Return whether an event that occurs every `every` updates, and at the end of the run, is due at a step."""
     return step % every == 0 or step >= schedule.updates

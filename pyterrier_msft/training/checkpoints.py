@@ -1,4 +1,4 @@
-"""Checkpoints of Hugging Face's Trainer: which one to resume from, and whether it is one of this training run."""
+"""Checkpoints of Hugging Face's Trainer: which one to resume from, and whether it belongs to this training run."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def newest_checkpoint(folder: str | Path) -> Checkpoint | None:
 def read_checkpoint(path: Path) -> Checkpoint | None:
     """Read a checkpoint; None if writing it was interrupted.
 
-    Trainer's state is written last, so a checkpoint with a state has everything else, but for the random states of
+    Trainer writes its state last, so a checkpoint with a state is complete, except perhaps for the random states of
     other ranks.
     """
     try:
@@ -107,7 +107,7 @@ def checkpoint_to_resume(folder: Path, identity: Mapping[str, str]) -> Checkpoin
 
 
 def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write weights as safetensors, which refuses tensors that share memory."""
+    """Write weights as safetensors. Tensors are cloned, because the format refuses tensors that share memory."""
     save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, path, {"format": "pt"})
 
 

@@ -1,7 +1,7 @@
-"""What makes training faster on a CPU: dropout, attention, and one chunk per thread.
+"""Faster training on a CPU: replacements of dropout and attention, and one chunk per thread.
 
-Together 1.5 times as fast as torch's own on 2 cores with bfloat16 in hardware, at MiniLM's own dropout of 0.1.
-`benchmarks/training.py` measures it. Without it, training gives equally good weights, with other dropout masks.
+Training is 1.5 times as fast as with torch's own, on 2 cores with bfloat16 in hardware and MiniLM's dropout of 0.1
+(see `benchmarks/training.py`). The weights are as good; only the dropout masks differ.
 """
 
 import pickle
@@ -21,23 +21,23 @@ from pyterrier_msft.model.scoring import core_pool, forward
 from pyterrier_msft.training.gradient_cache import Chunk, ScoreGrads
 
 MAX_THREADS = 8
-MAX_GRADIENT_BYTES = 2 * 2**30  # of all threads, each of which holds gradients of its own
+MAX_GRADIENT_BYTES = 2 * 2**30  # over all threads, each of which holds its own gradients
 
 
 # ---- one chunk per thread
 
 
 def max_threads(network: PreTrainedModel) -> int:
-    """Return how many threads may compute chunks of their own."""
+    """Return how many threads may compute chunks at the same time."""
     gradients = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
     return max(1, min(MAX_THREADS, MAX_GRADIENT_BYTES // max(1, gradients), torch.get_num_threads()))
 
 
 def supports_threads(model: torch.nn.Module, chunk: Chunk) -> bool:
-    """Return whether threads can compute this model's chunks side by side.
+    """Return whether threads can compute this model's chunks in parallel.
 
-    They can't if the forward pass draws from a random state that they'd share (other dropout than torch's modules),
-    if layers are computed again in the backward pass, or if the optimizer steps in the backward pass by hooks.
+    They can't if the forward pass draws from a random state that threads share (e.g. dropout without torch's module),
+    if layers are recomputed in the backward pass, or if hooks run the optimizer during the backward pass.
     """
     before = _global_random_states()
     with torch.no_grad():
@@ -54,10 +54,10 @@ def supports_threads(model: torch.nn.Module, chunk: Chunk) -> bool:
 def threaded_step(
     model: torch.nn.Module, chunks: Sequence[Chunk], loss_and_score_grads: ScoreGrads, threads: int
 ) -> torch.Tensor:
-    """Add the gradient of a step to the parameters' `grad`, with a thread for each chunk.
+    """Add the gradient of a step to the parameters' `grad`, with one chunk per thread.
 
     Small operations gain little from several threads, so one chunk per core is faster than all cores on one chunk.
-    Gradients are added in the order of the chunks, so that two runs are equal bit for bit.
+    Gradients are added in the order of the chunks, so that results are reproducible bit for bit.
 
     Returns:
         The loss, detached.
@@ -72,7 +72,7 @@ def threaded_step(
     with core_pool(threads) as pool:
         scores = list(pool.map(partial(_forward_with_seed, model), chunks, seeds))
         loss, score_grads = loss_and_score_grads(scores)
-        for start in range(0, len(chunks), threads):  # no more chunks than threads hold their gradients
+        for start in range(0, len(chunks), threads):  # bounds the gradients held at once
             window = slice(start, start + threads)
             for grads in pool.map(backward_chunk, scores[window], score_grads[window]):
                 _add_grads(parameters, grads)
@@ -85,7 +85,7 @@ def _add_grads(parameters: Sequence[torch.nn.Parameter], grads: Sequence[torch.T
         if grad is None:
             continue
         if parameter.grad is None:
-            parameter.grad = grad.clone()  # autograd may give two parameters one tensor
+            parameter.grad = grad.clone()  # autograd may return one tensor for two parameters
         else:
             parameter.grad.add_(grad)
 
@@ -106,9 +106,9 @@ def _global_random_states() -> tuple[Any, Any, np.ndarray]:
 
 
 def patch_for_cpu(network: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Replace dropout and attention with ones of equal effect that are faster on a CPU.
+    """Replace dropout and attention with equivalent implementations that are faster on a CPU.
 
-    torch draws dropout's random numbers slowly there, and the backward pass of its fused attention is slow.
+    On a CPU, torch is slow at drawing dropout's random numbers and in the backward pass of fused attention.
     """
     dropouts = [module for module in network.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
     for module in dropouts:
@@ -122,7 +122,7 @@ def patch_for_cpu(network: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 class _ThreadBits(threading.local):
-    """A thread's generator of dropout's random bits; None: one for each call, seeded by torch's random state."""
+    """A thread's generator of dropout's random bits. None: a new one for each call, seeded by torch's random state."""
 
     generator: np.random.SFC64 | None = None
 
@@ -131,7 +131,7 @@ _thread_bits = _ThreadBits()
 
 
 class _Dropout(torch.autograd.Function):
-    """Dropout with numpy's random bits, which torch's random state or the thread's seed determines."""
+    """Dropout with random bits from numpy, determined by torch's random state or the thread's seed."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
@@ -150,7 +150,7 @@ def _dropout(module: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
 
 
 def _apply_mask(x: torch.Tensor, kept: np.ndarray, scale: float) -> torch.Tensor:
-    if x.dtype == torch.float32:  # numpy is faster at this, but knows no bfloat16
+    if x.dtype == torch.float32:  # numpy is faster, but has no bfloat16
         return torch.from_numpy(np.multiply(x.detach().numpy(), kept)).mul_(scale)
     return (x * torch.from_numpy(kept)).mul_(scale)
 

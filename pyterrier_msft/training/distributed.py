@@ -1,4 +1,4 @@
-"""What the processes of one training run exchange. Without torchrun there is one process and nothing to exchange."""
+"""Communication between the processes of a training run. Without torchrun there is a single process."""
 
 import contextlib
 import logging
@@ -37,7 +37,7 @@ def init_process_group() -> None:
 
 
 def wait_for_everyone() -> None:
-    """Block until all ranks get here."""
+    """Block until all ranks have called this."""
     gather_objects(None)
 
 
@@ -65,7 +65,7 @@ def run_on_rank_zero(function: Callable[[], T]) -> T:
 
 
 def all_reduce_max(number: int) -> int:
-    """Return the largest number of all ranks."""
+    """Return the maximum of a number over all ranks."""
     if world_size() == 1:
         return number
     value = torch.tensor(number, device=PartialState().device)
@@ -89,11 +89,11 @@ def gather_lists(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gather the lists of all ranks, so that each computes the loss of the whole batch.
 
-    A mean over pairs isn't the mean of the ranks' means, so a loss per rank would depend on their number. Gradients
-    flow to this rank's scores alone. All are [G, L]; a row without a document is padding and is left out.
+    A mean over pairs isn't the mean of the ranks' means, so a loss per rank would depend on the number of ranks.
+    Gradients flow only to this rank's scores. All tensors are [G, L]; rows without a document are padding, and removed.
 
     Returns:
-        Those of all ranks in the order of the batch, whose (n * world_size + r)-th list is the n-th of rank r.
+        The tensors of all ranks in the order of the batch: its (n * world_size + r)-th list is the n-th of rank r.
     """
     own = torch.stack([values.float() for values in (scores, labels, mask)], dim=-1)  # (G, L, 3)
     own = pad_across_processes(pad_across_processes(own, dim=0), dim=1)
@@ -107,7 +107,7 @@ def gather_lists(
 
 @contextlib.contextmanager
 def silence_other_ranks() -> Iterator[None]:
-    """Silence this package's warnings and log on all ranks but 0, which would repeat them."""
+    """Silence warnings and this package's log on all ranks but 0, so that each message appears once."""
     if rank() == 0:
         yield
         return

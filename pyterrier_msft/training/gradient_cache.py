@@ -1,4 +1,4 @@
-"""The gradient of a step of any size with one chunk's activations in memory at a time.
+"""Compute the gradient of a step of any size with one chunk's activations in memory at a time.
 
 Gradient caching (Gao et al., RepL4NLP 2021) costs one extra forward pass; the gradient is unchanged.
 """
@@ -14,10 +14,10 @@ from pyterrier_msft.model.scoring import UNLIMITED, forward
 
 Chunk = dict[str, torch.Tensor]  # the token ids (and masks) of some pairs, each [pairs, tokens]
 ScoreGrads = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, Sequence[torch.Tensor]]]
-"""Computes the loss from the scores of each chunk, and its gradient at the scores of each chunk."""
+"""Computes the loss from the scores of all chunks, and its gradient with respect to the scores of each chunk."""
 
-# On a CPU a process that needs too much memory is killed, where a GPU raises an error that training recovers from.
-# With weights, gradients and AdamW's moments of a BERT-base beside it, this fits a machine of 8 GB.
+# On a CPU, a process that needs too much memory is killed; a GPU raises an error that training recovers from.
+# Together with BERT-base's weights, gradients and AdamW moments, this fits a machine with 8 GB.
 MAX_ACTIVATION_BYTES = 4 * 2**30
 
 
@@ -26,8 +26,8 @@ def gradient_cache_step(
 ) -> torch.Tensor:
     """Add the gradient of a step to the parameters' `grad`, chunk by chunk.
 
-    Score all chunks without a graph, differentiate the loss at the scores, then score each chunk again, with the
-    random state (and so the dropout) that it had, and send its part of that gradient backward.
+    Score all chunks without a graph, and differentiate the loss with respect to the scores. Then score each chunk
+    again, with the same random state (and so the same dropout), and backpropagate its part of that gradient.
 
     Returns:
         The loss, detached.
@@ -63,9 +63,9 @@ def split_chunks(chunks: Sequence[Chunk], max_pairs: int | None) -> list[Chunk]:
 
 
 def max_graph_tokens(network: PreTrainedModel, dtype: torch.dtype, *, max_length: int, device: torch.device) -> int:
-    """Estimate how many tokens' activations of all layers may be held at once on a CPU; no limit elsewhere.
+    """Estimate for how many tokens the activations of all layers fit in memory on a CPU; no limit elsewhere.
 
-    Per token and layer, 17 numbers for each hidden unit, and 2.5 for each head and token attended to (Korthikanti et
+    A token takes 17 numbers per layer and hidden unit, and 2.5 per layer, head and attended token (Korthikanti et
     al., MLSys 2023).
     """
     config = network.config

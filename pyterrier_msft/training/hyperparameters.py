@@ -9,7 +9,7 @@ from typing import Any
 import ir_measures
 from ir_measures import nDCG
 
-# Arguments of `transformers.TrainingArguments` that are set elsewhere, and by what.
+# Arguments of `transformers.TrainingArguments` that have another setting in this package, by argument.
 SET_ELSEWHERE = {
     "bf16": "MonoCE's dtype",
     "fp16": "MonoCE's dtype",
@@ -26,7 +26,7 @@ SET_ELSEWHERE = {
     "warmup_steps": "warmup",
     "weight_decay": "weight_decay",
 }
-# Those that this package's training can't work with.
+# Arguments of `transformers.TrainingArguments` that this package doesn't support.
 UNSUPPORTED = (
     "deepspeed", "disable_tqdm", "eval_on_start", "eval_strategy", "fsdp", "fsdp_config", "load_best_model_at_end",
     "logging_nan_inf_filter", "logging_strategy", "remove_unused_columns", "restore_callback_states_from_checkpoint",
@@ -42,13 +42,13 @@ class Hyperparameters:
         learning_rate: Peak learning rate of AdamW; it decays linearly to 0.
         epochs: Number of times that each query is seen.
         max_steps: Number of updates; overrides `epochs`.
-        batch_size: Queries per update, over all processes, so that the number of GPUs doesn't change the result (but
+        batch_size: Queries per update, over all processes, so that the number of GPUs doesn't change the result (except
             for the random numbers of dropout).
-        gradient_accumulation: Multiplies the queries per update: `batch_size` times as many, in the memory that
-            `batch_size` needs. For every loss the gradient is that of one large batch, by gradient caching.
+        gradient_accumulation: Factor that multiplies the queries per update, in the memory that a single
+            `batch_size` needs. With every loss, the gradient is that of one large batch (gradient caching).
         pairs_per_pass: Largest number of query-document pairs (or windows, with `passages`) whose activations are held
             in memory. A batch with more costs one extra forward pass; the gradient is unchanged (gradient caching: Gao
-            et al., RepL4NLP 2021). None: on a CPU, as many as take 4 GiB by an estimate; on a GPU, as many as fit.
+            et al., RepL4NLP 2021). None: on a CPU, as many as take an estimated 4 GiB; on a GPU, as many as fit.
         warmup: Updates during which the learning rate rises from 0; below 1, a fraction of all updates.
         weight_decay: Weight decay of AdamW.
         clip_norm: Maximum norm of the gradient. None: no clipping.
@@ -63,7 +63,7 @@ class Hyperparameters:
             `{"report_to": "tensorboard"}`.
 
     Raises:
-        ValueError: If a setting is out of range, or `trainer_args` has one that a field here sets.
+        ValueError: If a setting is out of range, or `trainer_args` has an argument that another field sets.
     """
 
     learning_rate: float = 1e-5
@@ -105,7 +105,7 @@ class Hyperparameters:
 def check_number(
     name: str, value: Any, *, integer: bool = False, minimum_zero: bool = False, required: bool = False
 ) -> None:
-    """Raise a ValueError unless a setting is a finite number above 0 (or of at least 0), or None if not required."""
+    """Raise a ValueError unless a setting is a finite number > 0 (`minimum_zero`: >= 0), or None if not required."""
     if value is None and not required:
         return
     is_number = isinstance(value, Integral if integer else Real) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""What training changes outside the weights, and restores."""
+"""Restore what training changes besides the weights."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ def preserve_global_state() -> Iterator[None]:
     """Restore the global random states, accelerate's state, and its environment variables.
 
     Trainer seeds all three random states when it is constructed. accelerate keeps the precision of the last
-    `Accelerator`, which the next one would take over.
+    `Accelerator`, which the next one would inherit.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     shared_states = [(owner, dict(owner._shared_state)) for owner in (AcceleratorState, GradientState)]

@@ -44,9 +44,9 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train a cross-encoder in place, on its device and in its precision; weights and loss are float32.
 
-    With `validation`, the best weights by its metric remain, and `patience` applies. A run with a `checkpoint_dir` is
-    resumed from its newest checkpoint, if that has the same `identity`: what determines the result, by name. Rows are
-    appended to `history` as they come, so that an interruption leaves them.
+    With `validation`, the weights that are best by its metric are kept, and `patience` applies. With `checkpoint_dir`,
+    the run resumes from the newest checkpoint, whose `identity` (by name, what determines the result) must be equal.
+    Rows are appended to `history` as they are logged, so that they survive an interruption.
 
     Returns:
         The history, a dictionary for each logged step.
@@ -105,7 +105,7 @@ def _run(trainer: ListwiseTrainer, folder: Path | None = None, checkpoint: Check
         )  # fmt: skip
         raise
     finally:
-        # Mixed precision leaves a patched `forward` behind, which would round later scores in float32.
+        # accelerate leaves its mixed-precision `forward` on the model, which would round later float32 scores.
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         if best is not None and best.best_weights is not None:
             trainer.network.load_state_dict(best.best_weights)
@@ -117,10 +117,10 @@ def _run(trainer: ListwiseTrainer, folder: Path | None = None, checkpoint: Check
 def training_arguments(
     hyperparameters: Hyperparameters, updates: int, device: torch.device, dtype: torch.dtype, folder: Path
 ) -> TrainingArguments:
-    """Translate the settings for Trainer. Under torchrun this joins the process group.
+    """Convert the settings to Trainer's arguments. Under torchrun, this joins the process group.
 
     Raises:
-        ValueError: If there is a process group that Trainer takes no part in.
+        ValueError: If there is a process group that Trainer doesn't use.
     """
     warmup = hyperparameters.warmup if hyperparameters.warmup >= 1 else math.ceil(hyperparameters.warmup * updates)
     own: dict[str, Any] = {
@@ -130,7 +130,7 @@ def training_arguments(
         "learning_rate": hyperparameters.learning_rate,
         "weight_decay": hyperparameters.weight_decay,
         "max_grad_norm": hyperparameters.clip_norm or 0.0,
-        "warmup_steps": min(warmup, updates - 1),  # whose first update has a learning rate of 0
+        "warmup_steps": min(warmup, updates - 1),  # the first update of a warmup has a learning rate of 0
         "lr_scheduler_type": "linear",
         "seed": hyperparameters.seed,
         "bf16": dtype == torch.bfloat16,
@@ -142,7 +142,7 @@ def training_arguments(
         "save_strategy": "no",
         "save_total_limit": 1,
         "ddp_find_unused_parameters": False,
-        # Buffers never change, and broadcasting them in each pass would need as many passes on every rank.
+        # Buffers never change, and broadcasting them in each pass requires equally many passes on all ranks.
         "ddp_broadcast_buffers": False,
         "disable_tqdm": True,
         "report_to": "none",
@@ -169,7 +169,7 @@ def check_training_device(device: torch.device) -> None:
 
 
 def _keep_tensorboard_events(trainer: Trainer) -> None:
-    """Write TensorBoard's events to its default ./runs where the output folder is a temporary one."""
+    """Write TensorBoard's events to its default folder, ./runs, because the output folder is temporary."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = default_logdir()

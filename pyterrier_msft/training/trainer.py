@@ -35,7 +35,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class ListwiseTrainer(Trainer):
     """A Trainer whose batches are lists of documents, and whose loss sees their scores as [G, L].
 
-    The arguments are those of `run.train`, which makes it.
+    The arguments are those of `run.train`, which creates it.
     """
 
     control: TrainerControl
@@ -57,16 +57,16 @@ class ListwiseTrainer(Trainer):
         args: TrainingArguments,
     ) -> None:
         super().__init__(model=network, args=args, train_dataset=GroupDataset(groups, hyperparameters.seed))
-        torch.manual_seed(args.seed + distributed.rank())  # other dropout masks on each rank
+        torch.manual_seed(args.seed + distributed.rank())  # different dropout masks on each rank
         self.list_loss, self.network, self.encoder, self.schedule = loss, network, encoder, schedule
         self.hyperparameters, self.dtype, self.validation = hyperparameters, dtype, validation
         self.max_graph_tokens = max_graph_tokens(network, dtype, max_length=encoder.max_length, device=args.device)
-        # Set once memory has run out, for the rest of the run.
+        # Changed for the rest of the run when memory runs out.
         self.always_caches, self.max_pairs_per_pass = False, hyperparameters.pairs_per_pass
         runs_alone = distributed.world_size() == 1 and not args.torch_compile
         self.threads = cpu.max_threads(network) if args.device.type == "cpu" and runs_alone else 1
         self.threads_checked = False
-        if self.threads > 1:  # autocast's cache of weights would be cleared by the first thread that is done
+        if self.threads > 1:  # the first thread to finish would clear autocast's cache of weights
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self._add_callbacks(history, identity, verbose=verbose)
 
@@ -83,7 +83,7 @@ class ListwiseTrainer(Trainer):
         return self.listwise_loss(scores, inputs) * distributed.world_size()
 
     def training_step(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Add a batch's gradient to the parameters; where memory runs out, try again with less at a time."""
+        """Add a batch's gradient to the parameters; if memory runs out, retry with less at a time."""
         batch = self._prepare_inputs(inputs)
         while True:
             try:
@@ -94,7 +94,7 @@ class ListwiseTrainer(Trainer):
                 if not is_out_of_memory(error):
                     raise
                 self._use_less_memory(error, batch)
-            # After the except block, so that the traceback doesn't hold the activations any longer.
+            # After the except block, so that the traceback no longer holds the activations.
             model.zero_grad()  # the backward pass may have stopped halfway
 
     def add_gradient(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -128,14 +128,14 @@ class ListwiseTrainer(Trainer):
                 f"loss must be finite; got {loss.item()} at step {self.state.global_step + 1} (queries {qids}). Try a "
                 f"learning_rate below {self.hyperparameters.learning_rate}"
             )
-        self.batch_pairs = mask.sum()  # on the device, which isn't synchronized for it
+        self.batch_pairs = mask.sum()  # stays on the device, to avoid a synchronization
         self.collapse.observe(scores.detach(), mask)
         return loss
 
     def loss_and_score_grads(
         self, batch: Batch, pair_scores: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """Compute the loss from the scores of each chunk, and its gradient at the scores of each chunk."""
+        """Compute the loss from the scores of all chunks, and its gradient with respect to the scores of each chunk."""
         scores = torch.cat([part.detach() for part in pair_scores]).requires_grad_()
         loss = self.listwise_loss(scores, batch)
         grads = torch.autograd.grad(loss * distributed.world_size(), scores)[0]
@@ -144,10 +144,10 @@ class ListwiseTrainer(Trainer):
     # ---- how a step is computed
 
     def _ranks_use_gradient_cache(self, chunks: Sequence[Chunk]) -> bool:
-        """Return whether this batch needs gradient caching on any rank: DDP requires the same path on all."""
+        """Return whether this batch needs gradient caching on any rank: DDP requires the same path on all ranks."""
         limit, accumulates = self.max_pairs_per_pass, self.hyperparameters.gradient_accumulation > 1
         if limit is None and not accumulates and not self.always_caches and self.max_graph_tokens == UNLIMITED:
-            return False  # on all ranks, which needn't be asked
+            return False  # the same on all ranks, without communication
         pairs = sum(len(chunk["input_ids"]) for chunk in chunks)
         tokens = sum(chunk["input_ids"].numel() for chunk in chunks)
         is_too_large = (limit is not None and pairs > limit) or tokens > self.max_graph_tokens
@@ -155,7 +155,7 @@ class ListwiseTrainer(Trainer):
         return distributed.all_reduce_max(int(needs_it)) > 0
 
     def _uses_threads(self, model: torch.nn.Module, chunk: Chunk) -> bool:
-        if self.threads > 1 and not self.threads_checked:  # in the first step, when the optimizer is there
+        if self.threads > 1 and not self.threads_checked:  # in the first step, when the optimizer exists
             self.threads_checked = True
             if not cpu.supports_threads(model, chunk):
                 self.threads = 1
@@ -165,7 +165,7 @@ class ListwiseTrainer(Trainer):
         """Hold fewer activations from now on: first by gradient caching, then in passes of half the size."""
         chunks = split_chunks(batch["chunks"], self.max_pairs_per_pass)
         pairs = len(max(chunks, key=lambda chunk: chunk["input_ids"].numel())["input_ids"])  # of the largest chunk
-        if distributed.world_size() > 1:  # the other ranks have gone on
+        if distributed.world_size() > 1:  # the other ranks have already continued
             raise RuntimeError(
                 f"out of memory with {pairs} pairs per pass on rank {distributed.rank()}. Start again with "
                 f"pairs_per_pass={max(1, pairs // 2)}"
@@ -179,10 +179,10 @@ class ListwiseTrainer(Trainer):
         else:
             raise error
 
-    # ---- what Trainer asks for
+    # ---- methods that Trainer calls
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of the whole run's batches. accelerate doesn't prepare it: it would change their order."""
+        """Return the loader of the whole run's batches, not prepared by accelerate, which would change their order."""
         budget = TOKENS_PER_PASS.get(self.args.device.type, TOKENS_PER_PASS["cpu"])
         collate = Collator(
             self.encoder, min(budget, self.max_graph_tokens), self.hyperparameters.pairs_per_pass, self.threads
@@ -198,7 +198,7 @@ class ListwiseTrainer(Trainer):
         )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Compute the validation metric, and tell the callbacks."""
+        """Compute the validation metric, and notify the callbacks."""
         assert self.validation is not None
         value = self.validation.evaluate(self.network, self.encoder, self.dtype)
         metrics = {f"eval_{self.validation.metric}": value}
@@ -212,14 +212,14 @@ class ListwiseTrainer(Trainer):
         if distributed.rank() == 0:
             folder = Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # which would declare it complete
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # it marks a checkpoint as complete
             save_weights(self.network.state_dict(), folder / SAFE_WEIGHTS_NAME)
             if self.best is not None and self.best.best_weights is not None:
                 save_weights(self.best.best_weights, folder / BEST_WEIGHTS_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        distributed.wait_for_everyone()  # before rank 0 writes the state that declares the checkpoint complete
+        distributed.wait_for_everyone()  # before rank 0 writes the state, which marks the checkpoint as complete
 
     def _add_callbacks(
         self, history: list[dict[str, Any]], identity: Mapping[str, str] | None, *, verbose: bool
@@ -229,7 +229,7 @@ class ListwiseTrainer(Trainer):
         self.collapse = CollapseCallback(schedule)
         self.best: BestWeightsCallback | None = None
         self.remove_callback(PrinterCallback)
-        # In this order: validations and checkpoints are logged steps.
+        # The order matters: HistoryCallback logs the steps at which those before it validate or save.
         if self.validation is not None:
             self.best = BestWeightsCallback(schedule, hyperparameters, weights=self.network.state_dict)
             self.add_callback(self.best)
@@ -241,7 +241,7 @@ class ListwiseTrainer(Trainer):
         self.add_callback(self.collapse)
 
     def resume_callbacks(self, checkpoint: Checkpoint) -> None:
-        """Give the callbacks what they had exported into a checkpoint."""
+        """Restore the state that the callbacks exported to a checkpoint."""
         self.rows.resume(checkpoint)
         if self.best is not None:
             self.best.resume(checkpoint)
@@ -260,5 +260,5 @@ class ListwiseTrainer(Trainer):
 
 
 def _silence_tokenizers(worker: int) -> None:
-    """Keep tokenizers from warning of its own threads in a forked worker."""
+    """Keep tokenizers from warning about threads in a forked worker."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

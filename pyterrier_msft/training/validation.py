@@ -16,7 +16,7 @@ from pyterrier_msft.training import distributed
 
 @dataclass(frozen=True)
 class Validation:
-    """Results to re-rank, their qrels, and the measure of how well they are ranked."""
+    """Results to re-rank, their qrels, and the measure to compute."""
 
     results: pd.DataFrame  # qid, query, docno, text; ids as strings
     qrels: pd.DataFrame  # qid, docno, label; ids as strings
