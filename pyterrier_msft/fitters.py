@@ -276,8 +276,8 @@ class Distillation(Fitter):
             )
         if self._needs_scores and isinstance(self.teacher, Mapping):
             raise ValueError(
-                f"teacher must be a single one with scores for {format_value(self.loss)}; got {len(self.teacher)} to "
-                "fuse, which gives ranks. Use a loss for ranks, e.g. losses.ranknet"
+                f"teacher must be a single teacher with scores for {format_value(self.loss)}; got a mapping of "
+                f"{len(self.teacher)}, whose fusion gives only ranks. Use a loss for ranks, e.g. losses.ranknet"
             )
 
     @property

@@ -126,7 +126,7 @@ class MonoCE(SavingMixin, pt.Estimator):
         inp = self._texts.check_and_add_to(inp, context=self)
         if len(inp) and self.cross_encoder.head_is_new:
             warn(
-                f"{self!r} gives random scores: its head is new until fit() reaches it. PyTerrier fits an estimator "
+                f"{self!r} gives random scores: its head is untrained. Call fit(); PyTerrier fits an estimator "
                 "inside `>>`, but not inside a cache, `+` or `|`"
             )
         return inp

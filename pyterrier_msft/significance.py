@@ -292,8 +292,8 @@ def _runs(perquery: pd.DataFrame, measure: str) -> dict[str, pd.DataFrame]:
     repeated = rows[rows.duplicated(["name", "seed", "qid"])]
     if len(repeated):
         raise ValueError(
-            f"perquery must have one value of {measure} for each name, qid and seed; got {len(repeated)} more, e.g. "
-            f"for {repeated['name'].iloc[0]!r}, query {repeated['qid'].iloc[0]!r}. Add a column 'seed' for several runs"
+            f"perquery must have one value of {measure} for each name, qid and seed; got {len(repeated)} duplicates, "
+            f"e.g. for {repeated['name'].iloc[0]!r}, query {repeated['qid'].iloc[0]!r}. Add a column 'seed'"
         )
     qids = rows.loc[rows["value"].notna(), "qid"].unique()
     if not len(qids):

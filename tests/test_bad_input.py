@@ -169,15 +169,15 @@ def test_empty_results():
     out = MonoCE("nobody/nothing")(RESULTS.head(0))
     assert {"score", "rank"} <= {*out.columns}
     assert not len(out)
-    rejects("none of 0 queries has them: the results are empty", RESULTS.head(0), QRELS)
-    rejects("none of 0 queries has them: the results are empty", RESULTS.head(0), None, fitter=Distillation())
+    rejects("0 of 0 queries do: the results are empty", RESULTS.head(0), QRELS)
+    rejects("0 of 0 queries do: the results are empty", RESULTS.head(0), None, fitter=Distillation())
 
 
 @row
 def test_no_matching_qids():
     other = QRELS.assign(qid="x" + QRELS["qid"])
-    rejects("none of 8 queries .*: the qids don't match, e.g. 'tr0' in the results and 'xtr0'", RESULTS, other)
-    rejects("none of 8 queries .*: there are no rows in the qrels", RESULTS, QRELS.head(0))
+    rejects("0 of 8 queries .*: the qids don't match, e.g. 'tr0' in the results and 'xtr0'", RESULTS, other)
+    rejects("0 of 8 queries .*: there are no rows in the qrels", RESULTS, QRELS.head(0))
     report, messages = prepare(RESULTS, QRELS.head(3))[1:]
     assert (report.without_relevant, report.unjudged) == (5, 5)
     assert messages == ["Contrastive dropped 5 of 8 queries without a relevant document (5 of them not in the qrels)"]
@@ -288,7 +288,7 @@ def test_missing_text(missing, scorer, tmp_path):
     groups, report, messages = prepare(frame, QRELS)
     assert (report.without_text, len(groups.text(groups.documents[0]))) == (2, 7)
     assert messages == ["Contrastive dropped 2 documents without text"]
-    rejects("none of 8 queries .*: 64 documents have no text", RESULTS.assign(text=missing), QRELS)
+    rejects("0 of 8 queries .*: 64 documents have no text", RESULTS.assign(text=missing), QRELS)
 
 
 @row
@@ -302,7 +302,7 @@ def test_missing_query(missing, scorer):
     assert (len(groups), report.without_query) == (7, 8)
     assert "tr2" not in groups.qids
     assert "8 documents with an empty query" in messages[0]
-    rejects("none of 8 queries .*: .* no query", frame.assign(query=missing), QRELS)
+    rejects("0 of 8 queries .*: .* no query", frame.assign(query=missing), QRELS)
 
 
 @row
@@ -513,7 +513,7 @@ def test_teacher_without_overlap():
 @row
 def test_uninformative_teacher():
     tied = RESULTS.assign(score=1.0)
-    rejects("none of 8 queries has them: each has only one document, or all", tied, None,
+    rejects("0 of 8 queries do: each has only one document, or all", tied, None,
             fitter=Distillation())  # fmt: skip
     half = RESULTS.assign(score=RESULTS["score"].clip(lower=4))
     report = prepare(half, None, fitter=Distillation())[1]
@@ -766,7 +766,7 @@ def test_new_head(backbone, tmp_path):
     ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu")
     cached = ce.cached(tmp_path)
     for transformer in (ce, cached, cached):
-        with pytest.warns(UserWarning, match="gives random scores: its head is new") as caught:
+        with pytest.warns(UserWarning, match="gives random scores: its head is untrained") as caught:
             transformer(RESULTS)
         assert [w.filename for w in caught if w.category is UserWarning] == [__file__]
         with pytest.warns(UserWarning, match="gives random scores") as caught:

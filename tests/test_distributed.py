@@ -149,5 +149,5 @@ def test_each_rank_has_its_own_gpu(monkeypatch):
 
 def test_a_process_group_of_another_launcher_is_refused(ce, train_part, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(ValueError, match="the process group must be started by torchrun; got one of 2 processes"):
+    with pytest.raises(ValueError, match="the process group must be started by torchrun; got a group of 2 processes"):
         ce.fit(train_part.results, train_part.qrels)

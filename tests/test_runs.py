@@ -172,7 +172,7 @@ def test_scores_are_recognized_in_the_first_chunk_with_rows(results, train_part,
     if known == "some":
         assert len(read(fitter, path, train_part, dataset)[0]) == 24
     else:
-        with pytest.raises(ValueError, match="none of 0 queries") as caught:
+        with pytest.raises(ValueError, match="0 of 0 queries") as caught:
             read(fitter, path, train_part, dataset)
         assert "restate" not in str(caught.value)
 

@@ -292,7 +292,7 @@ def test_a_single_query_is_undecided():
         (lambda f: f.drop(index=1), {}, r"the same 4 queries; got queries without one: \{'CL': 1\}, e.g. q2\."),
         (lambda f: f.assign(value=f["value"].where(f.index != 6)), {}, r"\{'CL-KD': 1\}, e.g. q3\."),
         (lambda f: f.assign(measure=f["measure"].where(f["name"] != "KD", "AP")), {}, r"\{'KD': 4\}"),
-        (lambda f: pd.concat([f, f]), {}, "must have one value .* got 16 more.*column 'seed'"),
+        (lambda f: pd.concat([f, f]), {}, "must have one value .* got 16 duplicates.*column 'seed'"),
         (lambda f: f.assign(value=math.nan), {}, "must have values of nDCG@10; got only NaN"),
     ],
 )

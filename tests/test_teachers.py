@@ -303,7 +303,7 @@ def test_a_mapping_of_teachers(train_part, tmp_path):
     assert all(set(labels) == {0, 7} for labels in groups.labels)
     first, _ = Distillation(teacher={"first": None}).groups(train_part.results, None)
     assert first.labels[0].tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
-    with pytest.raises(ValueError, match="got 1 to fuse, which gives ranks"):
+    with pytest.raises(ValueError, match="got a mapping of 1, whose fusion gives only ranks"):
         Distillation(teacher={"a": good}, loss=losses.margin_mse)
 
 

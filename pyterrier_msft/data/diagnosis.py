@@ -50,7 +50,7 @@ def explain_no_preferences(report: DataReport) -> str:
 
 
 def _message(needed: str, report: DataReport, why: str) -> str:
-    return f"training queries need {needed}; none of {report.queries:,} queries has them: {why}"
+    return f"training queries must have {needed}; 0 of {report.queries:,} queries do: {why}"
 
 
 def _explain_missing_texts(report: DataReport) -> str:

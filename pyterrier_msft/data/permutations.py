@@ -169,7 +169,7 @@ def _read(path: str | Path) -> list[tuple[int, Any]]:
     """Return the JSON values of a file by line number; the items of an array are numbered from 1."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no file {str(path)!r}; a file of JSON lines is needed")
+        raise ValueError(f"path must be a file of JSON lines; there is no file {str(path)!r}")
     is_array, number, values = uncompressed_suffix(path) == ".json", 1, []
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:

@@ -71,8 +71,8 @@ def _head_modules(network: PreTrainedModel) -> list[str]:
     backbone, children = network.base_model_prefix, dict(network.named_children())
     if backbone not in children:
         raise ValueError(
-            f"adapter must name the head of {type(network).__name__} in modules_to_save, which has no module "
-            f"{backbone!r} beside the head; got None"
+            f"adapter must name the head in modules_to_save for {type(network).__name__}, which has no module "
+            f"{backbone!r}; got None"
         )
     poolers = [(name, module) for name, module in children.pop(backbone).named_children() if name == "pooler"]
     return [name for name, module in (*children.items(), *poolers) if any(True for _ in module.parameters())]

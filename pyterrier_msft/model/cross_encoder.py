@@ -89,8 +89,8 @@ class CrossEncoder:
         if self._expected_fingerprint is not None:
             if (found := fingerprint_of(self._network, self._peft_model)) != self._expected_fingerprint:
                 self._network = self._peft_model = None
-                expected = f"{self._expected_fingerprint}, as when it was pickled"
-                raise ValueError(f"{self.name} must hold the weights {expected}; got {found}")
+                expected = f"the weights that were pickled, {self._expected_fingerprint}"
+                raise ValueError(f"{self.name} must hold {expected}; got {found}. Pickle the re-ranker again")
             self._expected_fingerprint = None
         if self._network.device != self.device:
             self._network.to(self.device)

@@ -150,8 +150,8 @@ def training_arguments(
     arguments = TrainingArguments(**{**own, **hyperparameters.trainer_args})
     if arguments.world_size != distributed.world_size():
         raise ValueError(
-            f"the process group must be started by torchrun; got one of {distributed.world_size()} processes that "
-            "Trainer takes no part in"
+            f"the process group must be started by torchrun; got a group of {distributed.world_size()} processes "
+            "that Trainer doesn't use"
         )
     # Several GPUs in one process would mean DataParallel, which splits lists.
     arguments._n_gpu = min(1, arguments.n_gpu)
