@@ -1,8 +1,6 @@
 """Prepare a stage's data, train a cross-encoder on it, and record what happened."""
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,12 +128,11 @@ def _identity(
     model: CrossEncoder, encoder: PairEncoder, data: StageData, validation: ValidationFrames | None, start: str
 ) -> dict[str, str]:
     """Return what determines the result of training, by name. A checkpoint with another identity is refused."""
-    frames = json.dumps([*map(frame_digest, validation or ())])
     return {
         **data.fitter.readable_settings(),
         **{name: str(getattr(encoder, name)) for name in ("max_length", "max_query_length", "passages")},
         "dtype": str(model.dtype),
         "data": data.digest[:16],
-        "validation": hashlib.sha256(frames.encode()).hexdigest()[:16] if validation else "none",
+        "validation": sha256_of([*map(frame_digest, validation)])[:16] if validation else "none",
         "start weights": start,
     }

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from pyterrier_msft.data.frames import frame_digest
 from pyterrier_msft.digests import sha256_of
 from pyterrier_msft.fitters import Fitter, FitterSequence, check_fitter
+from pyterrier_msft.fitting import ValidationFrames
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import check_writable
@@ -24,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 # Increase this when the same data, settings and initial weights would give other weights than before.
 SEMANTICS_VERSION = 1
-
-ValidationFrames = tuple[pd.DataFrame, pd.DataFrame]  # results and qrels
 
 
 @dataclass(frozen=True)

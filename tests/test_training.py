@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
+from interruptions import interrupted_at, interruptible_lce
 from ir_measures import RR
 
 from pyterrier_msft import losses
@@ -70,19 +71,6 @@ def weights(model) -> torch.Tensor:
 
 def metric(model, validation) -> float:
     return validation.evaluate(model.network, model.pair_encoder(max_length=24), torch.float32)
-
-
-class Interrupting:
-    """A loss that raises an error in its n-th call; the same loss when it is called again."""
-
-    def __init__(self, call: int, error: type[BaseException]) -> None:
-        self.calls, self.call, self.error = 0, call, error
-
-    def __call__(self, scores, labels, mask):
-        self.calls += 1
-        if self.calls == self.call:
-            raise self.error
-        return losses.localized_contrastive(scores, labels, mask)
 
 
 class Killed(BaseException):
@@ -367,8 +355,8 @@ def test_threads_are_reproducible_with_dropout(new, groups, two_threads, tmp_pat
         run(model, groups, settings)
     assert torch.equal(weights(models[0]), weights(models[1]))
     options = {"settings": dataclasses.replace(settings, eval_every=2), "checkpoint_dir": tmp_path}
-    with pytest.raises(Killed):
-        run(new(), groups, loss=Interrupting(4, Killed), **options)
+    with interrupted_at(3, error=Killed), pytest.raises(Killed):
+        run(new(), groups, loss=interruptible_lce, **options)
     resumed = new()
     run(resumed, groups, **options)
     assert torch.equal(weights(resumed), weights(models[0]))
@@ -611,8 +599,8 @@ def test_a_resumed_run_gives_the_uninterrupted_weights(new, groups, validation, 
     options = {"checkpoint_dir": tmp_path / "ck", "identity": {"data": "x"}, "validation": validation}
     whole, resumed = new(), new()
     expected = run(whole, groups, settings, validation=validation)
-    with pytest.raises(Killed):
-        run(new(), groups, settings, loss=Interrupting(step + 1, Killed), **options)
+    with interrupted_at(step, error=Killed), pytest.raises(Killed):
+        run(new(), groups, settings, loss=interruptible_lce, **options)
     found = run(resumed, groups, settings, **options)
     assert torch.equal(weights(resumed), weights(whole))
     columns = ["step", "epoch", "loss", "learning_rate", "RR@10"]
@@ -661,8 +649,8 @@ def test_a_checkpoint_of_another_run_is_refused(model, groups, tmp_path):
 
 def test_ctrl_c_leaves_the_best_weights(model, groups, validation, caplog):
     history: list[dict] = []
-    with pytest.raises(KeyboardInterrupt):
-        run(model, groups, loss=Interrupting(21, KeyboardInterrupt), validation=validation, history=history)
+    with interrupted_at(20), pytest.raises(KeyboardInterrupt):
+        run(model, groups, loss=interruptible_lce, validation=validation, history=history)
     assert metric(model, validation) == pytest.approx(max(row.get("RR@10", 0) for row in history))
     assert not model.network.training
     assert "interrupted at step 20 of 24; the re-ranker keeps the best weights so far" in caplog.text

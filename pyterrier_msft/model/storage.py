@@ -10,16 +10,16 @@ from pathlib import Path
 from pyterrier_msft.model import adapters
 from pyterrier_msft.model.record import RECORD
 
+FIRST = "pt_meta.json"  # the file that `finish_save` moves first
 # Files that `MonoCE.save` may write, and that may be removed when another model takes its place.
 MODEL_FILES = (
     "config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     adapters.CONFIG, "adapter_model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "tokenizer.model", "spiece.model", "spm.model",
-    "sentencepiece.bpe.model", RECORD, "pt_meta.json", "README.md",
+    "sentencepiece.bpe.model", RECORD, FIRST, "README.md",
 )  # fmt: skip
 PARTIAL = ".saving"  # the sub-folder in which a model is written before its files are moved into place
-FIRST = "pt_meta.json"  # the file that is moved first
 
 
 def check_source(model: str) -> None:
