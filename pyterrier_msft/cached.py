@@ -57,7 +57,7 @@ class CachedMonoCE(pt.Estimator):
             with contextlib.suppress(sqlite3.IntegrityError), contextlib.closing(self._open(path)) as cache:
                 scored = cache(pairs).set_index(["query", "docno"])["score"]
                 break
-        return with_scores(inp, scored.loc[pd.MultiIndex.from_arrays([queries, keys])].to_numpy())
+        return self.reranker.with_scores(inp, scored.loc[pd.MultiIndex.from_arrays([queries, keys])].to_numpy())
 
     def _open(self, path: Path) -> Any:
         """Open the cache in a folder. A new one is made elsewhere and renamed, as other processes may open it too."""

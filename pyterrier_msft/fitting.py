@@ -1,8 +1,10 @@
 """Prepare a stage's data, train a cross-encoder on it, and record what happened."""
 
 import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import pandas as pd
 
@@ -17,6 +19,7 @@ from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import StageRecord, library_versions
 from pyterrier_msft.notices import warn
 from pyterrier_msft.training.checkpoints import checkpoint_identity
+from pyterrier_msft.training.plan import Plan, plan_training
 from pyterrier_msft.training.run import train
 from pyterrier_msft.training.validation import Validation
 
@@ -33,6 +36,12 @@ class StageData:
     groups: Groups
     report: DataReport
     digest: str
+
+    def without(self, qids: Collection[str]) -> Self:
+        """Return the data of all other queries."""
+        groups = self.groups.without(qids)
+        report = dataclasses.replace(self.report, groups=len(groups), documents=len(groups.labels.values))
+        return dataclasses.replace(self, groups=groups, report=report, digest=groups.digest())
 
 
 def prepare_stage(
@@ -64,9 +73,23 @@ def prepare_stage(
     return StageData(fitter, groups, report, groups.digest())
 
 
-def train_stage(
+def fit_stages(
+    model: CrossEncoder, encoders: Sequence[PairEncoder], prepared: Sequence[StageData], stages: list[StageRecord], *,
+    validation: ValidationFrames | None, checkpoint_dir: Path | None, verbose: bool,
+) -> None:  # fmt: skip
+    """Train a model in place, stage after stage, and add the stages' records to `stages`."""
+    for place, (data, encoder) in enumerate(zip(prepared, encoders, strict=True), 1):
+        folder = (
+            checkpoint_dir / f"stage-{place}" if checkpoint_dir is not None and len(prepared) > 1 else checkpoint_dir
+        )
+        _train_stage(
+            model, encoder, data, stages, place=place, validation=validation, checkpoint_dir=folder, verbose=verbose
+        )
+
+
+def _train_stage(
     model: CrossEncoder, encoder: PairEncoder, data: StageData, stages: list[StageRecord], *, place: int,
-    validation: ValidationFrames | None, checkpoint_dir: str | Path | None, verbose: bool,
+    validation: ValidationFrames | None, checkpoint_dir: Path | None, verbose: bool,
 ) -> None:  # fmt: skip
     """Train a model in place, and add a record of the stage to `stages`.
 
@@ -75,13 +98,14 @@ def train_stage(
     fitter, before = data.fitter, model.fingerprint
     resumed = _stages_to_resume(stages, checkpoint_dir) if place == 1 else []
     start = resumed[0].start if resumed else before
-    record = _new_record(encoder, data, place, start)
+    measured = Validation(*validation, fitter.metric) if validation and fitter.metric is not None else None
+    plan = plan_training(fitter, data.groups, model, measured)
+    record = _new_record(encoder, data, plan, place, start)
     stages[len(stages) - len(resumed) :] = [record]
     was_new, model.head_is_new = model.head_is_new, False
     try:
         train(
-            model, encoder, data.groups, fitter.loss, fitter,
-            validation=Validation(*validation, fitter.metric) if validation and fitter.metric is not None else None,
+            model, encoder, data.groups, fitter.loss, fitter, plan=plan, validation=measured,
             checkpoint_dir=checkpoint_dir, identity=_identity(model, encoder, data, validation, start),
             history=record.history, verbose=verbose,
         )  # fmt: skip
@@ -96,8 +120,16 @@ def train_stage(
     record.fingerprint = model.fingerprint
     if record.fingerprint == start:
         model.head_is_new = was_new
-        settings = f"learning_rate={fitter.learning_rate}, warmup={fitter.warmup}"
-        warn(f"{type(fitter).__name__} changed no weight in {record.updates} updates with {settings}")
+        values = record.validations(str(fitter.metric))
+        if len(values) > 1 and max(values[1:]) <= values[0]:
+            warn(
+                f"{type(fitter).__name__} didn't improve the re-ranker, whose weights are as before: validation "
+                f"{fitter.metric} was {values[0]:.3f} at the start and at most {max(values[1:]):.3f} after. Try "
+                "another learning_rate, or more training queries"
+            )
+        else:
+            settings = f"learning_rate={plan.learning_rate}, warmup={fitter.warmup}"
+            warn(f"{type(fitter).__name__} changed no weight in {record.updates} updates with {settings}")
 
 
 def _stages_to_resume(stages: list[StageRecord], checkpoint_dir: str | Path | None) -> list[StageRecord]:
@@ -109,17 +141,20 @@ def _stages_to_resume(stages: list[StageRecord], checkpoint_dir: str | Path | No
     return []
 
 
-def _new_record(encoder: PairEncoder, data: StageData, place: int, start: str) -> StageRecord:
+def _new_record(encoder: PairEncoder, data: StageData, plan: Plan, place: int, start: str) -> StageRecord:
     groups, fitter = data.groups, data.fitter
     step = max(1, len(groups) * 4 // TRUNCATION_SAMPLE)
     sample = [(i, document) for i in range(0, len(groups), step) for document in groups.documents[i][:4]]
     queries, texts = [groups.queries[i] for i, _ in sample], groups.text(document for _, document in sample)
     query_rate, text_rate = encoder.truncation_rates(queries, texts)
-    report = dataclasses.replace(data.report, truncated_queries=query_rate, truncated_documents=text_rate)
+    report = dataclasses.replace(
+        data.report, truncated_queries=query_rate, truncated_documents=text_rate, plan=str(plan)
+    )
     return StageRecord(
         fitter=repr(fitter), loss=getattr(fitter.loss, "__name__", repr(fitter.loss)),
         digest=sha256_of(fitter.readable_settings()),
         data=data.digest, queries=len(groups), documents=report.documents, place=place, start=start, seed=fitter.seed,
+        plan=dataclasses.asdict(plan),
         versions=library_versions(), data_report=dataclasses.asdict(report),
     )  # fmt: skip
 

@@ -12,12 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from pyterrier_msft.cached import CachedMonoCE
-from pyterrier_msft.data.frames import with_scores
+from pyterrier_msft.data.frames import FIRST_STAGE_SCORE, first_stage_scores, with_scores
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.data.validation import validation_frames, warn_of_shared_queries
 from pyterrier_msft.fitters import Contrastive, Fitter, FitterSequence, check_fitter
-from pyterrier_msft.fitting import prepare_stage, train_stage
+from pyterrier_msft.fitting import prepare_stage
+from pyterrier_msft.interpolation import fit_reranker, held_out_frames
 from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import StageRecord, history_frame
@@ -49,6 +50,9 @@ class MonoCE(SavingMixin, pt.Estimator):
         text: Where to look up texts that the results don't have: a dataset or an index with `.text_loader()`.
         max_length: Tokens per pair; a longer document is truncated.
         max_query_length: Tokens per query; a longer query is truncated. None: half of `max_length`.
+        interpolate: Whether to add the first stage's score, the column `score` of the results, to the model's:
+            `model's score + weight * first stage's score`. A number is the weight; True: `fit` chooses it, see
+            docs/howto/interpolate.md. The results then keep the first stage's score as `first_stage_score`.
         passages: Maximum number of windows of `max_length` tokens that a longer document is split into. Its score is
             the best window's, in scoring and in training (MaxP: Dai and Callan, SIGIR 2019).
         batch_size: Pairs per forward pass in scoring. None: as many as fit the token budget of the device.
@@ -80,13 +84,16 @@ class MonoCE(SavingMixin, pt.Estimator):
     def __init__(
         self, model: str | Path | PreTrainedModel = "google/electra-base-discriminator", *,
         fitter: Fitter | FitterSequence | None = None, adapter: Any = None, text_field: str = "text", text: Any = None,
-        max_length: int = 256, max_query_length: int | None = None, passages: int = 1, batch_size: int | None = None,
-        dtype: str | torch.dtype = "auto", device: str | torch.device | None = None, seed: int = 42,
-        revision: str | None = None, trust_remote_code: bool = False, verbose: bool = False,
+        max_length: int = 256, max_query_length: int | None = None, interpolate: bool | float = False,
+        passages: int = 1, batch_size: int | None = None, dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None, seed: int = 42, revision: str | None = None,
+        trust_remote_code: bool = False, verbose: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         check_number("max_length", max_length, integer=True, required=True)
         check_number("max_query_length", max_query_length, integer=True)
+        if not isinstance(interpolate, bool):
+            check_number("interpolate", interpolate, required=True)
         check_number("passages", passages, integer=True, required=True)
         check_number("batch_size", batch_size, integer=True)
         check_number("seed", seed, integer=True, minimum_zero=True, required=True)
@@ -102,6 +109,7 @@ class MonoCE(SavingMixin, pt.Estimator):
         self.text = text
         self.max_length = max_length
         self.max_query_length = max_query_length
+        self.interpolate = interpolate
         self.passages = passages
         self.batch_size = batch_size
         self.verbose = verbose
@@ -116,14 +124,38 @@ class MonoCE(SavingMixin, pt.Estimator):
             inp: Results with qid, query, docno and the text (without the text if the re-ranker has `text=`).
 
         Returns:
-            The same rows in the same order, with new values of `score` (the model's raw output) and `rank` (from 0).
+            The same rows in the same order, with new values of `score` (the model's raw output, unless `interpolate`)
+            and `rank` (from 0).
         """
         inp = self.prepare(inp)
-        return with_scores(inp, self.score(inp))
+        return self.with_scores(inp, self.score(inp))
+
+    def with_scores(self, prepared: pd.DataFrame, model_scores: np.ndarray) -> pd.DataFrame:
+        """Set the scores and ranks that follow from the model's scores of the rows that `prepare` returned."""
+        if self.interpolate is False:
+            return with_scores(prepared, model_scores)
+        first = first_stage_scores(prepared, "results")
+        scores = model_scores + self.first_stage_weight * first if len(prepared) else first
+        return with_scores(prepared.assign(**{FIRST_STAGE_SCORE: first}), scores)
+
+    @property
+    def first_stage_weight(self) -> float:
+        """The weight of the first stage's score in the re-ranker's, see `interpolate`; 0 without interpolation."""
+        if not isinstance(self.interpolate, bool):
+            return self.interpolate
+        if not self.interpolate:
+            return 0.0
+        if not (self.stages and self.stages[-1].interpolation):
+            raise ValueError(
+                f"{self!r} has no weight for the first stage's score yet. Call fit(), which chooses it, or pass a "
+                "number as interpolate"
+            )
+        return float(self.stages[-1].interpolation["weight"])
 
     def prepare(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Check results to score and add their texts; warn about empty texts and an untrained model."""
-        inp = self._texts.check_and_add_to(inp, context=self)
+        extra_columns = [] if self.interpolate is False else ["score"]
+        inp = self._texts.check_and_add_to(inp, context=self, extra_columns=extra_columns)
         if len(inp) and self.cross_encoder.head_is_new:
             warn(
                 f"{self!r} gives random scores: its head is untrained. Call fit(); PyTerrier fits an estimator "
@@ -182,21 +214,23 @@ class MonoCE(SavingMixin, pt.Estimator):
         fitters = check_fitter(self.fitter or Contrastive() if fitter is None else fitter).stages
         with distributed.silence_other_ranks():
             check_training_device(self.cross_encoder.device)
-            validation = validation_frames(topics_or_res_va, qrels_va, self._texts)
+            validation = validation_frames(
+                topics_or_res_va, qrels_va, self._texts, with_scores=self.interpolate is True
+            )
             prepared = [
                 prepare_stage(stage, topics_or_res_tr, qrels_tr, self._texts, verbose=self.verbose) for stage in fitters
             ]
             if validation is not None:
                 warn_of_shared_queries(validation[0], {qid for data in prepared for qid in data.groups.qids})
-            encoders = [self.pair_encoder(stage.max_length) for stage in fitters]
-            for place, (data, encoder) in enumerate(zip(prepared, encoders, strict=True), 1):
-                folder = checkpoint_dir
-                if folder is not None and len(fitters) > 1:
-                    folder = Path(folder) / f"stage-{place}"
-                train_stage(
-                    self.cross_encoder, encoder, data, self.stages, place=place,
-                    validation=validation, checkpoint_dir=folder, verbose=self.verbose and distributed.rank() == 0,
-                )  # fmt: skip
+            candidates = None
+            if self.interpolate is True:
+                candidates = validation or held_out_frames(topics_or_res_tr, qrels_tr, self._texts)
+            fit_reranker(
+                self.cross_encoder, [self.pair_encoder(stage.max_length) for stage in fitters], prepared, self.stages,
+                candidates=candidates, validation=validation,
+                checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
+                verbose=self.verbose and distributed.rank() == 0,
+            )  # fmt: skip
         return self
 
     @property

@@ -20,7 +20,7 @@ ARTIFACT = {"type": "cross_encoder", "format": "hf", "package_hint": "pyterrier-
 
 # Arguments of the re-ranker that a model's record holds and `load` restores. The seed is one of them, as weights that
 # neither the backbone nor an adapter's folder has, e.g. a pooler's, are drawn again.
-SAVED_SETTINGS = ("text_field", "max_length", "max_query_length", "passages", "seed")
+SAVED_SETTINGS = ("text_field", "max_length", "max_query_length", "interpolate", "passages", "seed")
 
 
 class SavingMixin:

@@ -120,15 +120,33 @@ def test_missing_positives_are_added():
 
     def load(frame):
         requests.append(frame[["qid", "docno", "query"]])
-        return ["text of z", "text of a", None]
+        return ["text of z", "text of b", None]
 
     relevant = qrels(QRELS + "q1 z 1\nq2 x 2\nq9 z 1\nq2 y 0\nq2 w 1")
     groups, report = contrastive(results(RESULTS), relevant, depth=1, load_missing=load)
     expected = pd.DataFrame([("q1", "z"), ("q2", "w"), ("q2", "x")], columns=["qid", "docno"])
     assert_frame_equal(requests[0], expected.assign(query="query of " + expected["qid"]), check_dtype=False)
-    assert lists(groups) == {"q1": [("a", 0), ("b", 1), ("z", 1)], "q2": [("a", 0), ("d", 2), ("a", 1)]}
+    assert lists(groups) == {"q1": [("a", 0), ("b", 1), ("z", 1)], "q2": [("a", 0), ("d", 2), ("b", 1)]}
     assert groups.texts == ["text of a", "text of b", "text of z", "text of d"]  # without duplicates
     assert report.without_text == 1
+
+
+def test_the_text_of_a_positive_is_not_a_negative_of_its_query():
+    frame = results(RESULTS + "q1 e 0\nq1 f -1\nq2 g 1")
+    frame.loc[frame["docno"].isin(["a", "f", "g"]), "text"] = "text of b"  # of the positive of q1
+    groups, report = contrastive(frame, qrels(QRELS), depth=4)
+    assert lists(groups) == {"q1": [("b", 1), ("c", 0), ("e", 0)], "q2": [("b", 0), ("d", 2), ("b", 0)]}
+    assert report.copies_of_positives == 1  # f is below the depth
+    assert report.dropped() == "1 document with the text of a relevant document"
+    assert draw(groups, 0).texts.count("text of b") == 1
+    _, report = contrastive(frame[frame["docno"].isin(["a", "b"])], qrels(QRELS))
+    assert (report.groups, report.without_negatives, report.copies_of_positives) == (0, 1, 1)
+
+
+def test_the_text_of_an_added_positive_is_not_a_negative():
+    groups, report = contrastive(results(RESULTS), qrels("q1 z 1"), load_missing=lambda frame: ["text of c"])
+    assert lists(groups) == {"q1": [("a", 0), ("b", 0), ("c", 1)]}
+    assert report.copies_of_positives == 1
 
 
 @pytest.mark.parametrize("column", ["qid", "query", "docno", "text"])
@@ -257,6 +275,31 @@ def test_scores_that_only_restate_ranks():
     assert has_only_ranks(results(lists_of_two.format(1, 1 / 2, 1, 1 / 2, 1 / 3)))
     assert has_only_ranks(results(RESULTS).drop(columns="score").assign(rank=0))
     assert not has_only_ranks(results(lists_of_two.format(2.5, 1, 3, 2, -1)))
+    twice = results(lists_of_two.format(2, 1, 3, 2, 1))
+    assert has_only_ranks(pd.concat([twice, twice]))
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([[0, -1, -2, -2]], True),  # two documents that the teacher didn't rank
+        ([[0, -1, -2, -2], [0, -1, -2, -3]], True),
+        ([[0, -1, -1], [0, -1, -1]], True),  # it named only the best one
+        ([[7, 6, 5, 5]], True),
+        ([[0], [0, -1, -2]], True),
+        ([[1, 0, 0], [1, 0, 0]], False),  # grades
+        ([[3, 3, 1, 0]], False),
+        ([[3, 2, 2, 1], [3, 1, 0, 0]], False),
+        ([[4.5, 3.25, -1]], False),  # only one query has several documents
+        ([[4.5, 3.25, -1], [2], [7]], False),
+        ([[4.5, 3.25, -1], [2, 2]], False),
+        ([[1], [1]], False),  # no order at all: another message
+        ([[1, 1], [1, 1]], False),
+    ],
+)
+def test_scores_that_restate_ranks_with_ties_or_in_a_single_query(scores, expected):
+    rows = [f"q{q} d{d} {score}" for q, query in enumerate(scores) for d, score in enumerate(query)]
+    assert has_only_ranks(results("\n".join(rows))) is expected
 
 
 # ---- reports and digests

@@ -148,6 +148,80 @@ def test_unranked_documents_ranked_last(file):
         teachers.read_permutations(file, unranked="first")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("permutation", [[3, 1], [2]])
+def test_a_permutation_has_no_scores_to_learn_from(file, permutation):
+    write(file, line(candidates=OBJECTS, permutation=permutation))
+    for unranked in ("drop", "last"):
+        out = teachers.read_permutations(file, unranked=unranked)
+        if len(out) > 1:
+            with pytest.raises(ValueError, match="scores that only restate its ranks"):
+                Distillation(loss=losses.margin_mse).groups(out, None)
+
+
+def test_a_single_query_with_several_documents_may_have_scores():
+    rows = [("q1", "a", 4.5), ("q1", "b", 3.25), ("q1", "c", -1), ("q2", "a", 3), ("q3", "b", 1)]
+    scored = pd.DataFrame(rows, columns=["qid", "docno", "score"]).assign(query="x", text=lambda frame: frame["docno"])
+    groups, _ = Distillation(loss=losses.margin_mse).groups(scored, None)
+    assert [labels.tolist() for labels in groups.labels] == [[4.5, 3.25, -1]]
+
+
+FIVE = [{"docid": docid, "text": docid} for docid in "abcde"]
+
+
+@pytest.mark.parametrize(
+    ("permutations", "expected"),
+    [
+        ([[3, 1, 2], [0, 2, 1]], ["dbc", "acb"]),
+        ([[3, 1, 2], [2, 5, 1]], ["cab", "bea"]),
+        ([[3, 1, 2], [4, 3, 2, 1, 0]], ["dbc", "edcba"]),
+        ([[3, 1, 2], "[1] > [0] > [2] > [4] > [3]"], ["dbc", "baced"]),
+        (["[3] > [01]", "[0]"], ["db", "a"]),
+        (["[3] > [1]", "[0] > [2]", "[5] > [4]", "[5]"], ["ca", "b", "ed", "e"]),  # one answer has a mistake
+        ([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1], [4, 3, 2, 1, 0], [3, 1]], ["abcde", "edcba", "", "ca"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*rankings with:UserWarning")
+def test_the_whole_file_decides_what_positions_count_from(file, permutations, expected):
+    queries = [f"q{i}" for i in range(len(permutations))]
+    for order in (1, -1):
+        lines = [line(qid=q, candidates=FIVE, permutation=p) for q, p in zip(queries, permutations, strict=True)]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*positions are read")
+            out = teachers.read_permutations(write(file, *lines[::order]))
+        assert ["".join(out.loc[out["qid"] == qid, "docno"]) for qid in queries] == expected
+
+
+@pytest.mark.parametrize("permutations", [[[3, 1, 2]], [[3, 1], "[2] > [4]"], [[0, 1], [5, 1]]])
+def test_a_warning_if_positions_may_count_from_0_or_1(file, permutations):
+    lines = [line(qid=f"q{i}", candidates=FIVE, permutation=p) for i, p in enumerate(permutations)]
+    with pytest.warns(UserWarning, match="positions are read as counted from 1, but they may count from 0") as caught:
+        out = teachers.read_permutations(write(file, *lines))
+    assert sum("positions" in str(w.message).partition(": ")[2][:9] for w in caught) == 1
+    assert docnos(out)[:1] == [{3: "c", 0: "a"}[permutations[0][0]]]
+
+
+def test_complete_permutations_that_count_from_0_and_from_1(file):
+    write(file, line(docs=[A, B], ranking=[2, 1]), line(qid="q2", docs=[A, B, C], ranking=[1, 0, 2]))
+    with pytest.raises(ValueError, match="from 0 in all; got 1 to n in line 1 and 0 to n - 1 in line 2"):
+        teachers.read_permutations(file)
+
+
+def test_entries_that_fit_docnos_and_positions_are_what_the_others_are(file):
+    numbered = [{"docid": i, "text": str(i)} for i in range(5)]
+    lines = [line(qid=f"q{i}", docs=numbered, ranking=ranking) for i, ranking in enumerate([[0, 4, 2], [2, 1], [3]])]
+    for order in (1, -1):
+        with pytest.warns(UserWarning, match="unranked") as caught:
+            out = teachers.read_permutations(write(file, *lines[::order]))
+        assert len(caught) == 1
+        assert out.groupby("qid")["docno"].agg("".join).tolist() == ["042", "21", "3"]
+
+
+def test_docnos_beside_positions_from_0(file):
+    write(file, line(unsorted_docs=[A, B, C], re_rank_id=[1, 2, 0], sorted_docids=["b", "c", "a"]))
+    assert docnos(teachers.read_permutations(file)) == ["b", "c", "a"]
+
+
 def test_a_repeated_candidate(file):
     write(file, line(candidates=[*OBJECTS, OBJECTS[0]], permutation=[2, 4, 1, 3]))
     with pytest.warns(UserWarning, match="1 repeated candidates"):
@@ -188,7 +262,6 @@ def test_answers_in_a_separate_file(file, tmp_path):
         (line(docs=[{"text": ["x"]}], ranking=[1]), r"line 2: a passage's text and title must be text; got \['x'\]"),
         (line(docs=[A, B], ranking=[1.0, 2.0]), "line 2: permutation must have positions, docnos or text; got"),
         (line(docs=[A, B], ranking=[True]), "line 2: permutation must have positions, docnos or text; got"),
-        (line(docs=[A, B], ranking=[1, 0]), "line 2: positions must be counted from 1; got 0 to 1"),
         (line(docs=[A, B], ranking=[1, 2], sorted_docids=["a"]), "line 2: sorted_docids must have 2 ids"),
         (line(qid="q0", docs=[A], ranking=[1]), "line 2: qid 'q0' must have one query; got 'a query' and 'fine'"),
     ],

@@ -1,6 +1,7 @@
 """The training run: what is learned, batches, memory, threads, checkpoints."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import pickle
@@ -18,6 +19,7 @@ from interruptions import interrupted_at, interruptible_lce
 from ir_measures import RR
 
 from pyterrier_msft import losses
+from pyterrier_msft.data.groups import Groups, Ragged
 from pyterrier_msft.data.labels import from_qrels
 from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.first_token import CPU_ATTENTION
@@ -25,6 +27,7 @@ from pyterrier_msft.model.scoring import forward
 from pyterrier_msft.training import Hyperparameters, batches, cpu, gradient_cache
 from pyterrier_msft.training.batches import BatchSchedule, Collator
 from pyterrier_msft.training.gradient_cache import gradient_cache_step
+from pyterrier_msft.training.plan import plan_training
 from pyterrier_msft.training.run import train
 from pyterrier_msft.training.validation import Validation
 
@@ -70,7 +73,7 @@ def weights(model) -> torch.Tensor:
 
 
 def metric(model, validation) -> float:
-    return validation.evaluate(model.network, model.pair_encoder(max_length=24), torch.float32)
+    return validation.measure(validation.score(model.network, model.pair_encoder(max_length=24), torch.float32))
 
 
 class Killed(BaseException):
@@ -97,27 +100,43 @@ def test_a_document_is_validated_by_its_best_passage(model):
 
 def test_history(model, groups, validation):
     rows = pd.DataFrame(run(model, groups, validation=validation))
-    assert rows["step"].tolist() == list(range(1, 25))
+    assert rows["step"].tolist() == list(range(25))
+    start, rows = rows.iloc[0], rows.iloc[1:]
+    assert np.isnan(start["loss"])
+    assert start["RR@10"] < rows["RR@10"].iloc[-1]
     assert rows["epoch"].tolist() == pytest.approx([step / 8 for step in rows["step"]])
     assert rows["loss"].iloc[-4:].mean() < rows["loss"].iloc[:4].mean()
     assert rows["learning_rate"].max() <= 1e-2
     assert rows["learning_rate"].iloc[-1] < rows["learning_rate"].max() / 10
-    assert rows["RR@10"].notna().sum() == 12  # every second of 24 updates
+    assert rows["step"][rows["RR@10"].notna()].tolist() == [8, 16, 24]  # as validation has so many documents
     assert rows["seconds"].is_monotonic_increasing
     assert (rows["pairs_per_second"] > 0).all()
 
 
 def test_the_best_weights_remain(model, groups, validation, monkeypatch):
-    values, seen = iter([0.1, 0.9, 0.4, 0.9, 0.2]), []
+    seen = validate_with(monkeypatch, model, [0.0, 0.1, 0.9, 0.4, 0.9, 0.2])
+    run(model, groups, dataclasses.replace(FAST, max_steps=5, eval_every=1), validation=validation)
+    assert torch.equal(weights(model), seen[2])
+    assert not torch.equal(weights(model), seen[4])
 
-    def evaluate(self, network, encoder, dtype):
+
+def test_the_start_remains_if_nothing_is_better(model, groups, validation, monkeypatch):
+    before = weights(model).clone()
+    validate_with(monkeypatch, model, [0.5, 0.1, 0.5, 0.2])
+    run(model, groups, dataclasses.replace(FAST, max_steps=3, eval_every=1), validation=validation)
+    assert torch.equal(weights(model), before)
+
+
+def validate_with(monkeypatch, model, values) -> list[torch.Tensor]:
+    """Let validation give these values, and return a list to which the weights of each validation are added."""
+    values, seen = iter(values), []
+
+    def measure(self, scores):
         seen.append(weights(model).clone())
         return next(values)
 
-    monkeypatch.setattr(Validation, "evaluate", evaluate)
-    run(model, groups, dataclasses.replace(FAST, max_steps=5, eval_every=1), validation=validation)
-    assert torch.equal(weights(model), seen[1])
-    assert not torch.equal(weights(model), seen[3])
+    monkeypatch.setattr(Validation, "measure", measure)
+    return seen
 
 
 def test_patience_stops_training(model, groups, validation):
@@ -233,8 +252,12 @@ def test_gradient_checkpointing_ends_with_the_run(model, groups):
 # ---- batches
 
 
-def test_each_epoch_has_each_query_once_in_a_new_order(groups):
-    schedule = list(BatchSchedule(groups, dataclasses.replace(FAST, batch_size=10)))
+def schedule_of(model, groups, settings=FAST) -> BatchSchedule:
+    return BatchSchedule(groups, plan_training(settings, groups, model), seed=1)
+
+
+def test_each_epoch_has_each_query_once_in_a_new_order(model, groups):
+    schedule = list(schedule_of(model, groups, dataclasses.replace(FAST, batch_size=10)))
     assert len(schedule) == 3 * 7
     epochs = [[pair for batch in schedule[i : i + 7] for pair in batch] for i in (0, 7, 14)]
     for number, epoch in enumerate(epochs):
@@ -242,11 +265,72 @@ def test_each_epoch_has_each_query_once_in_a_new_order(groups):
     assert [query for query, _ in epochs[0]] != [query for query, _ in epochs[1]]
 
 
-def test_queries_of_a_batch_have_similar_lengths(groups):
+def make_groups(n: int) -> Groups:
+    """Make `n` queries with a positive and a negative of random lengths."""
     rng = np.random.default_rng(0)
-    schedule = BatchSchedule(
-        dataclasses.replace(groups, texts=["x" * n for n in rng.integers(1, 500, len(groups.texts))]), FAST
+    texts = ["x" * length for length in rng.integers(1, 500, 2 * n)]
+    documents, labels = np.arange(2 * n, dtype=np.int32), np.tile(np.float32([1, 0]), n)
+    return Groups([f"q{i:05}" for i in range(n)], ["y"] * n, texts, Ragged(documents, [2] * n), Ragged(labels, [2] * n))
+
+
+@pytest.mark.parametrize(("n", "chance"), [(128, 7 / 127), (500, 7 / 499)])
+def test_batches_are_random(model, n, chance):
+    """The share of pairs of queries in a batch that meet again in the next epoch is small, see docs/limits.md."""
+    schedule = list(schedule_of(model, make_groups(n), Hyperparameters(epochs=2, batch_size=8)))
+    first, second = (
+        {frozenset(pair) for batch in epoch for pair in itertools.combinations([query for query, _ in batch], 2)}
+        for epoch in (schedule[: len(schedule) // 2], schedule[len(schedule) // 2 :])
     )
+    assert len(first & second) / len(first) < chance + 0.1
+
+
+SHORT = {"epochs": None, "batch_size": None, "learning_rate": None}
+
+
+@pytest.mark.parametrize(
+    ("n", "settings", "expected"),
+    [
+        (100, SHORT, {"batch_size": 4, "updates": 300, "epochs": 12, "learning_rate": 2e-4}),
+        (300, SHORT, {"batch_size": 8, "updates": 304, "epochs": 8}),
+        (1000, SHORT, {"batch_size": 16, "updates": 315, "epochs": 5}),
+        (10_000, SHORT, {"batch_size": 16, "updates": 625, "epochs": 1}),
+        (300, {"epochs": 2, "batch_size": 30, "learning_rate": 3e-5}, {"updates": 20, "learning_rate": 3e-5}),
+        (300, {"max_steps": 7, "batch_size": 10}, {"updates": 7, "updates_per_epoch": 30}),
+        (300, {"gradient_accumulation": 4, "epochs": 1}, {"batch_size": 32, "updates": 10}),
+    ],
+)
+def test_what_is_left_open_suits_the_data(model, n, settings, expected):
+    plan = plan_training(Hyperparameters(**settings), make_groups(n), model)
+    assert {name: getattr(plan, name) for name in expected} == expected
+
+
+def test_a_wide_or_trained_model_learns_more_slowly(model, monkeypatch):
+    groups, rates = make_groups(300), []
+    for width, head_is_new in [(384, True), (768, True), (1024, True), (384, False), (768, False)]:
+        monkeypatch.setattr(type(model), "width", width)
+        model.head_is_new = head_is_new
+        rates.append(plan_training(Hyperparameters(), groups, model).learning_rate)
+    assert rates == [2e-4, 2.5e-5, 1.1e-5, 5e-5, 6.3e-6]
+
+
+@pytest.mark.parametrize(
+    ("queries", "depth", "eval_every", "expected"),
+    [
+        (20, 10, None, (31, 20)),  # cheap: eleven validations on all queries
+        (200, 20, None, (152, 80)),
+        (2000, 100, None, (152, 50)),  # 200,000 pairs, while training has 4,864
+        (2000, 100, 100, (100, 2000)),  # as the user says
+    ],
+)
+def test_validation_is_bounded(model, queries, depth, eval_every, expected):
+    results = pd.DataFrame({"qid": np.repeat(np.arange(queries), depth).astype(str), "docno": "d"})
+    validation = Validation(results, pd.DataFrame(), RR @ 10)
+    plan = plan_training(Hyperparameters(eval_every=eval_every), make_groups(300), model, validation)
+    assert (plan.eval_every, plan.validation_queries) == expected
+
+
+def test_queries_of_a_batch_have_similar_lengths(model):
+    schedule = schedule_of(model, make_groups(1000))
     ranges = [np.ptp([schedule.lengths[query] for query, _ in batch]) for batch in schedule]
     assert np.mean(ranges) < np.ptp(schedule.lengths) / 4
 
@@ -559,12 +643,11 @@ def test_constant_scores_raise_a_warning(model, groups, steps):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"learning_rate": 0}, "learning_rate must be a positive number; got 0"),
-        ({"learning_rate": None}, "learning_rate must be a positive number; got None"),
-        ({"epochs": -1}, "epochs must be a positive number; got -1"),
+        ({"learning_rate": 0}, "learning_rate must be a positive number or None; got 0"),
+        ({"epochs": -1}, "epochs must be a positive number or None; got -1"),
         ({"max_steps": 2.5}, "max_steps must be a positive integer or None; got 2.5"),
-        ({"batch_size": None}, "batch_size must be a positive integer; got None"),
-        ({"batch_size": True}, "batch_size must be a positive integer; got True"),
+        ({"gradient_accumulation": None}, "gradient_accumulation must be a positive integer; got None"),
+        ({"batch_size": True}, "batch_size must be a positive integer or None; got True"),
         ({"warmup": -0.1}, "warmup must be a non-negative number; got -0.1"),
         ({"seed": None}, "seed must be a non-negative integer; got None"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1; got 1.0"),

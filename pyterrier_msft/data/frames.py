@@ -22,6 +22,26 @@ COLUMN_ALIASES = {
 }
 
 
+# The column in which a re-ranker that interpolates keeps the scores that it replaces.
+FIRST_STAGE_SCORE = "first_stage_score"
+
+
+def first_stage_scores(results: pd.DataFrame, what: str) -> np.ndarray:
+    """Return the first stage's scores of results, called `what` in messages; a ValueError if there are none.
+
+    Results that were re-ranked with interpolation before have them in `FIRST_STAGE_SCORE`.
+    """
+    column = FIRST_STAGE_SCORE if FIRST_STAGE_SCORE in results.columns else "score"
+    if column not in results.columns:
+        raise ValueError(
+            f"{what} must have the first stage's score in the column 'score' for interpolate=...; got "
+            f"{[*map(str, results.columns)]}. `|` and `&` drop it, and so may a cache: use MonoCE.cached(folder)"
+        )
+    scores = as_numbers(results[column], column)
+    require(np.isfinite(scores), results[column], f"{column}s must be finite")
+    return scores
+
+
 def with_scores(results: pd.DataFrame, scores: np.ndarray) -> pd.DataFrame:
     """Set the scores of results, and the ranks that follow from them."""
     # After `|` the index isn't unique, and it may have a level called qid, so add_ranks gets a plain one.

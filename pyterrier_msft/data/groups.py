@@ -1,9 +1,9 @@
 """Groups of documents to train on, and the sampling of their documents in each epoch."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -87,6 +87,26 @@ class Groups:
 
     def __len__(self) -> int:
         return len(self.qids)
+
+    def without(self, qids: Collection[str]) -> Self:
+        """Return the groups of all other queries."""
+        chosen = [i for i, qid in enumerate(self.qids) if qid not in qids]
+        return replace(
+            self,
+            qids=[self.qids[i] for i in chosen],
+            queries=[self.queries[i] for i in chosen],
+            documents=_concatenate([self.documents[i] for i in chosen], np.int32),
+            labels=_concatenate([self.labels[i] for i in chosen], np.float32),
+        )
+
+    def drawn_documents(self) -> int:
+        """Return the number of documents that an epoch draws."""
+        if self.sampling is None:
+            return len(self.labels.values)
+        positives = np.add.reduceat(self.labels.values > 0, self.labels.offsets[:-1])
+        negatives = np.add.reduceat(self.labels.values == 0, self.labels.offsets[:-1])
+        limit = len(self.labels.values) if self.sampling.n_positives is None else self.sampling.n_positives
+        return int(np.minimum(positives, limit).sum() + np.minimum(negatives, self.sampling.n_negatives).sum())
 
     def text(self, documents: Iterable[int]) -> list[str]:
         """Return the texts of documents, given as indices into `texts`."""

@@ -30,9 +30,10 @@ def from_qrels(
     """Label documents by relevance, for a contrastive loss.
 
     A positive is a document with a grade of at least `min_relevance`, at any rank; its label is the grade. Negatives
-    are the other documents in the top `depth`, judged or not, with label 0. A passage (docno `d%p0`) has the grade of
-    its document. Positives that the results lack are added with the texts that `load_missing` returns for a frame of
-    qid, query and docno. For the settings, see `Contrastive`.
+    are the other documents in the top `depth`, judged or not, with label 0, except those with exactly the text of a
+    positive; in results from a file, whose texts aren't known yet, these aren't left out. A passage (docno `d%p0`) has
+    the grade of its document. Positives that the results lack are added with the texts that `load_missing` returns for
+    a frame of qid, query and docno. For the settings, see `Contrastive`.
     """
     grades = grades_of(qrels)
     judged = set(grades.index.get_level_values("qid"))
@@ -42,10 +43,13 @@ def from_qrels(
         positives = relevant.of(chunk.qids)
         rankings = chunk if load_missing is None else _add_missing(chunk, positives, load_missing)
         labels = rankings.lookup(positives, "label", rankings.parent, default=0.0)
-        usable = (labels > 0) | within_depth(rankings.query, depth)
-        has_positive = rankings.queries_with(labels > 0)
-        has_both = has_positive & rankings.queries_with(usable & (labels == 0))
-        added = builder.add(rankings, usable & has_both[rankings.query], labels)
+        is_positive = labels > 0
+        is_other = ~is_positive & within_depth(rankings.query, depth)
+        is_copy = is_other & rankings.with_text_of(is_positive)
+        is_negative = is_other & ~is_copy
+        has_positive = rankings.queries_with(is_positive)
+        has_both = has_positive & rankings.queries_with(is_negative)
+        added = builder.add(rankings, (is_positive | is_negative) & has_both[rankings.query], labels)
         reports.append(
             DataReport(
                 **added,
@@ -53,6 +57,7 @@ def from_qrels(
                 without_relevant=rankings.counts["queries"] - int(has_positive.sum()),
                 unjudged=sum(qid not in judged for qid in rankings.qids),
                 without_negatives=int(has_positive.sum()) - added["groups"],
+                copies_of_positives=int(is_copy.sum()),
             )
         )
     judged_twice = int((_labels_by_pair(qrels).min() < grades).sum())
@@ -178,19 +183,27 @@ def from_teacher(
 def has_only_ranks(ranking: pd.DataFrame) -> bool:
     """Tell whether the scores of a ranking only restate its ranks, e.g. 1/rank or depth - rank.
 
-    Such scores have no ties in a query, and depend only on the rank, counted from the top or from the bottom.
+    In such scores, a document's distance from the top of its query depends only on its rank.
     """
     if "score" not in ranking.columns or not len(ranking):
         return True
-    scores = pd.to_numeric(ranking["score"]).astype(float).reset_index(drop=True)
-    by_query = scores.groupby(as_ids(ranking["qid"]))
-    if (by_query.nunique() < by_query.size()).any():
+    frame = clean_ranking(ranking, "teacher's ranking")
+    frame = frame[frame.groupby("qid")["key"].transform("nunique") > 1]  # other queries have no order to restate
+    if not len(frame):
         return False
-    rank = by_query.rank(ascending=False)
-    from_top = by_query.transform("max") - scores
-    if by_query.ngroups == 1:  # without another query to compare with, steps of 1 indicate ranks
-        return bool(np.allclose(from_top, rank - 1))
-    return any(bool((values.groupby(rank).agg(np.ptp) < 1e-9).all()) for values in (from_top, scores))
+    by_query = frame.groupby("qid")["key"]
+    rank, levels = by_query.rank(ascending=False, method="min"), by_query.nunique()
+    from_top = by_query.transform("max") - frame["key"]
+    has_steps_of_1 = bool(np.allclose(from_top, rank - 1))
+    tied = frame[frame.duplicated(["qid", "key"], keep=False)]
+    if len(tied):
+        # Ranks are tied only below all others (`unranked="last"`). Two levels are grades, unless they are minus the rank.
+        is_last = (tied["key"] == by_query.transform("min")[tied.index]).all()
+        return bool(has_steps_of_1 and is_last and (levels.max() > 2 or np.allclose(frame["key"], 1 - rank)))
+    if len(levels) == 1:  # no other query to compare with
+        return has_steps_of_1
+    by_rank = from_top.groupby(rank)
+    return bool((by_rank.max() - by_rank.min() < 1e-9).all())
 
 
 def _check_order(ordered_by: str | None, keep_scores: bool) -> None:

@@ -3,16 +3,16 @@
 import gzip
 import hashlib
 import json
-import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from pyterrier_msft.data.answers import Answer, resolve
 from pyterrier_msft.notices import warn
 
 # Field names in published files. If a record has several of them, the first here is used.
@@ -35,8 +35,10 @@ class Record:
 
     qid: str
     query: str | None
-    passages: list[tuple[str, str | None]]
+    passages: list[tuple[str | None, str | None]]  # docno (None: it has none), text
     order: Sequence[int | None] = ()  # the teacher's order of passages, as indices; None: not a passage
+    answer: Answer | None = None  # the teacher's answer, if the order follows from it
+    answer_docnos: Sequence[str] = ()  # the docnos of the answer's entries, if the file has them beside positions
     n_positives: int = 0  # the first passages are relevant
 
 
@@ -50,9 +52,10 @@ def read_permutations(path: str | Path, *, responses: str | Path | None = None, 
     - the candidates: `candidates`, `hits`, `ctxs`, `docs`, `documents`, `passages`, `retrieved_passages` or
       `unsorted_docs`; strings, or objects of `docno`, `docid`, `doc_id`, `pid`, `id` or `_id`, of `text`, `content`,
       `contents`, `passage`, `segment`, `body` or `doc` (or of these within `doc`), and `title`;
-    - the permutation, best first: `permutation`, `ranking`, `re_rank_id` or `response`; positions from 1, docnos, or
-      an answer like "[2] > [1]". A list of docnos needs no candidates. Objects in `candidates` or `hits` without a
-      permutation are in the teacher's order, as RankLLM and RankGPT write them.
+    - the permutation, best first: `permutation`, `ranking`, `re_rank_id` or `response`; positions, docnos, or an answer
+      like "[2] > [1]". Positions count from 1, or from 0 in the whole file; if the permutations don't tell, they are
+      read as counted from 1, with a warning. A list of docnos needs no candidates. Objects in `candidates` or `hits`
+      without a permutation are in the teacher's order, as RankLLM and RankGPT write them.
 
     A missing qid or docno is replaced with a digest of the text. An LLM's mistakes are counted in one warning: for a
     document that is named twice, the first position is used; an unknown document is ignored; a document that isn't
@@ -80,7 +83,8 @@ def read_permutations(path: str | Path, *, responses: str | Path | None = None, 
     seen: set[str] = set()
     rows: list[tuple[str, str | None, str, str | None, int, float]] = []
     example: str | None = None  # the first query with a mistake
-    for record in _parse(path, lines, lambda fields, i: _parse_ranking(fields, answers[i] if answers else None)):
+    records = [*_parse(path, lines, lambda fields, i: _parse_ranking(fields, answers[i] if answers else None))]
+    for record in _resolve(path, lines, records):
         if record.qid in seen:
             counts["repeated queries"] += 1
         else:
@@ -105,7 +109,7 @@ def _rank_passages(record: Record, unranked: str, counts: Counter[str]) -> Itera
     counts[f"unranked documents ({'dropped' if unranked == 'drop' else 'ranked last'})"] += len(missing)
     seen: set[str] = set()
     for position, i in enumerate([*ranked, *(missing if unranked == "last" else [])]):
-        docno, text = record.passages[i]
+        docno, text = _with_id(*record.passages[i])
         if docno in seen:
             counts["repeated candidates"] += 1
         else:
@@ -131,9 +135,9 @@ def read_labelled_passages(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame
         ValueError: If a line has another format.
     """
     rows = [
-        (record.qid, record.query, docno, text, int(i < record.n_positives))
+        (record.qid, record.query, *_with_id(*passage), int(i < record.n_positives))
         for record in _parse(path, _read(path), lambda fields, _: _parse_labelled(fields))
-        for i, (docno, text) in enumerate(record.passages)
+        for i, passage in enumerate(record.passages)
     ]
     if not rows:
         raise ValueError(f"{path} must have queries with passages; got none")
@@ -209,6 +213,18 @@ def _parse(
         yield record
 
 
+def _resolve(path: str | Path, lines: list[tuple[int, Any]], records: list[Record]) -> Iterator[Record]:
+    """Find the order of the passages that the answers of a whole file name."""
+    numbered = {number: record for (number, _), record in zip(lines, records, strict=True)}
+    orders = resolve({number: record.answer for number, record in numbered.items() if record.answer}, path)
+    for number, record in numbered.items():
+        order, passages = orders.get(number, record.order), [*record.passages]
+        for i, docno in zip(order, record.answer_docnos, strict=False):
+            if i is not None and passages[i][0] is None:
+                passages[i] = (docno, passages[i][1])
+        yield replace(record, order=order, passages=passages)
+
+
 # ---- records
 
 
@@ -220,47 +236,29 @@ def _parse_ranking(fields: dict[str, Any], answer: Any = None) -> Record:
     if candidates is None:
         if not (_is_list_of(permutation, str) and permutation):
             raise ValueError(f"candidates are required (one of {', '.join(CANDIDATES)}); got the fields {list(fields)}")
-        docnos = list(dict.fromkeys(permutation))
-        return Record(qid, query, [(docno, None) for docno in docnos], [docnos.index(docno) for docno in permutation])
+        index = {docno: i for i, docno in enumerate(dict.fromkeys(permutation))}
+        return Record(qid, query, [(docno, None) for docno in index], [index[docno] for docno in permutation])
     if not isinstance(candidates, list):
         raise ValueError(f"candidates must be a list; got {_shorten(candidates)}")
-    docnos, texts = map(list, zip(*map(_parse_passage, candidates), strict=True)) if candidates else ([], [])
+    passages = [*map(_parse_passage, candidates)]
     if permutation is None:
         # A list with an unknown name may be the permutation; then the order of candidates isn't the ranking.
         others = [name for name, value in fields.items() if _is_list_of(value, str | int) and value]
         if others or not any(name in fields for name in RERANKED) or not _is_list_of(candidates, dict):
             names = ", ".join(PERMUTATION)
             raise ValueError(f"a permutation is required (one of {names}); got the fields {list(fields)}")
-        order: list[int | None] = list(range(len(candidates)))
+        return Record(qid, query, passages, range(len(candidates)))
+    docnos = [docno for docno, _ in passages]
+    if isinstance(permutation, str):
+        answer = Answer.of_text(permutation, docnos)
+    elif _is_list_of(permutation, str | int):
+        answer = Answer.of_list(permutation, docnos)
     else:
-        order = _parse_order(permutation, docnos)
-    if (ranked := fields.get("sorted_docids")) is not None:  # Reason-to-Rank: docnos in the teacher's order
-        if not _is_list_of(ranked, str | int) or len(ranked) != len(order):
-            raise ValueError(f"sorted_docids must have {len(order)} ids, as the permutation; got {_shorten(ranked)}")
-        for i, docno in zip(order, ranked, strict=True):
-            if i is not None and docnos[i] is None:
-                docnos[i] = str(docno)
-    return Record(qid, query, [*map(_with_id, docnos, texts)], order)
-
-
-def _parse_order(permutation: Any, docnos: list[str | None]) -> list[int | None]:
-    """Return the indices of candidates in the order of a permutation; None for unknown entries."""
-    n = len(docnos)
-    by_position = {str(i + 1): i for i in range(n)}
-    if isinstance(permutation, str):  # an LLM's answer
-        numbers = re.findall(r"\[(\d+)\]", permutation) or re.findall(r"\d+", permutation)
-        return [by_position.get(number.lstrip("0")) for number in numbers]
-    if not _is_list_of(permutation, str | int):
         raise ValueError(f"permutation must have positions, docnos or text; got {_shorten(permutation)}")
-    entries = [str(entry) for entry in permutation]
-    by_docno: dict[str | None, int] = {docno: n - 1 - i for i, docno in enumerate(reversed(docnos))}  # the first wins
-    # "7" may be a position or a docno: use what fits more entries; in a tie, integers are positions, strings docnos.
-    docnos_found, positions_found = (sum(entry in known for entry in entries) for known in (by_docno, by_position))
-    if docnos_found > positions_found or (docnos_found == positions_found and _is_list_of(permutation, str)):
-        return [by_docno.get(entry) for entry in entries]
-    if n > 1 and sorted(entries) == sorted(map(str, range(n))):
-        raise ValueError(f"positions must be counted from 1; got 0 to {n - 1}")
-    return [by_position.get(entry) for entry in entries]
+    ranked, n = fields.get("sorted_docids"), len(answer.entries)  # Reason-to-Rank: docnos in the teacher's order
+    if ranked is not None and (not _is_list_of(ranked, str | int) or len(ranked) != n):
+        raise ValueError(f"sorted_docids must have {n} ids, as the permutation; got {_shorten(ranked)}")
+    return Record(qid, query, passages, answer=answer, answer_docnos=[*map(str, ranked or ())])
 
 
 def _parse_labelled(fields: dict[str, Any]) -> Record:
@@ -271,7 +269,7 @@ def _parse_labelled(fields: dict[str, Any]) -> Record:
         passages = _get(fields, names)
         if not isinstance(passages, list):
             raise ValueError(f"one of {', '.join(names)} must be a list; got the fields {list(fields)}")
-        sides.append([_with_id(*_parse_passage(item)) for item in passages])
+        sides.append([*map(_parse_passage, passages)])
     return Record(qid, query, [*sides[0], *sides[1]], n_positives=len(sides[0]))
 
 

@@ -48,6 +48,11 @@ class Rankings:
         """Return a mask of the queries that have at least one of the rows, which are given as a mask."""
         return np.bincount(self.query[rows], minlength=len(self.qids)) > 0
 
+    def with_text_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return a mask of the rows whose query has the same text in one of the rows that are given as a mask."""
+        pairs = _pair_ids(self.query, self.text)
+        return np.isin(pairs, pairs[rows])
+
     def frame(self, rows: np.ndarray | slice = slice(None)) -> pd.DataFrame:
         """Return the qid and docno of rows, and their score unless they are ordered by rank."""
         docnos = [*self.docnos]

@@ -18,6 +18,7 @@ class DataReport:
     without_relevant: int = 0  # queries
     unjudged: int = 0  # queries that aren't in the qrels
     without_negatives: int = 0  # queries
+    copies_of_positives: int = 0  # query-document pairs with the text of a relevant document, not used as negatives
     without_teacher: int = 0  # queries
     unranked_by_teacher: int = 0  # query-document pairs, dropped
     ranked_last: int = 0  # query-document pairs that the teacher didn't rank, placed last
@@ -27,6 +28,8 @@ class DataReport:
     agreement: float | None = None  # mean rank correlation of the teacher with the first stage, -1 to 1
     truncated_queries: float = 0.0
     truncated_documents: float = 0.0
+    plan: Any = None  # a text: how the training run is set up
+    interpolation: Any = None  # a text: the choice of the first stage's weight
 
     def __repr__(self) -> str:
         lines = [f"{self.groups:,} of {self.queries:,} queries to train on, with {self.documents:,} documents"]
@@ -42,6 +45,7 @@ class DataReport:
         lines += [f"{rate:.1%} {what}" for what, rate in rates.items() if rate]
         if self.agreement is not None:
             lines.append(f"rank correlation of the teacher with the first stage: {self.agreement:.2f}")
+        lines += [text for text in (self.plan, self.interpolation) if text]
         return "\n  ".join(["DataReport:", *lines])
 
     @classmethod
@@ -58,6 +62,8 @@ class DataReport:
             known = [(value, weight) for value, weight in found if value is not None]
             if f.type is int:
                 values[f.name] = sum(value for value, _ in known)
+            elif f.type is Any:
+                continue  # not known before all chunks are read
             elif total := sum(weight for _, weight in known):
                 values[f.name] = sum(value * weight for value, weight in known) / total
         return cls(**values)
@@ -85,6 +91,7 @@ class DataReport:
             "that the teacher didn't rank": self.unranked_by_teacher,
             "without text": self.without_text,
             "with an empty query": self.without_query,
+            "with the text of a relevant document": self.copies_of_positives,
         }
         lines = [f"{count:,} of {self.queries:,} queries {what}" for what, count in queries.items() if count]
         lines += [f"{_count(count, 'document')} {what}" for what, count in documents.items() if count]

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ class TextSource:
                 f"{type(self.source).__name__}. Texts in a frame are added to a pipeline with pt.apply.text(...)"
             )
 
-    def check_and_add_to(self, results: pd.DataFrame, *, context: pt.Transformer) -> pd.DataFrame:
+    def check_and_add_to(
+        self, results: pd.DataFrame, *, context: pt.Transformer, extra_columns: Sequence[str] = ()
+    ) -> pd.DataFrame:
         """Check results that a transformer is to score, add their texts, and warn about empty ones."""
-        columns = ["query"] if self.source is not None else ["query", self.field]
+        columns = ["query", *([] if self.source is not None else [self.field]), *extra_columns]
         if not isinstance(results, pd.DataFrame):
             raise ValueError(f"results must be a data frame; got {type(results).__name__}")
         try:

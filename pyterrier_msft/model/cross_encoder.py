@@ -68,6 +68,12 @@ class CrossEncoder:
         return self._network is not None
 
     @property
+    def width(self) -> int:
+        """The dimensions of the hidden states. Loads the model."""
+        config = self.network.config.get_text_config()
+        return int(getattr(config, "hidden_size", None) or 768)
+
+    @property
     def network(self) -> PreTrainedModel:
         """The network on its device. Loads the model."""
         return self._ensure_loaded()

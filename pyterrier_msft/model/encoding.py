@@ -1,14 +1,15 @@
 """Encode (query, text) pairs as token ids and padded batches."""
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Encoded = dict[str, list[list[int]]]  # a tokenizer's columns ("input_ids", ...), one list of integers per pair
 
@@ -16,14 +17,26 @@ CHARACTERS_PER_TOKEN = 12  # how much of a long text is tokenized: twice as much
 WINDOW_OVERLAP = 1 / 8  # between consecutive windows of a text, as a fraction of max_length
 MAX_BALANCED_BATCHES = 32  # per worker; with more, an uneven last round hardly matters
 
+# A fast tokenizer keeps the options of a call, so another thread's call would change them before they are used.
+_TOKENIZER_LOCK = threading.Lock()
+
+
+class Query(NamedTuple):
+    """A query, truncated as a string, so that the tokenizer still applies its template to the pair."""
+
+    tokens: int  # of the whole query, as far as they could fit a pair
+    short: str  # the `query_limit` tokens that a pair always keeps
+    long: str  # all tokens that a pair may keep
+
 
 @dataclass(frozen=True)
 class PairEncoder:
     """Tokenizes pairs as `[CLS] query [SEP] text [SEP]`, or whatever the tokenizer's template is.
 
-    The text is truncated to the room left by the query. The query is truncated only beyond `max_query_length` tokens
-    (None: half of `max_length`), so that a long query can't displace the text. With `passages`, a text that doesn't
-    fit is read in windows, see `windows`.
+    Pairs that don't fit are truncated as Hugging Face's `longest_first` does: the text first, and the query only beyond
+    half of the tokens, as far as the text needs them. With `max_query_length`, every query is truncated to that many
+    tokens, and the text to the room left by the query. With `passages`, a text that doesn't fit is read in windows, see
+    `windows`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -33,19 +46,21 @@ class PairEncoder:
 
     def __call__(self, queries: Sequence[Any], texts: Sequence[Any]) -> Encoded:
         """Encode pairs, truncated but not padded. Missing values (None, NaN) are read as empty texts."""
-        queries, texts, prefixes = self._prepare(queries, texts)
-        encoded = self._encode(queries, prefixes)
-        for i, (query, text, prefix) in enumerate(zip(queries, texts, prefixes, strict=True)):
+        parsed, texts, prefixes = self._prepare(queries, texts)
+        encoded, again = self._encode([query.short for query in parsed], prefixes), {}
+        for i, (query, text, prefix) in enumerate(zip(parsed, texts, prefixes, strict=True)):
             # A prefix of few, long words may be too short to fill the pair.
-            if len(prefix) < len(text) and len(encoded["input_ids"][i]) < self.max_length:
-                for key, (values,) in self._encode([query], [text]).items():
-                    encoded[key][i] = values
+            is_too_short = len(prefix) < len(text) and len(encoded["input_ids"][i]) < self.max_length
+            if is_too_short or query.short != query.long:
+                again[i] = query.long, text if is_too_short else prefix
+        self._encode_again(encoded, again)
         return encoded
 
     def windows(self, queries: Sequence[Any], texts: Sequence[Any]) -> tuple[Encoded, np.ndarray]:
         """Encode each pair in as many windows of the text as it needs, at most `passages`.
 
-        Windows fill the space beside the query, and overlap, so that a phrase that one cuts is whole in the next.
+        Windows fill the space beside the query, and overlap, so that a phrase that one cuts is whole in the next. If
+        there are several, all have the same query, of at most `query_limit` tokens.
 
         Returns:
             The windows, and for each of them the index of its pair.
@@ -57,12 +72,21 @@ class PairEncoder:
             return self(queries, texts), np.arange(len(queries))
         if not self.tokenizer.is_fast:
             raise ValueError(f"passages={self.passages} needs a fast tokenizer; got {type(self.tokenizer).__name__}")
-        queries, texts, prefixes = self._prepare(queries, texts)
-        encoded, pair = self._encode_windows(queries, prefixes)
+        parsed, texts, prefixes = self._prepare(queries, texts)
+        short = [query.short for query in parsed]
+        encoded, pair = self._encode_windows(short, prefixes)
         is_cut = np.array([len(prefix) < len(text) for text, prefix in zip(texts, prefixes, strict=True)], dtype=bool)
         # If all windows of a prefix are kept, the prefix may be too short.
         if (is_cut & (np.bincount(pair, minlength=len(texts)) <= self.passages)).any():
-            encoded, pair = self._encode_windows(queries, texts)
+            encoded, pair = self._encode_windows(short, texts)
+        is_single = (np.bincount(pair, minlength=len(texts)) == 1)[pair]
+        again = {
+            window: (parsed[i].long, texts[i])
+            for window, i in enumerate(pair)
+            if is_single[window] and parsed[i].short != parsed[i].long  # the text may leave room for more of the query
+            and len(encoded["input_ids"][window]) < self.max_length
+        }  # fmt: skip
+        self._encode_again(encoded, again)
         position = np.arange(len(pair)) - np.searchsorted(pair, pair)  # of a window in its text
         kept = np.flatnonzero(position < self.passages)
         return {key: [values[i] for i in kept] for key, values in encoded.items()}, pair[kept]
@@ -75,46 +99,75 @@ class PairEncoder:
         options = {"padding": "max_length", "max_length": length, "return_tensors": "pt", "verbose": False}
         return dict(self.tokenizer.pad(chosen, **options))
 
+    def truncates_query(self, queries: Sequence[Any], texts: Sequence[Any]) -> np.ndarray:
+        """Return whether each pair's query is truncated, bool [pairs]. Tokenizes only texts beside a long query."""
+        parsed, limit = self._parse_queries(queries), self.query_limit
+        is_truncated = np.array([query.tokens > limit for query in parsed], dtype=bool)
+        if self.max_query_length is None:
+            long = np.flatnonzero(is_truncated)
+            is_truncated[long] = self._exceeds_length([queries[i] for i in long], [texts[i] for i in long])
+        return is_truncated
+
     def truncation_rates(self, queries: Sequence[Any], texts: Sequence[Any]) -> tuple[float, float]:
         """Return the shares (0 to 1) of the pairs whose query, and whose text, is truncated."""
         if not len(queries):
             return 0.0, 0.0
-        truncated = self._truncate_queries(queries)
-        query_rate = float(np.mean([truncated[clean(query)] != clean(query) for query in queries]))
+        query_rate = float(self.truncates_query(queries, texts).mean())
         if self.passages > 1:
             _, pair = replace(self, passages=self.passages + 1).windows(queries, texts)
             return query_rate, float(np.mean(np.bincount(pair) > self.passages))
-        # A pair is truncated if it has at least one more token.
-        longer = PairEncoder(self.tokenizer, self.max_length + 1, self.query_limit)
-        return query_rate, float(np.mean([len(ids) > self.max_length for ids in longer(queries, texts)["input_ids"]]))
+        # A text is truncated if it doesn't fit beside the shortest form of the query.
+        capped = replace(self, max_query_length=self.query_limit)
+        return query_rate, float(capped._exceeds_length(queries, texts).mean())
 
     @property
     def query_limit(self) -> int:
-        """The maximum number of tokens of a query."""
-        room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True) - 1
-        return max(1, min(room, self.max_query_length or self.max_length // 2))
+        """The number of tokens to which a query is truncated beside a long text."""
+        limit = self._room // 2 if self.max_query_length is None else min(self._room - 1, self.max_query_length)
+        return max(1, limit)
 
-    def _prepare(self, queries: Sequence[Any], texts: Sequence[Any]) -> tuple[list[str], list[str], list[str]]:
-        """Return the truncated queries, the cleaned texts, and the prefixes of the texts worth tokenizing."""
-        truncated = self._truncate_queries(queries)
+    @property
+    def _room(self) -> int:
+        """The maximum number of tokens of query and text together."""
+        return self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True)
+
+    def _exceeds_length(self, queries: Sequence[Any], texts: Sequence[Any]) -> np.ndarray:
+        """Return whether each pair has more than `max_length` tokens, bool [pairs]."""
+        longer = replace(self, max_length=self.max_length + 1, passages=1)
+        return np.array([len(ids) > self.max_length for ids in longer(queries, texts)["input_ids"]], dtype=bool)
+
+    def _prepare(self, queries: Sequence[Any], texts: Sequence[Any]) -> tuple[list[Query], list[str], list[str]]:
+        """Return the parsed queries, the cleaned texts, and the prefixes of the texts worth tokenizing."""
         cleaned = [clean(text) for text in texts]
-        return [truncated[clean(query)] for query in queries], cleaned, [self._prefix(text) for text in cleaned]
+        return self._parse_queries(queries), cleaned, [self._prefix(text) for text in cleaned]
 
-    def _truncate_queries(self, queries: Sequence[Any]) -> dict[str, str]:
-        # `truncation="only_second"` fails where the query alone is too long, so queries are truncated beforehand. As
-        # strings, so that the tokenizer still applies its template to the pair.
-        distinct = list(dict.fromkeys(clean(query) for query in queries))
-        limit = self.query_limit
-        options = {"add_special_tokens": False, "truncation": True, "max_length": limit + 1, "verbose": False}
+    def _parse_queries(self, queries: Sequence[Any]) -> list[Query]:
+        cleaned = [clean(query) for query in queries]
+        distinct = list(dict.fromkeys(cleaned))
         if not distinct:
-            return {}
-        if not self.tokenizer.is_fast:  # no offsets
-            ids = self.tokenizer(distinct, **options)["input_ids"]
-            return {
-                q: self.tokenizer.decode(i[:limit]) if len(i) > limit else q for q, i in zip(distinct, ids, strict=True)
-            }
-        offsets = self.tokenizer(distinct, return_offsets_mapping=True, **options)["offset_mapping"]
-        return {q: q[: o[limit - 1][1]] if len(o) > limit else q for q, o in zip(distinct, offsets, strict=True)}
+            return []
+        room, limit = max(1, self._room), self.query_limit
+        options = {"add_special_tokens": False, "truncation": True, "max_length": room + 1}
+        column = "offset_mapping" if self.tokenizer.is_fast else "input_ids"
+        found = self._tokenize(distinct, return_offsets_mapping=self.tokenizer.is_fast, **options)[column]
+        parsed = {}
+        for query, tokens in zip(distinct, found, strict=True):
+            short = self._cut(query, tokens, limit)
+            long = self._cut(query, tokens, room) if self.max_query_length is None else short
+            parsed[query] = Query(len(tokens), short, long)
+        return [parsed[query] for query in cleaned]
+
+    def _cut(self, query: str, tokens: list[Any], limit: int) -> str:
+        """Truncate a query to `limit` of its tokens: their offsets or, if the tokenizer has none, their ids."""
+        if len(tokens) <= limit:
+            return query
+        keeps_end = self.tokenizer.truncation_side == "left"
+        if not self.tokenizer.is_fast:
+            return str(self.tokenizer.decode(tokens[-limit:] if keeps_end else tokens[:limit]))
+        # A character of several tokens, e.g. an emoji in bytes, is left out unless all of them are kept.
+        if keeps_end:
+            return query[max(tokens[-limit][0], tokens[-limit - 1][1]) :]
+        return query[: min(tokens[limit - 1][1], tokens[limit][0])]
 
     def _prefix(self, text: str) -> str:
         """Return the beginning of a long text that is worth tokenizing, cut at a blank, where tokenizers split."""
@@ -124,14 +177,28 @@ class PairEncoder:
         blank = text.find(" ", limit, 2 * limit)
         return text if blank < 0 else text[:blank]
 
+    def _tokenize(self, *texts: list[str], **options: Any) -> BatchEncoding:
+        with _TOKENIZER_LOCK:
+            return self.tokenizer(*texts, verbose=False, **options)
+
     def _encode(self, queries: list[str], texts: list[str], **options: Any) -> Encoded:
-        options = {"truncation": "only_second", "max_length": self.max_length, "verbose": False, **options}
-        return dict(self.tokenizer(queries, texts, **options))
+        # Truncated queries leave room for the text; "only_second" fails where they don't.
+        strategy = "longest_first" if self.max_query_length is None else "only_second"
+        options = {"truncation": strategy, "max_length": self.max_length, **options}
+        return dict(self._tokenize(queries, texts, **options))
+
+    def _encode_again(self, encoded: Encoded, pairs: dict[int, tuple[str, str]]) -> None:
+        """Replace some pairs, given by their index, of what is encoded."""
+        if pairs:
+            queries, texts = zip(*pairs.values(), strict=True)
+            for key, columns in self._encode([*queries], [*texts]).items():
+                for i, values in zip(pairs, columns, strict=True):
+                    encoded[key][i] = values
 
     def _encode_windows(self, queries: list[str], texts: list[str]) -> tuple[Encoded, np.ndarray]:
-        room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True) - self.query_limit
-        stride = max(0, min(int(self.max_length * WINDOW_OVERLAP), room - 1))
-        encoded = self._encode(queries, texts, return_overflowing_tokens=True, stride=stride)
+        stride = max(0, min(int(self.max_length * WINDOW_OVERLAP), self._room - self.query_limit - 1))
+        options = {"truncation": "only_second", "return_overflowing_tokens": True, "stride": stride}
+        encoded = self._encode(queries, texts, **options)
         return encoded, np.array(encoded.pop("overflow_to_sample_mapping"), dtype=np.int64)
 
 

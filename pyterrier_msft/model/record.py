@@ -38,12 +38,14 @@ class StageRecord(_Record):
     documents: int = 0
     place: int = 1  # in its call of fit, from 1
     start: str = ""  # fingerprint of the weights before the stage
+    plan: dict[str, Any] = field(default_factory=dict)  # batch size, updates, learning rate
     seed: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     data_report: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None  # of the weights after the stage
     interrupted: int | None = None  # the step at which training was interrupted
+    interpolation: dict[str, Any] = field(default_factory=dict)  # the choice of the first stage's weight
 
     @property
     def objective(self) -> str:
@@ -54,6 +56,10 @@ class StageRecord(_Record):
     def updates(self) -> int:
         """The last step of the history."""
         return self.history[-1]["step"] if self.history else 0
+
+    def validations(self, metric: str) -> list[float]:
+        """Return the values of a validation metric, in order."""
+        return [row[metric] for row in self.history if metric in row]
 
     @property
     def metrics(self) -> dict[str, float]:

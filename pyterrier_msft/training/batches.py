@@ -1,6 +1,5 @@
 """The order of queries in a training run, and batches of groups as tensors."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +11,14 @@ from torch.utils.data import Dataset, Sampler
 from pyterrier_msft.data.groups import Group, Groups
 from pyterrier_msft.model.encoding import PairEncoder, balance_batches, length_batches
 from pyterrier_msft.training import distributed
-from pyterrier_msft.training.hyperparameters import Hyperparameters
+from pyterrier_msft.training.plan import Plan
 
 # Tokens per forward pass; fewer passes are faster on a GPU, smaller ones fit a CPU's caches.
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 65536}
 MIN_TOKENS_PER_THREAD = 512  # with fewer, a thread costs more than it saves
-# Number of batches whose queries are sorted by length together: more reduce padding, but make batches less random.
-SORTED_BATCHES = 16
+# Queries of similar length share a batch: of at most so many batches, and of an eighth of an epoch. More would reduce
+# padding, but make batches less random.
+MAX_SORTED_BATCHES = 16
 # Stands in for the epoch where a rank has no query in a batch: it scores one text, which isn't part of the loss.
 PADDING_GROUP = -1
 
@@ -29,29 +29,20 @@ class BatchSchedule(Sampler[list[GroupIndex]]):
     """All batches of a training run. The content of the n-th batch depends only on the seed and n.
 
     So a resumed run continues exactly, and negatives are resampled every epoch; no `set_epoch` needed.
-
-    Attributes:
-        updates: Number of updates of the weights.
-        eval_every: Updates between validations (and checkpoints).
-        updates_per_epoch: Number of updates in which each query is seen once.
     """
 
-    def __init__(self, groups: Groups, hyperparameters: Hyperparameters) -> None:
-        self.seed = hyperparameters.seed
-        self.batch_size = hyperparameters.batch_size * hyperparameters.gradient_accumulation  # queries per update
+    def __init__(self, groups: Groups, plan: Plan, *, seed: int) -> None:
+        self.plan, self.seed = plan, seed
         self.lengths = groups.lengths()  # (queries,) characters
-        self.updates_per_epoch = math.ceil(len(groups) / self.batch_size)
-        self.updates = hyperparameters.max_steps or max(1, math.ceil(self.updates_per_epoch * hyperparameters.epochs))
-        self.eval_every = hyperparameters.eval_every or max(1, self.updates // 10)
 
     def __len__(self) -> int:
-        return self.updates
+        return self.plan.updates
 
     def __iter__(self) -> Iterator[list[GroupIndex]]:
         """Iterate over this rank's share of each batch."""
         rank, world_size = distributed.rank(), distributed.world_size()
-        for number in range(self.updates):
-            epoch, place = divmod(number, self.updates_per_epoch)
+        for number in range(self.plan.updates):
+            epoch, place = divmod(number, self.plan.updates_per_epoch)
             if place == 0:
                 batches = self._epoch_batches(epoch)
             batch = batches[place]
@@ -60,10 +51,11 @@ class BatchSchedule(Sampler[list[GroupIndex]]):
     def _epoch_batches(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.lengths))
-        window = self.batch_size * SORTED_BATCHES
+        batch_size = self.plan.batch_size
+        window = batch_size * max(1, min(MAX_SORTED_BATCHES, self.plan.updates_per_epoch // 8))
         windows = np.split(order, range(window, len(order), window))
         order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in windows])
-        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
+        batches = np.split(order, range(batch_size, len(order), batch_size))
         return [batches[i] for i in rng.permutation(len(batches))]
 
 

@@ -17,9 +17,9 @@ from transformers.trainer_callback import ExportableState, TrainerControl, Train
 
 from pyterrier_msft.notices import warn
 from pyterrier_msft.training import distributed
-from pyterrier_msft.training.batches import BatchSchedule
 from pyterrier_msft.training.checkpoints import Checkpoint
 from pyterrier_msft.training.hyperparameters import Hyperparameters
+from pyterrier_msft.training.plan import Plan
 
 # A resumed run loses at most this much work.
 SECONDS_BETWEEN_CHECKPOINTS = 900
@@ -31,16 +31,16 @@ class HistoryCallback(TrainerCallback, ExportableState):
     """Log about fifty times per training run, append each log to the history, and show a progress bar if `verbose`."""
 
     def __init__(
-        self, history: list[dict[str, Any]], schedule: BatchSchedule, hyperparameters: Hyperparameters, *, verbose: bool
+        self, history: list[dict[str, Any]], plan: Plan, hyperparameters: Hyperparameters, *, verbose: bool
     ) -> None:
-        self.history, self.schedule = history, schedule
+        self.history, self.plan = history, plan
         self.metric = str(hyperparameters.metric)
-        self.log_every = max(1, min(schedule.eval_every, schedule.updates // 50))
+        self.log_every = max(1, min(plan.eval_every, plan.updates // 50))
         self.first_row = len(history)
         self.pairs: torch.Tensor | int = 0  # since the last row
         self.seconds_before = 0.0  # of the run that is resumed
         self.started = self.last_row_at = time.monotonic()
-        self.bar = pt.tqdm(total=schedule.updates, desc="training", unit="step", disable=not verbose)
+        self.bar = pt.tqdm(total=plan.updates, desc="training", unit="step", disable=not verbose)
 
     def state(self) -> dict[str, Any]:
         """Return the state that a resumed run needs."""
@@ -57,7 +57,7 @@ class HistoryCallback(TrainerCallback, ExportableState):
         self.pairs = self.pairs + pairs
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_log |= is_due(state.global_step, self.log_every, self.schedule)
+        control.should_log |= is_due(state.global_step, self.log_every, self.plan)
         # A checkpoint's history must hold the loss up to its step.
         control.should_log |= control.should_evaluate or control.should_save
         self.bar.update(state.global_step - self.bar.n)
@@ -68,7 +68,7 @@ class HistoryCallback(TrainerCallback, ExportableState):
         now = time.monotonic()
         row = {
             "step": state.global_step,
-            "epoch": state.global_step / self.schedule.updates_per_epoch,
+            "epoch": state.global_step / self.plan.updates_per_epoch,
             "loss": float(logs["loss"]),
             "learning_rate": float(logs["learning_rate"]),
             "seconds": self._seconds(),
@@ -81,6 +81,8 @@ class HistoryCallback(TrainerCallback, ExportableState):
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
+        if state.global_step == 0:
+            self.history.append({"step": 0, "epoch": 0.0})
         self.history[-1] |= {self.metric: float(metrics[f"eval_{self.metric}"]), "seconds": self._seconds()}
         self.last_row_at = time.monotonic()  # validation doesn't count as training time
 
@@ -89,17 +91,21 @@ class HistoryCallback(TrainerCallback, ExportableState):
 
 
 class BestWeightsCallback(TrainerCallback, ExportableState):
-    """Request validations, keep the best weights in memory, and stop early when the metric doesn't improve."""
+    """Validate at the start and request validations, keep the best weights in memory, and stop early.
+
+    The start is one of the candidates, so that training that doesn't help ends where it began.
+    """
 
     def __init__(
         self,
-        schedule: BatchSchedule,
+        plan: Plan,
         hyperparameters: Hyperparameters,
         *,
         weights: Callable[[], Mapping[str, torch.Tensor]],
+        evaluate: Callable[[], Any],
     ) -> None:
         self.metric, self.patience = str(hyperparameters.metric), hyperparameters.patience
-        self.schedule, self.weights = schedule, weights
+        self.plan, self.weights, self.evaluate = plan, weights, evaluate
         self.best = -math.inf
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.evals_without_improvement = 0
@@ -120,8 +126,12 @@ class BestWeightsCallback(TrainerCallback, ExportableState):
         self.best, self.evals_without_improvement = attributes["best"], attributes["evals_without_improvement"]
         self.best_weights = checkpoint.best_weights()
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == 0 and self.best_weights is None:
+            self.evaluate()
+
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_evaluate |= is_due(state.global_step, self.schedule.eval_every, self.schedule)
+        control.should_evaluate |= is_due(state.global_step, self.plan.eval_every, self.plan)
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
@@ -142,8 +152,8 @@ class CheckpointCallback(TrainerCallback, ExportableState):
     everything that determines the result of the run.
     """
 
-    def __init__(self, identity: Mapping[str, str], schedule: BatchSchedule, *, save: Callable[[], None]) -> None:
-        self.identity, self.schedule, self.save = dict(identity), schedule, save
+    def __init__(self, identity: Mapping[str, str], plan: Plan, *, save: Callable[[], None]) -> None:
+        self.identity, self.plan, self.save = dict(identity), plan, save
         self.saved_at = time.monotonic()
         self.is_resumed = False
 
@@ -156,7 +166,7 @@ class CheckpointCallback(TrainerCallback, ExportableState):
             self.save()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_save |= is_due(state.global_step, self.schedule.eval_every, self.schedule)
+        control.should_save |= is_due(state.global_step, self.plan.eval_every, self.plan)
         is_overdue = time.monotonic() - self.saved_at > SECONDS_BETWEEN_CHECKPOINTS
         control.should_save |= distributed.all_reduce_max(int(is_overdue)) > 0  # ranks save together
 
@@ -170,8 +180,8 @@ class CheckpointCallback(TrainerCallback, ExportableState):
 class CollapseCallback(TrainerCallback):
     """Warn once if all documents of a query get the same score: the model has collapsed, or never started to learn."""
 
-    def __init__(self, schedule: BatchSchedule) -> None:
-        self.updates = schedule.updates
+    def __init__(self, plan: Plan) -> None:
+        self.updates = plan.updates
         self.spread: torch.Tensor | None = None
         self.collapse_reported = False
 
@@ -197,6 +207,6 @@ class CollapseCallback(TrainerCallback):
             )
 
 
-def is_due(step: int, every: int, schedule: BatchSchedule) -> bool:
+def is_due(step: int, every: int, plan: Plan) -> bool:
     """Return whether an event that occurs every `every` updates, and at the end of the run, is due at a step."""
-    return step % every == 0 or step >= schedule.updates
+    return step % every == 0 or step >= plan.updates

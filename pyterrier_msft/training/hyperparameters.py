@@ -39,11 +39,12 @@ class Hyperparameters:
     """The settings that all fitters share.
 
     Args:
-        learning_rate: Peak learning rate of AdamW; it decays linearly to 0.
-        epochs: Number of times that each query is seen.
+        learning_rate: Peak learning rate of AdamW; it decays linearly to 0. None: by the width of the model, and by
+            whether its head is new, see `plan_training`.
+        epochs: Number of times that each query is seen. None: by the number of queries, see `plan_training`.
         max_steps: Number of updates; overrides `epochs`.
         batch_size: Queries per update, over all processes, so that the number of GPUs doesn't change the result (except
-            for the random numbers of dropout).
+            for the random numbers of dropout). None: by the number of queries, see `plan_training`.
         gradient_accumulation: Factor that multiplies the queries per update, in the memory that a single
             `batch_size` needs. With every loss, the gradient is that of one large batch (gradient caching).
         pairs_per_pass: Largest number of query-document pairs (or windows, with `passages`) whose activations are held
@@ -56,7 +57,8 @@ class Hyperparameters:
         max_length: Maximum number of tokens per pair during training. None: the re-ranker's.
         freeze_position_embeddings: Whether to freeze the position embeddings.
         metric: `ir_measures` measure for validation. None: no validation.
-        eval_every: Updates between validations. None: a tenth of the training run.
+        eval_every: Updates between validations, each on all validation queries. None: a tenth of the training run; less
+            often, and on a sample of the queries, if that would take more than a third of the time of training.
         patience: Stop after this many validations without improvement. None: never stop early.
         seed: Seed for the order of queries, the sampled documents and dropout.
         trainer_args: Further arguments of `transformers.TrainingArguments`, for example
@@ -66,10 +68,10 @@ class Hyperparameters:
         ValueError: If a setting is out of range, or `trainer_args` has an argument that another field sets.
     """
 
-    learning_rate: float = 1e-5
-    epochs: float = 1
+    learning_rate: float | None = None
+    epochs: float | None = None
     max_steps: int | None = None
-    batch_size: int = 16
+    batch_size: int | None = None
     gradient_accumulation: int = 1
     pairs_per_pass: int | None = None
     warmup: float = 0.1
@@ -85,13 +87,11 @@ class Hyperparameters:
     trainer_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation"):
-            check_number(name, getattr(self, name), integer=True, required=True)
-        for name in ("max_steps", "pairs_per_pass", "max_length", "eval_every", "patience"):
+        check_number("gradient_accumulation", self.gradient_accumulation, integer=True, required=True)
+        for name in ("max_steps", "batch_size", "pairs_per_pass", "max_length", "eval_every", "patience"):
             check_number(name, getattr(self, name), integer=True)
-        for name in ("learning_rate", "epochs"):
-            check_number(name, getattr(self, name), required=True)
-        check_number("clip_norm", self.clip_norm)
+        for name in ("learning_rate", "epochs", "clip_norm"):
+            check_number(name, getattr(self, name))
         for name in ("warmup", "weight_decay"):
             check_number(name, getattr(self, name), minimum_zero=True, required=True)
         check_number("dropout", self.dropout, minimum_zero=True)

@@ -19,10 +19,10 @@ from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.first_token import first_token_only
 from pyterrier_msft.model.loading import quiet_transformers
 from pyterrier_msft.training import distributed
-from pyterrier_msft.training.batches import BatchSchedule
 from pyterrier_msft.training.checkpoints import Checkpoint, check_writable, checkpoint_to_resume
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 from pyterrier_msft.training.isolation import preserve_global_state, training_mode
+from pyterrier_msft.training.plan import Plan, plan_training
 from pyterrier_msft.training.trainer import ListwiseTrainer, Loss
 from pyterrier_msft.training.validation import Validation
 
@@ -36,6 +36,7 @@ def train(
     loss: Loss,
     hyperparameters: Hyperparameters,
     *,
+    plan: Plan | None = None,
     validation: Validation | None = None,
     checkpoint_dir: str | Path | None = None,
     identity: Mapping[str, str] | None = None,
@@ -44,8 +45,9 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train a cross-encoder in place, on its device and in its precision; weights and loss are float32.
 
-    With `validation`, the weights that are best by its metric are kept, and `patience` applies. With `checkpoint_dir`,
-    the run resumes from the newest checkpoint, whose `identity` (by name, what determines the result) must be equal.
+    `plan` has the numbers of the run; by default, `plan_training` makes it. With `validation`, the weights that are
+    best by its metric are kept, which may be those of the start, and `patience` applies. With `checkpoint_dir`, the run
+    resumes from the newest checkpoint, whose `identity` (by name, what determines the result) must be equal.
     Rows are appended to `history` as they are logged, so that they survive an interruption.
 
     Returns:
@@ -58,7 +60,7 @@ def train(
     history, identity = [] if history is None else history, dict(identity or {})
     network, dtype = model.network, model.training_dtype
     model.mark_changed()
-    schedule = BatchSchedule(groups, hyperparameters)
+    plan = plan or plan_training(hyperparameters, groups, model, validation)
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_global_state())
         stack.enter_context(quiet_transformers())
@@ -66,12 +68,12 @@ def train(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyterrier_msft_")))
         else:
             folder = check_writable(checkpoint_dir, "checkpoint_dir")
-        arguments = training_arguments(hyperparameters, schedule.updates, network.device, dtype, folder)
+        arguments = training_arguments(hyperparameters, plan, network.device, dtype, folder)
         distributed.check_same_on_all_ranks(identity)
         stack.enter_context(training_mode(network, hyperparameters, dtype))
         stack.enter_context(first_token_only(network))
         trainer = ListwiseTrainer(
-            loss, network, encoder, groups, schedule, hyperparameters,
+            loss, network, encoder, groups, hyperparameters, plan,
             dtype=dtype, validation=validation, history=history, verbose=verbose,
             identity=None if checkpoint_dir is None else identity, args=arguments,
         )  # fmt: skip
@@ -98,7 +100,7 @@ def _run(trainer: ListwiseTrainer, folder: Path | None = None, checkpoint: Check
     except KeyboardInterrupt:
         logger.warning(
             "training was interrupted at step %d of %d; the re-ranker keeps the %s weights so far; %s",
-            trainer.state.global_step, trainer.schedule.updates,
+            trainer.state.global_step, trainer.plan.updates,
             "last" if best is None or best.best_weights is None else "best",
             "pass checkpoint_dir=... to make training resumable" if folder is None
             else f"repeat the call to resume from the last checkpoint in {folder}",
@@ -115,22 +117,22 @@ def _run(trainer: ListwiseTrainer, folder: Path | None = None, checkpoint: Check
 
 
 def training_arguments(
-    hyperparameters: Hyperparameters, updates: int, device: torch.device, dtype: torch.dtype, folder: Path
+    hyperparameters: Hyperparameters, plan: Plan, device: torch.device, dtype: torch.dtype, folder: Path
 ) -> TrainingArguments:
     """Convert the settings to Trainer's arguments. Under torchrun, this joins the process group.
 
     Raises:
         ValueError: If there is a process group that Trainer doesn't use.
     """
-    warmup = hyperparameters.warmup if hyperparameters.warmup >= 1 else math.ceil(hyperparameters.warmup * updates)
+    warmup = hyperparameters.warmup if hyperparameters.warmup >= 1 else math.ceil(hyperparameters.warmup * plan.updates)
     own: dict[str, Any] = {
         "output_dir": str(folder),
-        "max_steps": updates,
-        "per_device_train_batch_size": hyperparameters.batch_size,
-        "learning_rate": hyperparameters.learning_rate,
+        "max_steps": plan.updates,
+        "per_device_train_batch_size": plan.batch_size,
+        "learning_rate": plan.learning_rate,
         "weight_decay": hyperparameters.weight_decay,
         "max_grad_norm": hyperparameters.clip_norm or 0.0,
-        "warmup_steps": min(warmup, updates - 1),  # the first update of a warmup has a learning rate of 0
+        "warmup_steps": min(warmup, plan.updates - 1),  # the first update of a warmup has a learning rate of 0
         "lr_scheduler_type": "linear",
         "seed": hyperparameters.seed,
         "bf16": dtype == torch.bfloat16,

@@ -23,6 +23,7 @@ from pyterrier_msft.training.callbacks import BestWeightsCallback, CheckpointCal
 from pyterrier_msft.training.checkpoints import BEST_WEIGHTS_NAME, Checkpoint, save_weights
 from pyterrier_msft.training.gradient_cache import Chunk, gradient_cache_step, max_graph_tokens, split_chunks
 from pyterrier_msft.training.hyperparameters import Hyperparameters
+from pyterrier_msft.training.plan import Plan
 from pyterrier_msft.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,8 @@ class ListwiseTrainer(Trainer):
         network: PreTrainedModel,
         encoder: PairEncoder,
         groups: Groups,
-        schedule: BatchSchedule,
         hyperparameters: Hyperparameters,
+        plan: Plan,
         *,
         dtype: torch.dtype,
         validation: Validation | None,
@@ -57,9 +58,11 @@ class ListwiseTrainer(Trainer):
         args: TrainingArguments,
     ) -> None:
         super().__init__(model=network, args=args, train_dataset=GroupDataset(groups, hyperparameters.seed))
+        self.schedule = BatchSchedule(groups, plan, seed=hyperparameters.seed)
         torch.manual_seed(args.seed + distributed.rank())  # different dropout masks on each rank
-        self.list_loss, self.network, self.encoder, self.schedule = loss, network, encoder, schedule
-        self.hyperparameters, self.dtype, self.validation = hyperparameters, dtype, validation
+        self.list_loss, self.network, self.encoder, self.plan = loss, network, encoder, plan
+        self.hyperparameters, self.dtype = hyperparameters, dtype
+        self.validation = None if validation is None else validation.sample(plan.validation_queries)
         self.max_graph_tokens = max_graph_tokens(network, dtype, max_length=encoder.max_length, device=args.device)
         # Changed for the rest of the run when memory runs out.
         self.always_caches, self.max_pairs_per_pass = False, hyperparameters.pairs_per_pass
@@ -126,7 +129,7 @@ class ListwiseTrainer(Trainer):
             qids = ", ".join(batch["qids"][:8]) + (", …" if len(batch["qids"]) > 8 else "")
             raise ValueError(
                 f"loss must be finite; got {loss.item()} at step {self.state.global_step + 1} (queries {qids}). Try a "
-                f"learning_rate below {self.hyperparameters.learning_rate}"
+                f"learning_rate below {self.plan.learning_rate}"
             )
         self.batch_pairs = mask.sum()  # stays on the device, to avoid a synchronization
         self.collapse.observe(scores.detach(), mask)
@@ -200,7 +203,7 @@ class ListwiseTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Compute the validation metric, and notify the callbacks."""
         assert self.validation is not None
-        value = self.validation.evaluate(self.network, self.encoder, self.dtype)
+        value = self.validation.measure(self.validation.score(self.network, self.encoder, self.dtype))
         metrics = {f"eval_{self.validation.metric}": value}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -224,18 +227,20 @@ class ListwiseTrainer(Trainer):
     def _add_callbacks(
         self, history: list[dict[str, Any]], identity: Mapping[str, str] | None, *, verbose: bool
     ) -> None:
-        schedule, hyperparameters = self.schedule, self.hyperparameters
-        self.rows = HistoryCallback(history, schedule, hyperparameters, verbose=verbose)
-        self.collapse = CollapseCallback(schedule)
+        plan, hyperparameters = self.plan, self.hyperparameters
+        self.rows = HistoryCallback(history, plan, hyperparameters, verbose=verbose)
+        self.collapse = CollapseCallback(plan)
         self.best: BestWeightsCallback | None = None
         self.remove_callback(PrinterCallback)
         # The order matters: HistoryCallback logs the steps at which those before it validate or save.
         if self.validation is not None:
-            self.best = BestWeightsCallback(schedule, hyperparameters, weights=self.network.state_dict)
+            self.best = BestWeightsCallback(
+                plan, hyperparameters, weights=self.network.state_dict, evaluate=self.evaluate
+            )
             self.add_callback(self.best)
         self.saving: CheckpointCallback | None = None
         if identity is not None:
-            self.saving = CheckpointCallback(identity, schedule, save=partial(self._save_checkpoint, self.model, None))
+            self.saving = CheckpointCallback(identity, plan, save=partial(self._save_checkpoint, self.model, None))
             self.add_callback(self.saving)
         self.add_callback(self.rows)
         self.add_callback(self.collapse)

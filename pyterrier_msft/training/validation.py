@@ -1,7 +1,8 @@
 """An IR measure on re-ranked validation results."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
 
 import ir_measures
 import numpy as np
@@ -18,12 +19,25 @@ from pyterrier_msft.training import distributed
 class Validation:
     """Results to re-rank, their qrels, and the measure to compute."""
 
-    results: pd.DataFrame  # qid, query, docno, text; ids as strings
+    results: pd.DataFrame  # qid, query, docno, text, and maybe the first stage's score; ids as strings
     qrels: pd.DataFrame  # qid, docno, label; ids as strings
     metric: Any  # of ir_measures
 
-    def evaluate(self, network: PreTrainedModel, encoder: PairEncoder, dtype: torch.dtype) -> float:
-        """Return the metric's mean over the judged queries. Each rank scores its share of the pairs."""
+    @property
+    def queries(self) -> int:
+        """The number of queries."""
+        return int(self.results["qid"].nunique())
+
+    def sample(self, queries: int) -> Self:
+        """Return the validation data of a random sample of the queries, always the same one."""
+        if queries >= self.queries:
+            return self
+        qids = np.random.default_rng(0).choice(sorted(self.results["qid"].unique()), queries, replace=False)
+        results, qrels = (frame[frame["qid"].isin(qids)] for frame in (self.results, self.qrels))
+        return replace(self, results=results.reset_index(drop=True), qrels=qrels)
+
+    def score(self, network: PreTrainedModel, encoder: PairEncoder, dtype: torch.dtype) -> np.ndarray:
+        """Return the model's score of each row of the results. Each rank scores its share of the pairs."""
         own = self.results.iloc[distributed.rank() :: distributed.world_size()]
         shares = distributed.gather_objects(
             score_pairs(network, encoder, own["query"].tolist(), own["text"].tolist(), dtype=dtype)
@@ -31,8 +45,21 @@ class Validation:
         scores = np.empty(len(self.results))
         for rank, share in enumerate(shares):
             scores[rank :: len(shares)] = share
+        return scores
+
+    def measure(self, scores: np.ndarray) -> float:
+        """Return the metric's mean over the queries, for a score of each row of the results."""
         run = self.results[["qid", "docno"]].rename(columns={"qid": "query_id", "docno": "doc_id"})
         # A document's score is that of its best passage.
         run = run.assign(score=scores).groupby(["query_id", "doc_id"])["score"].max().reset_index()
+        return float(self._evaluator.calc_aggregate(run)[self.metric])
+
+    @property
+    def first_stage(self) -> float | None:
+        """The metric's mean for the order of the first stage; None if the results have no scores."""
+        return self.measure(self.results["score"].to_numpy()) if "score" in self.results else None
+
+    @cached_property
+    def _evaluator(self) -> Any:
         qrels = self.qrels.rename(columns={"qid": "query_id", "docno": "doc_id", "label": "relevance"})
-        return float(ir_measures.calc_aggregate([self.metric], qrels, run)[self.metric])
+        return ir_measures.evaluator([self.metric], qrels)
