@@ -15,10 +15,10 @@ _MODULE_OF = {
     "fit_sequences": "sequences",
     "tost": "significance",
 }
-_MODULES = ("losses", "plots", "significance", "teachers")
+_MODULES = ("losses", "plots", "significance", "teachers", "unlabelled")
 
 if TYPE_CHECKING:
-    from pyterrier_msft import losses, plots, significance, teachers
+    from pyterrier_msft import losses, plots, significance, teachers, unlabelled
     from pyterrier_msft.fitters import Contrastive, Distillation
     from pyterrier_msft.reranker import MonoCE
     from pyterrier_msft.sequences import Stage, fit_sequences
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Contrastive", "Distillation", "MonoCE", "Stage", "fit_sequences", "losses", "plots", "significance", "teachers",
-    "tost",
+    "tost", "unlabelled",
 ]  # fmt: skip
 
 

@@ -25,6 +25,8 @@ RELATIVE_WEIGHTS = (0.0, *(2 ** (step / 2) for step in range(-6, 11)))
 # With fewer training queries, cross-validation chooses the weight, as they are too few to do without some of them.
 MIN_QUERIES_FOR_HOLD_OUT = 1000
 HELD_OUT_QUERIES = 200
+MIN_QUERIES = 20
+SPREAD_QUERIES = 25  # to estimate the spread of a model's scores
 MAX_PAIRS = 20_000  # to score for the choice
 
 
@@ -50,34 +52,52 @@ class Interpolation:
 
 @dataclass(frozen=True)
 class Scored:
-    """Results of queries that the model wasn't trained on, with its score of each row."""
+    """Results of queries, with a model's score of each row."""
 
-    validation: Validation
+    data: Validation
     scores: np.ndarray
 
+    @property
+    def spread(self) -> float:
+        """The standard deviation of the scores of a query's documents, over all queries."""
+        return _spread(self.scores, self.data.results["qid"])
 
-def choose_weight(parts: Sequence[Scored], metric: Any) -> Interpolation:
+    @property
+    def first_stage_spread(self) -> float:
+        """The same for the first stage's scores."""
+        return _spread(self.data.results["score"].to_numpy(), self.data.results["qid"])
+
+
+def _spread(scores: np.ndarray, qids: pd.Series) -> float:
+    values = pd.Series(scores)
+    deviations = values - values.groupby(qids.to_numpy()).transform("mean")
+    return float(np.sqrt((deviations**2).mean())) or 1.0
+
+
+def choose_weight(parts: Sequence[Scored], metric: Any, *, spread: float) -> Interpolation:
     """Choose the weight with the best value of a metric, as the mean of five neighbouring weights.
 
-    The metric of few queries jumps from weight to weight; the mean of neighbours is steadier. Each part is scored by
-    a model of its own, so scores are divided by their standard deviation first: that of the scores of a query's
-    documents, over all queries of the part.
+    The metric of few queries jumps from weight to weight; the mean of neighbours is steadier.
+
+    Args:
+        parts: Queries that their model wasn't trained on. Each part's scores are divided by their spread, because the
+            parts may be scored by different models.
+        metric: The `ir_measures` measure.
+        spread: That of the scores that the weight is for.
     """
-    model_scales = [_spread(part.scores, part.validation.results) for part in parts]
-    first_scales = [_spread(part.validation.results["score"], part.validation.results) for part in parts]
-    model_scale, first_scale = float(np.mean(model_scales)), float(np.mean(first_scales))
     everything = Validation(
-        pd.concat([part.validation.results for part in parts], ignore_index=True),
-        pd.concat([part.validation.qrels for part in parts], ignore_index=True),
+        pd.concat([part.data.results for part in parts], ignore_index=True),
+        pd.concat([part.data.qrels for part in parts], ignore_index=True),
         metric,
     )
-    model = np.concatenate([part.scores / scale for part, scale in zip(parts, model_scales, strict=True)])
-    first = everything.results["score"].to_numpy() / first_scale
+    first_spread = float(np.mean([part.first_stage_spread for part in parts]))
+    model = np.concatenate([part.scores / part.spread for part in parts])
+    first = everything.results["score"].to_numpy() / first_spread
     values = np.array([everything.measure(model + weight * first) for weight in RELATIVE_WEIGHTS])
     smooth = np.convolve(np.pad(values, 2, mode="edge"), np.full(5, 0.2), mode="valid")
     best = int(smooth.argmax())
     return Interpolation(
-        weight=float(RELATIVE_WEIGHTS[best] * model_scale / first_scale),
+        weight=float(RELATIVE_WEIGHTS[best] * spread / first_spread),
         relative_weight=RELATIVE_WEIGHTS[best],
         queries=everything.queries,
         metric=str(metric),
@@ -87,44 +107,41 @@ def choose_weight(parts: Sequence[Scored], metric: Any) -> Interpolation:
     )
 
 
-def _spread(scores: Any, results: pd.DataFrame) -> float:
-    """Return the standard deviation of the scores of a query's documents, over all queries."""
-    values = pd.Series(np.asarray(scores, dtype=np.float64))
-    deviations = values - values.groupby(results["qid"].to_numpy()).transform("mean")
-    return float(np.sqrt((deviations**2).mean())) or 1.0
-
-
-def held_out_frames(
-    results: pd.DataFrame | str | Path, qrels: pd.DataFrame | None, texts: TextSource
-) -> ValidationFrames:
-    """Return the training results and qrels that can choose a weight, checked.
-
-    Raises:
-        ValueError: If there are none: the training queries have no labels, or their results are in a file.
-    """
-    if isinstance(results, str | Path) or qrels is None:
-        found = "qrels=None" if qrels is None else f"results in the file {results}"
-        raise ValueError(
-            "validation is required by interpolate=True where training queries can't choose the first stage's weight; "
-            f"got {found} and no validation. Pass validation results and qrels to fit, or a number as interpolate"
-        )
-    frames = validation_frames(results, qrels, texts, what="training", with_scores=True)
-    assert frames is not None
-    return frames
-
-
 @dataclass(frozen=True)
-class Splits:
-    """The parts of the training queries that are held out to choose a weight."""
+class HeldOut:
+    """The training queries that choose a weight, in parts: each is held out from training once."""
 
     frames: ValidationFrames
     parts: list[set[str]]  # qids
 
     @classmethod
-    def of(cls, frames: ValidationFrames, prepared: Sequence[StageData]) -> "Splits":
-        """Split at random: two halves for cross-validation, or, of many queries, one part to hold out."""
+    def of(
+        cls, results: pd.DataFrame | str | Path, qrels: pd.DataFrame | None, texts: TextSource,
+        prepared: Sequence[StageData],
+    ) -> "HeldOut | None":  # fmt: skip
+        """Split at random: two halves for cross-validation, or, of many queries, one part.
+
+        None if the training queries can't choose a weight: they have no qrels, or their results are in a file.
+
+        Raises:
+            ValueError: If there are too few, or the results have no scores.
+        """
+        if isinstance(results, str | Path) or qrels is None:
+            found = "without qrels" if qrels is None else "in a file"
+            warn(
+                f"no weight is chosen for the first stage's score: the training results are {found}, and there are no "
+                "validation results. Pass these, call fit again with labels, or set a number as interpolate"
+            )
+            return None
+        frames = validation_frames(results, qrels, texts, what="training", with_scores=True)
+        assert frames is not None
         trained = {qid for data in prepared for qid in data.groups.qids}
         qids = np.array(sorted(trained & {*frames[0]["qid"]}))
+        if len(qids) < MIN_QUERIES:
+            raise ValueError(
+                f"training results must have at least {MIN_QUERIES} queries to learn from for interpolate=True; got "
+                f"{len(qids)}. Pass validation results and qrels, or a number as interpolate"
+            )
         np.random.default_rng(0).shuffle(qids)
         if len(qids) >= MIN_QUERIES_FOR_HOLD_OUT:
             return cls(frames, [{*qids[:HELD_OUT_QUERIES]}])
@@ -140,10 +157,10 @@ class Splits:
 
 def fit_reranker(
     model: CrossEncoder, encoders: Sequence[PairEncoder], prepared: Sequence[StageData], stages: list[StageRecord], *,
-    candidates: ValidationFrames | None, validation: ValidationFrames | None, checkpoint_dir: Path | None,
+    interpolate: bool, held_out: HeldOut | None, validation: ValidationFrames | None, checkpoint_dir: Path | None,
     verbose: bool,
 ) -> None:  # fmt: skip
-    """Train a model in place as `fit_stages` does; with `candidates`, also choose a weight, and record it.
+    """Train a model in place as `fit_stages` does; with `interpolate`, also choose a weight, and record it.
 
     The validation queries choose it. Without them, training queries do: of many, some are held out; fewer are scored by
     copies of the model, each trained on the other half (cross-validation), before the model is trained on all.
@@ -153,8 +170,8 @@ def fit_reranker(
         encoders: The encoder of each stage's pairs.
         prepared: Each stage's data.
         stages: The records, to which those of the new stages are added.
-        candidates: The results and qrels that choose the weight: of the validation queries, or of the training queries
-            (see `held_out_frames`). None: no weight is chosen.
+        interpolate: Whether to choose a weight, if there are queries that can choose it.
+        held_out: The training queries that choose it, without validation.
         validation: The validation results and qrels.
         checkpoint_dir: The folder for checkpoints.
         verbose: Whether to show progress bars.
@@ -165,28 +182,36 @@ def fit_reranker(
     def score(scorer: CrossEncoder, data: Validation) -> Scored:
         return Scored(data, data.score(scorer.network, encoders[-1], scorer.dtype))
 
-    if candidates is None:
-        fit_stages(model, encoders, prepared, stages, checkpoint_dir=checkpoint_dir, **options)
+    halves: list[Scored] = []
+    shrinkage: list[float] = []  # of the spread, from queries that a model was trained on to others
+    if held_out is not None and len(held_out.parts) > 1:
+        each = [held_out.validation(part, metric) for part in range(2)]
+        for part in range(2):
+            copy, rest = model.clone(), [stage.without(held_out.parts[part]) for stage in prepared]
+            folder = None if checkpoint_dir is None else checkpoint_dir / f"half-{part + 1}"
+            fit_stages(copy, encoders, rest, [], checkpoint_dir=folder, **options)
+            halves.append(score(copy, each[part]))
+            shrinkage.append(halves[-1].spread / score(copy, each[1 - part].sample(SPREAD_QUERIES)).spread)
+    elif held_out is not None:
+        prepared = [data.without(held_out.parts[0]) for data in prepared]
+    fit_stages(model, encoders, prepared, stages, checkpoint_dir=checkpoint_dir, **options)
+    if not interpolate:
         if validation is not None:
             _warn_if_below_first_stage(stages[-1], Validation(*validation, metric))
         return
-    splits = None if validation is not None else Splits.of(candidates, prepared)
-    if splits is None:
-        fit_stages(model, encoders, prepared, stages, checkpoint_dir=checkpoint_dir, **options)
-        parts = [score(model, Validation(*candidates, metric))]
-    elif len(splits.parts) == 1:
-        rest = [data.without(splits.parts[0]) for data in prepared]
-        fit_stages(model, encoders, rest, stages, checkpoint_dir=checkpoint_dir, **options)
-        parts = [score(model, splits.validation(0, metric))]
+    if held_out is None and validation is None:
+        return
+    if halves:
+        trained = [score(model, half.data.sample(SPREAD_QUERIES)).spread for half in halves]
+        choice = choose_weight(halves, metric, spread=float(np.mean(trained) * np.mean(shrinkage)))
     else:
-        parts = []
-        for part, qids in enumerate(splits.parts):
-            copy, rest = model.clone(), [data.without(qids) for data in prepared]
-            folder = None if checkpoint_dir is None else checkpoint_dir / f"half-{part + 1}"
-            fit_stages(copy, encoders, rest, [], checkpoint_dir=folder, **options)
-            parts.append(score(copy, splits.validation(part, metric)))
-        fit_stages(model, encoders, prepared, stages, checkpoint_dir=checkpoint_dir, **options)
-    choice = choose_weight(parts, metric)
+        if held_out is None:
+            assert validation is not None
+            data = Validation(*validation, metric)
+        else:
+            data = held_out.validation(0, metric)
+        unseen = score(model, data)
+        choice = choose_weight([unseen], metric, spread=unseen.spread)
     stages[-1].interpolation = dataclasses.asdict(choice)
     stages[-1].data_report["interpolation"] = str(choice)
     if choice.value <= choice.first_stage:

@@ -18,7 +18,7 @@ from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.data.validation import validation_frames, warn_of_shared_queries
 from pyterrier_msft.fitters import Contrastive, Fitter, FitterSequence, check_fitter
 from pyterrier_msft.fitting import prepare_stage
-from pyterrier_msft.interpolation import fit_reranker, held_out_frames
+from pyterrier_msft.interpolation import HeldOut, fit_reranker
 from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import StageRecord, history_frame
@@ -134,23 +134,17 @@ class MonoCE(SavingMixin, pt.Estimator):
         """Set the scores and ranks that follow from the model's scores of the rows that `prepare` returned."""
         if self.interpolate is False:
             return with_scores(prepared, model_scores)
-        first = first_stage_scores(prepared, "results")
-        scores = model_scores + self.first_stage_weight * first if len(prepared) else first
-        return with_scores(prepared.assign(**{FIRST_STAGE_SCORE: first}), scores)
+        first, weight = first_stage_scores(prepared, "results"), self.first_stage_weight
+        if weight is None and len(prepared):
+            raise ValueError(f"interpolate must be a number until fit chooses it; got True in {self!r}")
+        return with_scores(prepared.assign(**{FIRST_STAGE_SCORE: first}), model_scores + (weight or 0.0) * first)
 
     @property
-    def first_stage_weight(self) -> float:
-        """The weight of the first stage's score in the re-ranker's, see `interpolate`; 0 without interpolation."""
-        if not isinstance(self.interpolate, bool):
-            return self.interpolate
-        if not self.interpolate:
-            return 0.0
-        if not (self.stages and self.stages[-1].interpolation):
-            raise ValueError(
-                f"{self!r} has no weight for the first stage's score yet. Call fit(), which chooses it, or pass a "
-                "number as interpolate"
-            )
-        return float(self.stages[-1].interpolation["weight"])
+    def first_stage_weight(self) -> float | None:
+        """The weight of the first stage's score, see `interpolate`: 0 without it, None before `fit` has chosen it."""
+        if self.interpolate is True:
+            return self.stages[-1].interpolation.get("weight") if self.stages else None
+        return float(self.interpolate)
 
     def prepare(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Check results to score and add their texts; warn about empty texts and an untrained model."""
@@ -222,12 +216,12 @@ class MonoCE(SavingMixin, pt.Estimator):
             ]
             if validation is not None:
                 warn_of_shared_queries(validation[0], {qid for data in prepared for qid in data.groups.qids})
-            candidates = None
-            if self.interpolate is True:
-                candidates = validation or held_out_frames(topics_or_res_tr, qrels_tr, self._texts)
+            held_out = None
+            if self.interpolate is True and validation is None:
+                held_out = HeldOut.of(topics_or_res_tr, qrels_tr, self._texts, prepared)
             fit_reranker(
                 self.cross_encoder, [self.pair_encoder(stage.max_length) for stage in fitters], prepared, self.stages,
-                candidates=candidates, validation=validation,
+                interpolate=self.interpolate is True, held_out=held_out, validation=validation,
                 checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
                 verbose=self.verbose and distributed.rank() == 0,
             )  # fmt: skip
@@ -267,6 +261,9 @@ class MonoCE(SavingMixin, pt.Estimator):
         parts = [repr(self._model)]
         if self.fitter is not None:
             parts.append(f"fitter={self.fitter!r}")
+        if self.interpolate is not False:
+            weight = self.first_stage_weight
+            parts.append(f"interpolate={self.interpolate if weight is None else weight!r}")
         if self.cross_encoder.is_loaded:
             parts.append(f"fingerprint={self.fingerprint!r}")
         return f"MonoCE({', '.join(parts)})"

@@ -24,7 +24,7 @@ from pyterrier_msft.training.checkpoints import check_writable
 logger = logging.getLogger(__name__)
 
 # Increase this when the same data, settings and initial weights would give other weights than before.
-SEMANTICS_VERSION = 1
+SEMANTICS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ class _Folders:
     ) -> None:
         self.save_dir = check_writable(save_dir, "save_dir")
         frames = [frame_digest(frame) for frame in validation or ()]
-        self.context = [SEMANTICS_VERSION, torch.__version__, frames, reranker.scoring_settings()]
+        settings = [reranker.scoring_settings(), reranker.interpolate]
+        self.context = [SEMANTICS_VERSION, torch.__version__, frames, settings]
         self.stages = {
             name: [stages[name].digest(), reranker.source_digest(stages[name].results)]
             for path in paths.values()

@@ -1,6 +1,6 @@
 """Losses that stop a training run at a chosen step, as Ctrl-C or a crash would.
 
-They are plain functions, so that a run and its repetition have the same loss.
+A run and its repetition have the same loss: what changes between them isn't part of the losses' digests.
 """
 
 import contextlib
@@ -8,8 +8,19 @@ from collections.abc import Callable, Iterator
 
 from pyterrier_msft import losses
 
-_steps: dict[str, int] = {}
-_on_step: list[Callable[[str, int], None]] = []
+
+class _State:
+    """The number of steps of each stage, and what is called before each step."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, int] = {}
+        self.calls: list[Callable[[str, int], None]] = []
+
+    def __getstate__(self) -> None:
+        return None
+
+
+_state = _State()
 
 
 def interruptible_lce(scores, labels, mask):
@@ -26,21 +37,21 @@ interruptible_ranknet.labels = losses.ranknet.labels
 
 
 def _count(stage: str) -> None:
-    step = _steps.get(stage, 0)
-    _steps[stage] = step + 1
-    for call in _on_step:
+    step = _state.steps.get(stage, 0)
+    _state.steps[stage] = step + 1
+    for call in _state.calls:
         call(stage, step)
 
 
 @contextlib.contextmanager
 def on_each_step(call: Callable[[str, int], None]) -> Iterator[None]:
     """Call a function with the stage and the number of its batch, from 0, before each batch's loss."""
-    _steps.clear()
-    _on_step.append(call)
+    _state.steps.clear()
+    _state.calls.append(call)
     try:
         yield
     finally:
-        _on_step.remove(call)
+        _state.calls.remove(call)
 
 
 def interrupted_at(step: int, *, stage: str = "CL", error: type[BaseException] = KeyboardInterrupt):

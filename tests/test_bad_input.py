@@ -459,6 +459,15 @@ def test_no_relevant_document_found():
 
 
 @row
+def test_copies_of_positives():
+    copy = RESULTS.merge(QRELS[["qid", "docno"]]).assign(docno=lambda frame: "copy of " + frame["docno"], score=0.0)
+    groups, report, messages = prepare(pd.concat([RESULTS, copy.head(2)]), QRELS)
+    assert groups.digest() == prepare(RESULTS, QRELS)[0].digest()
+    assert report.copies_of_positives == 2
+    assert messages == ["Contrastive dropped 2 documents with the text of a relevant document"]
+
+
+@row
 def test_no_negatives():
     only = RESULTS.merge(QRELS[["qid", "docno"]])
     rejects("there are relevant documents, but no others", only, QRELS)

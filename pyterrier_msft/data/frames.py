@@ -32,11 +32,7 @@ def first_stage_scores(results: pd.DataFrame, what: str) -> np.ndarray:
     Results that were re-ranked with interpolation before have them in `FIRST_STAGE_SCORE`.
     """
     column = FIRST_STAGE_SCORE if FIRST_STAGE_SCORE in results.columns else "score"
-    if column not in results.columns:
-        raise ValueError(
-            f"{what} must have the first stage's score in the column 'score' for interpolate=...; got "
-            f"{[*map(str, results.columns)]}. `|` and `&` drop it, and so may a cache: use MonoCE.cached(folder)"
-        )
+    require_columns(results, [column], what)
     scores = as_numbers(results[column], column)
     require(np.isfinite(scores), results[column], f"{column}s must be finite")
     return scores
@@ -68,6 +64,8 @@ def _columns_hint(frame: pd.DataFrame, missing: list[str]) -> str:
         return f". Rename them: .rename(columns={renames})"
     if levels := [name for name in frame.index.names if name in missing]:
         return f". The index has {', '.join(map(repr, levels))}: call .reset_index()"
+    if "score" in missing:
+        return ". MonoCE(..., interpolate=...) adds the first stage's score to the model's; `|` and `&` drop it"
     if "label" in missing and "score" in frame.columns:
         return ". These look like results: check the order of the arguments"
     if "query" in missing and "label" in frame.columns:

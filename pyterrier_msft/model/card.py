@@ -43,7 +43,7 @@ def model_card(
         f"A cross-encoder that re-ranks documents for a query{f', made from `{base}`' if base else ''}, trained with "
         f"[pyterrier_msft](https://github.com/terrierteam/pyterrier_msft) {record.versions['pyterrier_msft']}.\n",
         "## How to use\n",
-        _usage(record.settings, name, is_adapter=is_adapter),
+        _usage(record.settings, name, _interpolation(record), is_adapter=is_adapter),
         "## Training\n",
         _training(record.stages),
         *(["## Evaluation\n", *evaluation] if evaluation else []),
@@ -70,7 +70,7 @@ def markdown_table(frame: pd.DataFrame) -> str:
     return "".join(f"| {' | '.join(cell(value) for value in line)} |\n" for line in lines)
 
 
-def _usage(settings: Mapping[str, Any], name: str, *, is_adapter: bool) -> str:
+def _usage(settings: Mapping[str, Any], name: str, interpolation: str, *, is_adapter: bool) -> str:
     length = settings["max_length"]
     model_class = "AutoPeftModelForSequenceClassification" if is_adapter else "AutoModelForSequenceClassification"
     imports = f"from transformers import {model_class}, AutoTokenizer"
@@ -99,7 +99,18 @@ def _usage(settings: Mapping[str, Any], name: str, *, is_adapter: bool) -> str:
             f" PyTerrier reads a longer document in up to {settings['passages']} windows and takes the best one's "
             "score; the others truncate it."
         )
+    if interpolation:
+        notes += f" PyTerrier adds the first stage's score to it; the others don't. {interpolation}."
     return "\n".join(f"{library}:\n\n```python\n{code}\n```\n" for library, code in examples.items()) + f"\n{notes}\n"
+
+
+def _interpolation(record: ModelRecord) -> str:
+    """Say which weight the first stage's score has; empty if it isn't used."""
+    setting = record.settings.get("interpolate", False)
+    if setting is not True:
+        return f"First stage's weight {setting:g}" if setting else ""
+    text = record.stages[-1].data_report.get("interpolation") if record.stages else None
+    return text[:1].upper() + text[1:] if text else ""
 
 
 def _training(stages: Sequence[StageRecord]) -> str:

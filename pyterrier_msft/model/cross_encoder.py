@@ -4,13 +4,15 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pyterrier_msft.model import adapters
 from pyterrier_msft.model.encoding import PairEncoder
@@ -19,6 +21,17 @@ from pyterrier_msft.model.precision import parse_device, quantize, resolve_devic
 from pyterrier_msft.model.record import ModelRecord
 from pyterrier_msft.model.scoring import score_pairs
 from pyterrier_msft.model.storage import check_source
+from pyterrier_msft.notices import warn
+
+# Fields of a network's configuration that don't affect its scores: names, token ids, the precision, training settings.
+UNSCORED_FIELDS = re.compile(
+    "architectures|auto_map|finetuning_task|id2label|initializer_.*|label2id|output_.*|problem_type|reference_compile|"
+    "return_dict|sbert_ce_.*|sentence_transformers|task_specific_params|transformers_version|use_cache|_?name_or_path|"
+    ".*dropout.*|.*dtype|.*layerdrop|.*pdrop|.*_token_ids?"
+)
+
+# Loading seeds torch's global generator, and two threads may need the same cross-encoder.
+_LOADING = threading.RLock()
 
 
 class CrossEncoder:
@@ -61,6 +74,7 @@ class CrossEncoder:
         self._source: str | None = None  # folder or name to load the present weights from
         self._expected_fingerprint: str | None = None  # of weights still to be loaded
         self._int8: tuple[str, PreTrainedModel] | None = None  # the weights' fingerprint, and their quantized copy
+        self._warned_encoders: frozenset[tuple[int, int | None]] = frozenset()  # whose truncated queries were reported
 
     @property
     def is_loaded(self) -> bool:
@@ -79,6 +93,10 @@ class CrossEncoder:
         return self._ensure_loaded()
 
     def _ensure_loaded(self) -> PreTrainedModel:
+        with _LOADING:
+            return self._load()
+
+    def _load(self) -> PreTrainedModel:
         if self._network is None:
             self._network, self._tokenizer, self._head_is_new = load_model(
                 self.name, seed=self.seed, revision=self.revision, trust_remote_code=self.trust_remote_code
@@ -163,13 +181,25 @@ class CrossEncoder:
         self, encoder: PairEncoder, queries: Sequence[Any], texts: Sequence[Any], *, batch_size: int | None = None,
         progress: Callable[[int], Any] | None = None,
     ) -> np.ndarray:  # fmt: skip
-        """Score pairs, see `score_pairs`; a ValueError if a score isn't finite."""
+        """Score pairs, see `score_pairs`; a ValueError if a score isn't finite.
+
+        A first warning for each setting of the lengths says how many queries are truncated.
+        """
+        self._warn_of_truncated_queries(encoder, queries, texts)
         dtype = self.dtype
         network = self._int8_copy() if dtype == torch.int8 else self.network
         scores = score_pairs(network, encoder, queries, texts, dtype=dtype, batch_size=batch_size, progress=progress)
         if bad := int(np.sum(~np.isfinite(scores))):
             raise ValueError(f"scores must be finite; {bad:,} of {len(scores):,} aren't. Check the model's weights")
         return scores
+
+    def _warn_of_truncated_queries(self, encoder: PairEncoder, queries: Sequence[Any], texts: Sequence[Any]) -> None:
+        lengths = encoder.max_length, encoder.max_query_length
+        if lengths in self._warned_encoders or not (count := int(encoder.truncates_query(queries, texts).sum())):
+            return
+        self._warned_encoders |= {lengths}
+        limit = f"max_length={lengths[0]}" if lengths[1] is None else f"max_query_length={lengths[1]}"
+        warn(f"{count:,} of {len(queries):,} rows to score have a query that is truncated, because of {limit}")
 
     def clone(self, *, with_weights: bool = True) -> Self:
         """Copy the cross-encoder; without weights, the copy loads them again."""
@@ -246,8 +276,12 @@ class CrossEncoder:
 
 
 def fingerprint_of(network: PreTrainedModel, peft_model: Any) -> str:
-    """Digest a network's weights and its adapter's configuration. This takes a third of a second for BERT-base."""
+    """Digest a network's weights, and what affects its scores in its configuration and in that of its adapter.
+
+    This takes a third of a second for BERT-base.
+    """
     state, digest = network.state_dict(), hashlib.sha256()
+    digest.update(json.dumps(_digestible_config(network.config), sort_keys=True, default=str).encode())
     if peft_model is not None:
         config = adapters.digestible_config(peft_model)
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
@@ -256,6 +290,24 @@ def fingerprint_of(network: PreTrainedModel, peft_model: Any) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _digestible_config(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the fields of a network's configuration that affect its scores and aren't its class's defaults."""
+    try:
+        defaults = type(config)().to_dict()
+    except (TypeError, ValueError):  # a class without defaults
+        defaults = {}
+    return _scored_fields(config.to_diff_dict(), defaults)
+
+
+def _scored_fields(fields: Mapping[str, Any], defaults: Any) -> dict[str, Any]:
+    defaults = defaults if isinstance(defaults, Mapping) else {}
+    return {
+        name: _scored_fields(value, defaults.get(name)) if isinstance(value, Mapping) else value
+        for name, value in fields.items()
+        if not UNSCORED_FIELDS.fullmatch(str(name)) and (name not in defaults or value != defaults[name])
+    }
 
 
 def _absolute(name: str) -> str:

@@ -33,10 +33,10 @@ class Query(NamedTuple):
 class PairEncoder:
     """Tokenizes pairs as `[CLS] query [SEP] text [SEP]`, or whatever the tokenizer's template is.
 
-    Pairs that don't fit are truncated as Hugging Face's `longest_first` does: the text first, and the query only beyond
-    half of the tokens, as far as the text needs them. With `max_query_length`, every query is truncated to that many
-    tokens, and the text to the room left by the query. With `passages`, a text that doesn't fit is read in windows, see
-    `windows`.
+    In a pair that doesn't fit, the text is truncated first, and the query only beyond half of the tokens, as far as the
+    text needs them. This is Hugging Face's `longest_first`, except that the query never gets the odd token. With
+    `max_query_length`, every query is truncated to that many tokens, and the text to the room left. With `passages`, a
+    text that doesn't fit is read in windows, see `windows`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -49,10 +49,10 @@ class PairEncoder:
         parsed, texts, prefixes = self._prepare(queries, texts)
         encoded, again = self._encode([query.short for query in parsed], prefixes), {}
         for i, (query, text, prefix) in enumerate(zip(parsed, texts, prefixes, strict=True)):
-            # A prefix of few, long words may be too short to fill the pair.
-            is_too_short = len(prefix) < len(text) and len(encoded["input_ids"][i]) < self.max_length
-            if is_too_short or query.short != query.long:
-                again[i] = query.long, text if is_too_short else prefix
+            # There is room for more of the query, or a prefix of few, long words is too short to fill the pair.
+            is_cut = query.short != query.long or len(prefix) < len(text)
+            if is_cut and len(encoded["input_ids"][i]) < self.max_length:
+                again[i] = query.long, text
         self._encode_again(encoded, again)
         return encoded
 
@@ -82,8 +82,8 @@ class PairEncoder:
         is_single = (np.bincount(pair, minlength=len(texts)) == 1)[pair]
         again = {
             window: (parsed[i].long, texts[i])
-            for window, i in enumerate(pair)
-            if is_single[window] and parsed[i].short != parsed[i].long  # the text may leave room for more of the query
+            for window, i in enumerate(pair.tolist())
+            if is_single[window] and parsed[i].short != parsed[i].long  # a query with room for more of it
             and len(encoded["input_ids"][window]) < self.max_length
         }  # fmt: skip
         self._encode_again(encoded, again)
@@ -103,8 +103,8 @@ class PairEncoder:
         """Return whether each pair's query is truncated, bool [pairs]. Tokenizes only texts beside a long query."""
         parsed, limit = self._parse_queries(queries), self.query_limit
         is_truncated = np.array([query.tokens > limit for query in parsed], dtype=bool)
-        if self.max_query_length is None:
-            long = np.flatnonzero(is_truncated)
+        long = np.flatnonzero(is_truncated).tolist()
+        if self.max_query_length is None and long:
             is_truncated[long] = self._exceeds_length([queries[i] for i in long], [texts[i] for i in long])
         return is_truncated
 
@@ -182,23 +182,23 @@ class PairEncoder:
             return self.tokenizer(*texts, verbose=False, **options)
 
     def _encode(self, queries: list[str], texts: list[str], **options: Any) -> Encoded:
-        # Truncated queries leave room for the text; "only_second" fails where they don't.
-        strategy = "longest_first" if self.max_query_length is None else "only_second"
-        options = {"truncation": strategy, "max_length": self.max_length, **options}
+        # "only_second" fails where the query alone is too long, so queries are truncated beforehand.
+        options = {"truncation": "only_second", "max_length": self.max_length, **options}
         return dict(self._tokenize(queries, texts, **options))
 
     def _encode_again(self, encoded: Encoded, pairs: dict[int, tuple[str, str]]) -> None:
-        """Replace some pairs, given by their index, of what is encoded."""
-        if pairs:
-            queries, texts = zip(*pairs.values(), strict=True)
-            for key, columns in self._encode([*queries], [*texts]).items():
-                for i, values in zip(pairs, columns, strict=True):
-                    encoded[key][i] = values
+        """Replace what is encoded at some indices, with queries that may take the room that their text leaves."""
+        if not pairs:
+            return
+        queries, texts = zip(*pairs.values(), strict=True)
+        strategy = "longest_first" if self.max_query_length is None else "only_second"
+        for key, columns in self._encode([*queries], [*texts], truncation=strategy).items():
+            for i, values in zip(pairs, columns, strict=True):
+                encoded[key][i] = values
 
     def _encode_windows(self, queries: list[str], texts: list[str]) -> tuple[Encoded, np.ndarray]:
         stride = max(0, min(int(self.max_length * WINDOW_OVERLAP), self._room - self.query_limit - 1))
-        options = {"truncation": "only_second", "return_overflowing_tokens": True, "stride": stride}
-        encoded = self._encode(queries, texts, **options)
+        encoded = self._encode(queries, texts, return_overflowing_tokens=True, stride=stride)
         return encoded, np.array(encoded.pop("overflow_to_sample_mapping"), dtype=np.int64)
 
 

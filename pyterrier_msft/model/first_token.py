@@ -66,4 +66,4 @@ def first_token_only(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        del layer.forward
+        vars(layer).pop("forward", None)  # another thread may have patched and restored it at the same time

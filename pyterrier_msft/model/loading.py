@@ -6,14 +6,20 @@ To support a model family, change `load_model` (the class, and which weights bel
 """
 
 import contextlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from pyterrier_msft.model.threads import SharedContext
 
 
 def load_model(
@@ -26,7 +32,13 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     with _explain_errors(name), quiet_transformers():
         config = AutoConfig.from_pretrained(name, **options)
+        modules = _cross_encoder_modules(name, revision)
     _check_config(config, name)
+    if len(modules) > 1:
+        raise ValueError(
+            f"model must have its head in the network itself; got {name!r}, a sentence-transformers CrossEncoder in "
+            f"the modules {', '.join(modules)}. These re-rankers aren't supported"
+        )
     config.num_labels = 1
     with _explain_errors(name), quiet_transformers(), isolated_rng(seed):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -35,15 +47,15 @@ def load_model(
             name, config=config, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **options
         )
     prefix, missing = f"{model.base_model_prefix}.", report["missing_keys"]
-    missing_head = [key for key in missing if not key.startswith(prefix)]
-    # Many checkpoints leave out the pooler, which belongs to BERT's pre-training task.
+    # Many backbones leave out the pooler, which belongs to BERT's pre-training task. It is part of the head: without
+    # it, the scores of a published cross-encoder would be random too.
     lost = [key for key in missing if key.startswith(prefix) and ".pooler." not in key]
     if lost:
         raise ValueError(
             f"model must have all weights of its backbone; {len(lost)} are missing in {name!r}, e.g. {lost[0]!r}"
         )
     ensure_pad_token(tokenizer, model, name)
-    return model.eval(), tokenizer, bool(missing_head)
+    return model.eval(), tokenizer, bool(missing)
 
 
 def load_tokenizer(model: PreTrainedModel, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -99,8 +111,7 @@ def token_limit(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' logging and progress bars inside the block, then restore its settings."""
+def _quiet_transformers() -> Iterator[None]:
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -111,6 +122,14 @@ def quiet_transformers() -> Iterator[None]:
         log.set_verbosity(verbosity)
         if bars:
             log.enable_progress_bar()
+
+
+_QUIET = SharedContext(_quiet_transformers)
+
+
+def quiet_transformers() -> SharedContext:
+    """Silence transformers' logging and progress bars inside the block, then restore its settings."""
+    return _QUIET
 
 
 @contextlib.contextmanager
@@ -137,6 +156,24 @@ def _check_config(config: transformers.PretrainedConfig, name: str) -> None:
             )
         if "SequenceClassification" in architecture and config.num_labels != 1:
             raise ValueError(f"model must have one label (a score); got {config.num_labels} labels in {name!r}")
+
+
+def _cross_encoder_modules(name: str, revision: str | None) -> list[str]:
+    """Return the classes of the modules of a model saved as a sentence-transformers CrossEncoder; empty for others."""
+    modules = _read_json(name, "modules.json", revision)
+    # Bi-encoders have modules too. Without their head, they are backbones.
+    if modules and _read_json(name, "config_sentence_transformers.json", revision).get("model_type") == "CrossEncoder":
+        return [module["type"].rpartition(".")[2] for module in modules]
+    return []
+
+
+def _read_json(name: str, file: str, revision: str | None) -> Any:
+    """Read a file of a folder or of a model on the hub; an empty dictionary if there is none."""
+    try:
+        path = Path(name, file) if Path(name).is_dir() else Path(hf_hub_download(name, file, revision=revision))
+    except EntryNotFoundError:  # also offline, for a file that isn't in the hub's cache
+        return {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 @contextlib.contextmanager

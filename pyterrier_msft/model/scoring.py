@@ -16,6 +16,7 @@ from pyterrier_msft.model.encoding import Encoded, PairEncoder, balance_batches,
 from pyterrier_msft.model.first_token import first_token_only
 from pyterrier_msft.model.loading import quiet_transformers
 from pyterrier_msft.model.precision import autocast
+from pyterrier_msft.model.threads import SharedContext
 
 logger = logging.getLogger(__name__)
 
@@ -123,15 +124,20 @@ class _Scorer:
                 self.progress(int(np.sum((indices == 0) | (self.pair[indices] != self.pair[indices - 1]))))
 
 
+# What `torch.get_num_threads` returns before the first of several pools changes it.
+_TORCH_THREADS = SharedContext(lambda: contextlib.nullcontext(torch.get_num_threads()))
+
+
 @contextlib.contextmanager
 def core_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Create a pool of workers that share torch's threads evenly."""
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)  # set per thread, and the default for new ones
+    with _TORCH_THREADS as threads:
+        share = max(1, threads // workers)
+        try:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+                yield pool
+        finally:
+            torch.set_num_threads(threads)  # set per thread, and the default for new ones
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -1,0 +1,221 @@
+"""How much data does it take? A learning curve by number of training queries, on one collection.
+
+A re-ranker is trained on more and more labelled queries, with the defaults of `Contrastive()` and `interpolate=True`,
+alone and after a stage that needs no labels: distillation of a bi-encoder's rankings for queries made from the corpus.
+Each trained re-ranker is measured with and without the first stage's score, on queries that no stage was trained on.
+Values are appended to perquery.csv in --out as they are measured; repeat the command to resume.
+"""
+
+import argparse
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+from ir_measures import nDCG
+from quickstart import bm25, minilm
+from scipy import stats
+
+from pyterrier_msft import Contrastive, Distillation, MonoCE, unlabelled
+
+MEASURE = nDCG @ 10
+ALONE, INTERPOLATED = "model", "model + first stage"
+KEYS = ["dataset", "recipe", "queries", "seed", "fold", "system"]
+RECIPES = ("labels", "teacher", "teacher, then labels")
+LENGTHS = {"pydocs": 64, "irds:vaswani": 64}  # tokens per pair; 96 for longer texts
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The candidates and qrels to train and to test on."""
+
+    train: pd.DataFrame
+    train_qrels: pd.DataFrame
+    test: pd.DataFrame
+    test_qrels: pd.DataFrame
+
+
+def main() -> None:
+    """Measure what is missing in --out, then write a table and a plot."""
+    args = arguments()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not args.report_only:
+        study = Study(args, out)
+        for seed, size, recipe in itertools.product(args.seeds, args.sizes, args.recipes):
+            study.measure(recipe, 0 if recipe == "teacher" else size, seed)
+    perquery = pd.read_csv(out / "perquery.csv", dtype={"qid": str})
+    table = summary(perquery)
+    table.to_csv(out / "results.csv", index=False)
+    print(table.round(4).to_string(index=False))
+    plot(table).savefig(out / "learning-curve.png", dpi=150, bbox_inches="tight")
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", default="learning-curve", help="folder for the results of all datasets")
+    parser.add_argument("--dataset", default="pydocs", help="pydocs, or e.g. irds:beir/scifact")
+    parser.add_argument("--train", help="the variant with the training queries, e.g. train")
+    parser.add_argument("--test", help="the variant with the test queries; without variants, two folds are made")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 300, 1000, 3000], help="training queries")
+    parser.add_argument("--recipes", nargs="+", default=[*RECIPES], choices=RECIPES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--test-queries", type=int, default=400)
+    parser.add_argument("--made-queries", type=int, default=1000, help="queries made from the corpus")
+    parser.add_argument("--depth", type=int, default=20, help="documents to re-rank")
+    parser.add_argument("--report-only", action="store_true", help="only write the table and the plot again")
+    return parser.parse_args()
+
+
+class Study:
+    """Trains and measures re-rankers on one collection."""
+
+    def __init__(self, args: argparse.Namespace, out: Path) -> None:
+        self.args, self.out, self.path = args, out, out / "perquery.csv"
+        self.max_length = LENGTHS.get(args.dataset, 96)
+        train, test = self._dataset(args.train or "train"), self._dataset(args.test or "test")
+        first_stage = bm25(train, out / args.dataset.replace(":", "-").replace("/", "-")) % 100
+        self.text = train.text_loader()
+        self.folds = self._folds(train, test, first_stage)
+        made = unlabelled.make_queries(train.get_corpus_iter(verbose=False), n=args.made_queries)
+        self.teacher = unlabelled.BiEncoder(minilm())
+        self.made = (first_stage % 50 >> self.text)(made[["qid", "query"]])
+        self.distilled: dict[int, MonoCE] = {}
+        for number, fold in enumerate(self.folds):
+            self._save("first stage", 0, 0, number, {"first stage": fold.test})
+            if not self._has("bi-encoder + first stage", 0, 0, number):
+                self._save("bi-encoder + first stage", 0, 0, number, {"teacher": self.teacher(fold.test)})
+
+    def _dataset(self, part: str) -> Any:
+        name = self.args.dataset
+        if name == "pydocs":
+            return pt.get_dataset(f"pydocs:{part}")
+        return pt.get_dataset(f"{name}/{part}" if self.args.test else name)
+
+    def _folds(self, train: Any, test: Any, first_stage: pt.Transformer) -> list[Fold]:
+        """Retrieve the candidates. A dataset without variants has two folds, each tested by the other's training."""
+
+        def candidates(dataset: Any, qids: Any = None) -> pd.DataFrame:
+            topics = dataset.get_topics()
+            if "query" not in topics.columns:
+                topics = dataset.get_topics("text" if "text" in topics.columns else "title")
+            judged = dataset.get_qrels().query("label > 0")["qid"]
+            chosen = topics["qid"].isin(judged) & (qids is None or topics["qid"].isin(qids))
+            return (first_stage >> self.text)(topics[chosen])
+
+        depth = self.args.depth
+        if self.args.test is None and self.args.dataset != "pydocs":
+            everything, qrels = candidates(train), train.get_qrels()
+            qids = np.random.default_rng(0).permutation(sorted(everything["qid"].unique()))
+            halves = [everything[everything["qid"].isin(qids[half::2])] for half in range(2)]
+            tests = [half[half["rank"] < depth] for half in halves]
+            return [Fold(halves[0], qrels, tests[1], qrels), Fold(halves[1], qrels, tests[0], qrels)]
+        results = candidates(test)
+        results = results[results["qid"].isin(sorted(results["qid"].unique())[: self.args.test_queries])]
+        results = results[results["rank"] < depth]
+        return [Fold(candidates(train), train.get_qrels(), results, test.get_qrels())]
+
+    def measure(self, recipe: str, size: int, seed: int) -> None:
+        """Train with a recipe and measure, unless that was done before."""
+        for number, fold in enumerate(self.folds):
+            qids = np.random.default_rng([seed, size]).permutation(sorted(fold.train["qid"].unique()))[:size]
+            if self._has(recipe, len(qids), seed, number):
+                continue
+            if recipe == "labels":
+                start = MonoCE(minilm(), max_length=self.max_length, seed=seed, interpolate=True)
+            else:
+                start = self._distil(seed)
+            if recipe == "teacher":
+                self._save(recipe, 0, seed, number, {ALONE: start(fold.test)})
+                continue
+            train = fold.train[fold.train["qid"].isin(qids)]
+            ce = start.fit(train, fold.train_qrels, fitter=Contrastive(seed=seed))
+            print(ce.data_report, flush=True)
+            alone = ce.apply_attributes(interpolate=False)
+            self._save(recipe, len(qids), seed, number, {ALONE: alone(fold.test), INTERPOLATED: ce(fold.test)})
+
+    def _distil(self, seed: int) -> MonoCE:
+        """Distil the teacher's rankings for the made queries; once per seed."""
+        if seed not in self.distilled:
+            ce = MonoCE(minilm(), max_length=self.max_length, seed=seed)
+            fitter = Distillation(teacher=self.teacher, depth=8, epochs=2, seed=seed)
+            self.distilled[seed] = ce.fit(self.made, fitter=fitter)
+        return self.distilled[seed].clone().apply_attributes(interpolate=True)
+
+    def _has(self, recipe: str, queries: int, seed: int, fold: int) -> bool:
+        if not self.path.is_file():
+            return False
+        done = pd.read_csv(self.path, usecols=KEYS)
+        wanted = {"dataset": self.args.dataset, "recipe": recipe, "queries": queries, "seed": seed, "fold": fold}
+        return bool((done[[*wanted]] == pd.Series(wanted)).all(axis=1).any())
+
+    def _save(self, recipe: str, queries: int, seed: int, fold: int, systems: dict[str, pd.DataFrame]) -> None:
+        if self._has(recipe, queries, seed, fold):
+            return
+        qrels = self.folds[fold].test_qrels
+        for system, results in systems.items():
+            topics = results[["qid", "query"]].drop_duplicates()
+            rows = pt.Experiment([results], topics, qrels, [MEASURE], names=[system], perquery=True)
+            keys = dict(zip(KEYS, [self.args.dataset, recipe, queries, seed, fold, system], strict=True))
+            rows = rows[["qid", "value"]].assign(**keys)[[*KEYS, "qid", "value"]]
+            rows.to_csv(self.path, mode="a", header=not self.path.is_file(), index=False, float_format="%.4f")
+
+
+def summary(perquery: pd.DataFrame) -> pd.DataFrame:
+    """Average over seeds, and compare with the first stage by a paired t-test over queries."""
+    first = perquery[perquery["system"] == "first stage"].set_index(["dataset", "qid"])["value"]
+    rows = []
+    for keys, frame in perquery.groupby(["dataset", "recipe", "queries", "system"], sort=False):
+        by_seed = frame.groupby("seed")["value"].mean()
+        values = frame.groupby(["dataset", "qid"])["value"].mean()
+        paired = pd.concat([values, first.loc[[keys[0]]]], axis=1, join="inner").to_numpy()
+        p = stats.ttest_rel(*paired.T).pvalue if keys[3] != "first stage" else np.nan
+        rows.append([*keys, len(by_seed), values.mean(), by_seed.min(), by_seed.max(), p])
+    columns = ["dataset", "recipe", "queries", "system", "seeds", str(MEASURE), "lowest seed", "highest seed", "p"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def plot(table: pd.DataFrame) -> Any:
+    """Plot the measure against the number of training queries, with a panel for each dataset."""
+    from matplotlib import pyplot
+
+    names = table["dataset"].unique()
+    size = 3.6 * len(names), 3.4
+    figure, panels = pyplot.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
+    styles = {
+        ("labels", ALONE): ("C1", "o", ":"), ("labels", INTERPOLATED): ("C0", "o", "-"),
+        ("teacher, then labels", ALONE): ("C1", "s", ":"), ("teacher, then labels", INTERPOLATED): ("C2", "s", "-"),
+    }  # fmt: skip
+    for name, panel in zip(names, panels[0], strict=True):
+        rows = table[table["dataset"] == name]
+        levels = rows[rows["queries"] == 0].set_index("recipe")[str(MEASURE)]
+        for recipe, style in {"first stage": "-", "bi-encoder + first stage": "--", "teacher": "-."}.items():
+            if recipe in levels:
+                panel.axhline(levels[recipe], color="0.4", linestyle=style, linewidth=1, label=recipe)
+        for (recipe, system), (colour, marker, line) in styles.items():
+            part = rows[(rows["recipe"] == recipe) & (rows["system"] == system)].sort_values("queries")
+            if len(part):
+                value = part[str(MEASURE)]
+                errors = [value - part["lowest seed"], part["highest seed"] - value]
+                panel.errorbar(
+                    part["queries"], value, errors, color=colour, marker=marker, linestyle=line, markersize=4,
+                    capsize=2, linewidth=1.3, label=f"{recipe}: {system}",
+                )  # fmt: skip
+        panel.set_xscale("log")
+        panel.set_title(name.removeprefix("irds:"))
+        panel.set_xlabel("labelled training queries")
+        sizes = sorted(rows.loc[rows["queries"] > 0, "queries"].unique())
+        panel.set_xticks(sizes, [str(size) for size in sizes])
+        panel.minorticks_off()
+    panels[0][0].set_ylabel(str(MEASURE))
+    handles = {label: h for panel in panels[0] for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""The first stage's score as part of a re-ranker's score."""
+
+import re
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import pytest
+from conftest import Part, make_part
+from interruptions import interrupted_at, interruptible_lce
+from ir_measures import RR, nDCG
+from pandas.testing import assert_frame_equal
+from transformers import AutoModelForSequenceClassification
+
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, interpolation
+
+FITTER = Contrastive(n_negatives=3, learning_rate=1e-2, epochs=4, batch_size=8)
+
+
+def with_first_stage(part: Part, *, quality: float, seed: int = 0) -> Part:
+    """Give the relevant documents higher scores, by `quality` standard deviations, than the others."""
+    rng = np.random.default_rng(seed)
+    relevant = part.results["docno"].isin(part.qrels["docno"])
+    scores = 20 + 5 * (quality * relevant + rng.normal(size=len(part.results)))
+    return Part(pt.model.add_ranks(part.results.assign(score=scores)), part.qrels)
+
+
+@pytest.fixture(scope="module")
+def train() -> Part:
+    return with_first_stage(make_part("tr", n_queries=64, seed=1), quality=1.5)
+
+
+@pytest.fixture(scope="module")
+def test() -> Part:
+    return with_first_stage(make_part("te", n_queries=60, seed=3), quality=1.5, seed=1)
+
+
+def new(backbone, **settings) -> MonoCE:
+    return MonoCE(backbone, **{"max_length": 24, "dtype": "float32", "device": "cpu", "interpolate": True, **settings})
+
+
+@pytest.fixture(scope="module")
+def fitted(backbone, train) -> MonoCE:
+    return new(backbone, seed=1).fit(train.results, train.qrels, fitter=replace(FITTER, epochs=1))
+
+
+def ndcg(results: pd.DataFrame, part: Part) -> float:
+    topics = part.results[["qid", "query"]].drop_duplicates()
+    return float(pt.Experiment([results], topics, part.qrels, [nDCG @ 10])["nDCG@10"].iloc[0])
+
+
+def alone(ce: MonoCE) -> MonoCE:
+    return ce.apply_attributes(interpolate=False)
+
+
+# ---- scores
+
+
+@pytest.mark.filterwarnings("ignore:.*random scores")
+def test_a_number_is_the_weight(backbone, test):
+    plain, ce = new(backbone, interpolate=False), new(backbone, interpolate=0.3)
+    expected = plain(test.results)["score"] + 0.3 * test.results["score"]
+    result = ce(test.results)
+    np.testing.assert_allclose(result["score"], expected, rtol=1e-6)
+    assert result["first_stage_score"].tolist() == test.results["score"].tolist()
+    best = result.sort_values("score", ascending=False).groupby("qid")["docno"].first()
+    assert result[result["rank"] == 0].set_index("qid")["docno"].sort_index().tolist() == best.sort_index().tolist()
+    assert "first_stage_score" not in plain(test.results)
+
+
+def test_a_document_has_one_score_in_every_list(fitted, test):
+    whole = fitted(test.results)
+    half = fitted(test.results[test.results["rank"] % 2 == 0])
+    np.testing.assert_allclose(half["score"], whole.loc[half.index, "score"], rtol=1e-5)
+
+
+def test_results_that_were_re_ranked_before_keep_the_first_stages_score(fitted, test):
+    once = fitted(test.results)
+    assert_frame_equal(fitted(once), once, rtol=1e-6)
+
+
+def test_windows_have_the_score_of_their_document(fitted, test):
+    long = test.results.assign(text=test.results["text"] + " " + test.results["text"].str[::-1] * 3).head(16)
+    sliding = pt.text.sliding(text_attr="text", length=6, stride=3, prepend_attr=None)
+    passages = sliding(long)
+    result = (sliding >> fitted >> pt.text.max_passage())(long).set_index("docno")["score"]
+    model = alone(fitted)(passages).assign(docno=lambda frame: frame["docno"].str.partition("%")[0])
+    expected = model.groupby("docno")["score"].max() + fitted.first_stage_weight * long.set_index("docno")["score"]
+    assert len(passages) > len(long)
+    np.testing.assert_allclose(result.sort_index(), expected.sort_index(), rtol=1e-5)
+
+
+def test_a_cache_holds_the_models_scores_alone(fitted, test, tmp_path):
+    cached = fitted.cached(tmp_path)
+    assert_frame_equal(cached(test.results), fitted(test.results), rtol=1e-5)
+    other = test.results.assign(score=-test.results["score"])
+    assert_frame_equal(cached(other), fitted(other), rtol=1e-5)
+    assert_frame_equal(alone(fitted).cached(tmp_path)(other), alone(fitted)(other), rtol=1e-5)
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_results_without_a_score_are_refused(fitted, test):
+    first = pt.apply.generic(lambda _: test.results.drop(columns="text"))
+    text = pt.apply.text(lambda row: test.results.set_index("docno")["text"][row["docno"]])
+    topics = test.results[["qid", "query"]].drop_duplicates()
+    with pytest.raises(pt.validate.InputValidationError, match="score"):
+        ((first | first) >> text >> fitted)(topics)
+    with pytest.raises(ValueError, match="scores must be finite"):
+        fitted(test.results.assign(score=np.inf))
+
+
+def test_inspection_knows_the_columns(fitted, backbone):
+    assert {"score", "text"} <= {*pt.inspect.transformer_inputs(fitted)[0]}
+    assert "first_stage_score" in pt.inspect.transformer_outputs(fitted, ["qid", "query", "docno", "text", "score"])
+    assert "score" not in pt.inspect.transformer_inputs(new(backbone, interpolate=False))[0]
+
+
+def test_the_weight_must_be_known(backbone, test):
+    with pytest.raises(ValueError, match="interpolate must be a number until fit chooses it; got True"):
+        new(backbone)(test.results)
+    for wrong in (-1, 0, np.nan, "yes", None):
+        with pytest.raises(ValueError, match="interpolate must be"):
+            new(backbone, interpolate=wrong)
+
+
+# ---- the choice of the weight
+
+
+@pytest.mark.parametrize("how", ["cross-validation", "held out", "validation"])
+def test_a_chosen_weight_beats_model_and_first_stage(backbone, train, test, how, monkeypatch):
+    if how == "held out":
+        monkeypatch.setattr(interpolation, "MIN_QUERIES_FOR_HOLD_OUT", 40)
+        monkeypatch.setattr(interpolation, "HELD_OUT_QUERIES", 20)
+    dev = with_first_stage(make_part("va", n_queries=30, seed=2), quality=1.5, seed=2)
+    validation = (dev.results, dev.qrels) if how == "validation" else ()
+    # So short a run that the model learns only part of what there is to know.
+    ce = new(backbone, seed=1).fit(train.results, train.qrels, *validation, fitter=replace(FITTER, epochs=2))
+    first, model, both = (ndcg(results, test) for results in (test.results, alone(ce)(test.results), ce(test.results)))
+    assert both > max(first, model) + 0.005
+    choice = ce.stages[-1].interpolation
+    assert choice["weight"] == ce.first_stage_weight > 0
+    assert choice["queries"] == {"cross-validation": 64, "held out": 20, "validation": 30}[how]
+    assert ce.stages[-1].queries == {"held out": 44}.get(how, 64)
+    assert choice["value"] >= max(choice["model"], choice["first_stage"])
+
+
+def test_training_is_what_it_is_without(backbone, train):
+    with_weight, without = (
+        new(backbone, interpolate=value).fit(train.results, train.qrels, fitter=FITTER) for value in (True, False)
+    )
+    assert with_weight.fingerprint == without.fingerprint
+    assert len(with_weight.stages) == 1
+
+
+def test_a_useless_first_stage_gets_no_weight_and_a_useless_model_all(backbone, train, test):
+    useless = Part(train.results.assign(score=np.random.default_rng(0).normal(size=len(train.results))), train.qrels)
+    ce = new(backbone).fit(useless.results, useless.qrels, fitter=replace(FITTER, epochs=12))
+    assert ce.stages[-1].interpolation["relative_weight"] < 0.5
+    texts = np.random.default_rng(1).permutation(train.results["text"])
+    perfect = with_first_stage(Part(train.results.assign(text=texts), train.qrels), quality=9)
+    with pytest.warns(UserWarning, match="re-ranking isn't better than the first stage"):
+        ce = new(backbone).fit(perfect.results, perfect.qrels, fitter=FITTER)
+    assert ndcg(ce(perfect.results), perfect) > 0.99
+
+
+def test_a_worse_re_ranker_warns(backbone, train):
+    dev = with_first_stage(make_part("va", n_queries=20, seed=2), quality=9)
+    hardly = replace(FITTER, max_steps=1)
+    with pytest.warns(UserWarning, match=r"re-ranking is worse than the first stage: validation nDCG@10 is 0\.\d+, of"):
+        new(backbone, interpolate=False).fit(train.results, train.qrels, dev.results, dev.qrels, fitter=hardly)
+
+
+def test_stages_in_sequence(backbone, train, test):
+    teacher = Distillation(teacher=train.results.assign(score=train.results["quality"]), learning_rate=1e-2, epochs=1)
+    ce = new(backbone, seed=1).fit(train.results, train.qrels, fitter=teacher >> replace(FITTER, epochs=1))
+    assert not ce.stages[0].interpolation
+    assert ndcg(ce(test.results), test) > ndcg(test.results, test) + 0.02
+
+
+def test_the_metric_is_the_fitters(backbone, train):
+    for metric, name in ((RR @ 3, "RR@3"), (None, "nDCG@10")):
+        ce = new(backbone).fit(train.results, train.qrels, fitter=replace(FITTER, epochs=1, metric=metric))
+        assert ce.stages[-1].interpolation["metric"] == name
+
+
+def test_what_cannot_choose_a_weight_is_refused_before_training(backbone, train, tmp_path):
+    ce = new(backbone)
+    with pytest.raises(ValueError, match=r"training results .* \['score'\].*adds the first stage's score"):
+        ce.fit(train.results.drop(columns="score"), train.qrels)
+    with pytest.raises(ValueError, match=r"validation results must have the columns \['score'\]"):
+        ce.fit(train.results, train.qrels, train.results.drop(columns="score"), train.qrels)
+    few = train.results[train.results["qid"].isin([f"tr{i}" for i in range(9)])]
+    with pytest.raises(ValueError, match=r"at least 20 queries .* got 9"):
+        ce.fit(few, train.qrels)
+    assert not ce.cross_encoder.is_loaded
+    assert not ce.stages
+
+
+def test_without_labels_no_weight_is_chosen(backbone, train, test):
+    ce = new(backbone)
+    with pytest.warns(UserWarning, match="no weight is chosen .* the training results are without qrels"):
+        ce.fit(train.results, fitter=Distillation(learning_rate=1e-2, max_steps=2))
+    with pytest.raises(ValueError, match="interpolate must be a number until fit chooses it"):
+        ce(test.results)
+    ce.fit(train.results, train.qrels, fitter=replace(FITTER, max_steps=2))
+    assert ce.first_stage_weight > 0
+
+
+def test_training_with_a_weight_resumes(backbone, train, tmp_path):
+    fitter = replace(FITTER, loss=interruptible_lce)
+    whole = new(backbone).fit(train.results, train.qrels, fitter=fitter)
+    ce = new(backbone)
+    with interrupted_at(25), pytest.raises(KeyboardInterrupt):  # in the second half
+        ce.fit(train.results, train.qrels, fitter=fitter, checkpoint_dir=tmp_path)
+    ce.fit(train.results, train.qrels, fitter=fitter, checkpoint_dir=tmp_path)
+    assert ce.fingerprint == whole.fingerprint
+    assert ce.first_stage_weight == pytest.approx(whole.first_stage_weight)
+
+
+# ---- what remembers the weight
+
+
+def test_a_saved_re_ranker_has_its_weight(fitted, test, tmp_path):
+    fitted.save(tmp_path / "model")
+    loaded = MonoCE.load(tmp_path / "model", dtype="float32", device="cpu")
+    assert loaded.first_stage_weight == fitted.first_stage_weight
+    assert_frame_equal(loaded(test.results), fitted(test.results), rtol=1e-5)
+    model = MonoCE.load(tmp_path / "model", interpolate=False, dtype="float32", device="cpu")
+    assert_frame_equal(model(test.results), alone(fitted)(test.results), rtol=1e-5)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").num_labels == 1
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"First stage's weight {fitted.first_stage_weight:.3g} (" in card
+    assert "the others don't" in card
+
+
+def test_the_report_says_what_was_decided(fitted):
+    report = repr(fitted.data_report)
+    assert re.search(r"1 epoch of 8 updates with 8 queries each, learning rate 0\.01\n", report)
+    assert re.search(
+        r"first stage's weight [\d.]+ \([\d.]+ in standard deviations\): on 64 queries, nDCG@10 is", report
+    )
+
+
+def test_repr_and_copies_know_the_weight(fitted):
+    assert f"interpolate={fitted.first_stage_weight}" in repr(fitted)
+    assert repr(alone(fitted)) != repr(fitted)
+    assert fitted.clone().first_stage_weight == fitted.first_stage_weight
+
+
+def test_sequences_have_weights(backbone, train, tmp_path):
+    stages = {"CL": Stage(replace(FITTER, epochs=1), train.results, train.qrels)}
+    first = fit_sequences(new(backbone), stages, ["CL", "CL-CL"], save_dir=tmp_path)
+    assert all(ce.first_stage_weight > 0 for ce in first.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = fit_sequences(new(backbone), stages, ["CL"], save_dir=tmp_path)["CL"]
+    assert again.first_stage_weight == first["CL"].first_stage_weight
+    fit_sequences(new(backbone, interpolate=False), stages, ["CL"], save_dir=tmp_path)
+    assert len([*tmp_path.glob("CL-*")]) == 3
