@@ -1,5 +1,6 @@
 """Prepare a stage's data, train a cross-encoder on it, and record what happened."""
 
+import contextlib
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from pyterrier_msft.data.frames import frame_digest, require_columns
 from pyterrier_msft.data.groups import Groups
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.texts import TextSource
-from pyterrier_msft.digests import sha256_of
+from pyterrier_msft.digests import format_value, sha256_of
 from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import StageRecord, library_versions
 from pyterrier_msft.notices import warn
+from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import checkpoint_identity
 from pyterrier_msft.training.plan import Plan, plan_training
 from pyterrier_msft.training.run import train
@@ -99,14 +101,19 @@ def _train_stage(
     resumed = _stages_to_resume(stages, checkpoint_dir) if place == 1 else []
     start = resumed[0].start if resumed else before
     measured = Validation(*validation, fitter.metric) if validation and fitter.metric is not None else None
-    plan = plan_training(fitter, data.groups, model, measured)
+    was_new = resumed[0].head_was_new if resumed else model.head_is_new
+    plan = plan_training(fitter, data.groups, width=model.width, head_is_new=was_new, validation=measured)
     record = _new_record(encoder, data, plan, place, start)
+    record.head_was_new = was_new
+    # A loss that can't be digested can't be recognised later either, which only matters for these.
+    is_identified = checkpoint_dir is not None or distributed.world_size() > 1
     stages[len(stages) - len(resumed) :] = [record]
-    was_new, model.head_is_new = model.head_is_new, False
+    model.head_is_new = False
     try:
         train(
             model, encoder, data.groups, fitter.loss, fitter, plan=plan, validation=measured,
-            checkpoint_dir=checkpoint_dir, identity=_identity(model, encoder, data, validation, start),
+            checkpoint_dir=checkpoint_dir,
+            identity=_identity(model, encoder, data, validation, start) if is_identified else {},
             history=record.history, verbose=verbose,
         )  # fmt: skip
     except BaseException:
@@ -150,9 +157,11 @@ def _new_record(encoder: PairEncoder, data: StageData, plan: Plan, place: int, s
     report = dataclasses.replace(
         data.report, truncated_queries=query_rate, truncated_documents=text_rate, plan=str(plan)
     )
+    digest = ""
+    with contextlib.suppress(ValueError):  # of a loss that can't be digested
+        digest = sha256_of(fitter.readable_settings())
     return StageRecord(
-        fitter=repr(fitter), loss=getattr(fitter.loss, "__name__", repr(fitter.loss)),
-        digest=sha256_of(fitter.readable_settings()),
+        fitter=repr(fitter), loss=format_value(fitter.loss), digest=digest,
         data=data.digest, queries=len(groups), documents=report.documents, place=place, start=start, seed=fitter.seed,
         plan=dataclasses.asdict(plan),
         versions=library_versions(), data_report=dataclasses.asdict(report),

@@ -26,8 +26,8 @@ RELATIVE_WEIGHTS = (0.0, *(2 ** (step / 2) for step in range(-6, 11)))
 MIN_QUERIES_FOR_HOLD_OUT = 1000
 HELD_OUT_QUERIES = 200
 MIN_QUERIES = 20
-SPREAD_QUERIES = 25  # to estimate the spread of a model's scores
-MAX_PAIRS = 20_000  # to score for the choice
+SPREAD_QUERIES = 10  # to estimate the spread of the scores of a query's documents
+MAX_PAIRS = 10_000  # to score for the choice
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def fit_reranker(
         for part in range(2):
             copy, rest = model.clone(), [stage.without(held_out.parts[part]) for stage in prepared]
             folder = None if checkpoint_dir is None else checkpoint_dir / f"half-{part + 1}"
-            fit_stages(copy, encoders, rest, [], checkpoint_dir=folder, **options)
+            fit_stages(copy, encoders, rest, [*stages], checkpoint_dir=folder, **options)
             halves.append(score(copy, each[part]))
             shrinkage.append(halves[-1].spread / score(copy, each[1 - part].sample(SPREAD_QUERIES)).spread)
     elif held_out is not None:

@@ -336,8 +336,10 @@ def test_very_long_text(scorer):
 
 @row
 def test_very_long_query(scorer, new):
-    long, cut = RESULTS.assign(query=" w9" * 10_000), RESULTS.assign(query=" w9" * 12)
-    assert scorer(long)["score"].tolist() == scorer(cut)["score"].tolist()
+    long, cut = RESULTS.assign(query=" w9" * 10_000), RESULTS.assign(query=" w9" * 15)  # each text has 6 tokens
+    with pytest.warns(UserWarning, match="^64 of 64 rows to score have a truncated query: they exceed max_length=24"):
+        found = scorer(long)["score"]
+    assert found.tolist() == scorer(cut)["score"].tolist()
     assert scorer(long)["score"][:8].nunique() == 8  # the query doesn't displace the text
     new.fit(long, QRELS, fitter=SHORT)
     assert "100.0% of the queries are truncated (max_query_length)" in repr(new.data_report)
@@ -638,6 +640,11 @@ def test_unsupported_architecture(folder, backbone):
     unusable(folder, "model must have all weights of its backbone")
     with pytest.raises(ValueError, match="model must be loaded by AutoModelForSequenceClassification; got BertModel"):
         MonoCE(AutoModel.from_pretrained(backbone))
+    AutoModel.from_pretrained(backbone).save_pretrained(folder)
+    modules = [{"type": f"sentence_transformers.base.modules.{name}"} for name in ("Transformer", "Pooling", "Dense")]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"model_type": "CrossEncoder"}))
+    unusable(folder, "model must have its head in the network itself; .* in the modules Transformer, Pooling, Dense")
 
 
 @row

@@ -208,11 +208,12 @@ def test_without_labels_no_weight_is_chosen(backbone, train, test):
     assert ce.first_stage_weight > 0
 
 
-def test_training_with_a_weight_resumes(backbone, train, tmp_path):
-    fitter = replace(FITTER, loss=interruptible_lce)
+@pytest.mark.parametrize("step", [25, 45], ids=["in the second half", "in the whole"])
+def test_training_with_a_weight_resumes(backbone, train, tmp_path, step):
+    fitter = replace(FITTER, loss=interruptible_lce, learning_rate=None)
     whole = new(backbone).fit(train.results, train.qrels, fitter=fitter)
     ce = new(backbone)
-    with interrupted_at(25), pytest.raises(KeyboardInterrupt):  # in the second half
+    with interrupted_at(step), pytest.raises(KeyboardInterrupt):
         ce.fit(train.results, train.qrels, fitter=fitter, checkpoint_dir=tmp_path)
     ce.fit(train.results, train.qrels, fitter=fitter, checkpoint_dir=tmp_path)
     assert ce.fingerprint == whole.fingerprint

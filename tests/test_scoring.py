@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pyterrier_msft.model.encoding import PairEncoder, balance_batches, clean, length_batches
+from pyterrier_msft.model.encoding import balance_batches, length_batches
 from pyterrier_msft.model.first_token import first_token_only
 from pyterrier_msft.model.loading import load_model, token_limit
 from pyterrier_msft.model.precision import resolve_device, resolve_dtype
@@ -184,71 +184,7 @@ def test_bfloat16_is_close(model, encoder):
     assert 0 < np.abs(rounded - exact).max() < 0.05 * np.ptp(exact)
 
 
-# ---- pairs
-
-
-def decode(encoder, query, text):
-    return encoder.tokenizer.decode(encoder([query], [text])["input_ids"][0])
-
-
-def test_token_types_and_order(encoder):
-    encoded = encoder(["w1 w2"], ["w3"])
-    tokens = encoder.tokenizer.convert_ids_to_tokens(encoded["input_ids"][0])
-    assert tokens == ["[CLS]", "w1", "w2", "[SEP]", "w3", "[SEP]"]
-    assert encoded["token_type_ids"][0] == [0, 0, 0, 0, 1, 1]
-
-
-def test_the_text_is_truncated(encoder):
-    assert decode(encoder, "w1", " ".join(["w2"] * 1000)) == "[CLS] w1 [SEP] " + "w2 " * 20 + "[SEP]"
-
-
-@settings(deadline=None)  # the machine may be busy
-@given(st.lists(st.tuples(st.sampled_from(["w1", "w2 ", "x" * 90, " ", "é!"]), st.integers(1, 300)), max_size=6))
-def test_a_very_long_text_is_read_as_if_all_of_it_were_tokenized(encoder, parts):
-    text = " ".join(" ".join([word] * n) for word, n in parts)
-    expected = encoder.tokenizer(["w1", "w2"], [text, "w3"], truncation="only_second", max_length=encoder.max_length)
-    assert encoder(["w1", "w2"], [text, "w3"]) == dict(expected)
-
-
-def test_the_end_of_a_text_is_read_if_the_tokenizer_truncates_on_the_left(backbone):
-    tokenizer = AutoTokenizer.from_pretrained(backbone, truncation_side="left")
-    assert decode(PairEncoder(tokenizer, 8), "w1", "w2 " * 5000 + "w3").endswith("w3 [SEP]")
-
-
-def test_a_long_query_is_truncated_and_leaves_room(encoder):
-    assert decode(encoder, " ".join(["w1"] * 10_000), "w2 w3") == "[CLS] " + "w1 " * 12 + "[SEP] w2 w3 [SEP]"
-    short = PairEncoder(encoder.tokenizer, 24, max_query_length=2)
-    assert decode(short, "w1 w2 w3", "w4") == "[CLS] w1 w2 [SEP] w4 [SEP]"
-
-
-def test_the_smallest_length(encoder):
-    assert decode(PairEncoder(encoder.tokenizer, 5), "w1 w2 w3", "w4 w5") == "[CLS] w1 [SEP] w4 [SEP]"
-
-
-@pytest.mark.parametrize("missing", [None, float("nan"), np.nan, "", " "])
-def test_missing_text_is_empty(encoder, missing):
-    assert decode(encoder, "w1", missing) == "[CLS] w1 [SEP] [SEP]"
-
-
-def test_clean():
-    assert clean("a\ud800b") == "a?b"
-    assert clean("größe 🙂") == "größe 🙂"
-    assert clean(12) == "12"
-
-
-def test_truncation_rates(encoder):
-    fits = " ".join(["w2"] * 20)  # with [CLS], a query of one token and two [SEP] exactly 24
-    assert encoder.truncation_rates(["w1"] * 2, [fits, "w2"]) == (0.0, 0.0)
-    assert encoder.truncation_rates(["w1"] * 2, [fits + " w2", "w2"]) == (0.0, 0.5)
-    assert encoder.truncation_rates([" ".join(["w1"] * 13), "w1"], ["w2", "w2"]) == (0.5, 0.0)
-    assert encoder.truncation_rates([], []) == (0.0, 0.0)
-
-
-@settings(deadline=None)  # the machine may be busy
-@given(st.lists(st.text(max_size=80), min_size=1, max_size=5), st.text(max_size=200))
-def test_any_text_is_encoded_within_the_limit(encoder, queries, text):
-    for ids in encoder(queries, [text] * len(queries))["input_ids"]:
-        assert 3 <= len(ids) <= encoder.max_length
+# ---- batches
 
 
 @settings(deadline=None)  # the machine may be busy

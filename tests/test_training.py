@@ -252,12 +252,16 @@ def test_gradient_checkpointing_ends_with_the_run(model, groups):
 # ---- batches
 
 
-def schedule_of(model, groups, settings=FAST) -> BatchSchedule:
-    return BatchSchedule(groups, plan_training(settings, groups, model), seed=1)
+def plan_of(settings, groups, *, width=16, head_is_new=True, **options):
+    return plan_training(settings, groups, width=width, head_is_new=head_is_new, **options)
 
 
-def test_each_epoch_has_each_query_once_in_a_new_order(model, groups):
-    schedule = list(schedule_of(model, groups, dataclasses.replace(FAST, batch_size=10)))
+def schedule_of(groups, settings=FAST) -> BatchSchedule:
+    return BatchSchedule(groups, plan_of(settings, groups), seed=1)
+
+
+def test_each_epoch_has_each_query_once_in_a_new_order(groups):
+    schedule = list(schedule_of(groups, dataclasses.replace(FAST, batch_size=10)))
     assert len(schedule) == 3 * 7
     epochs = [[pair for batch in schedule[i : i + 7] for pair in batch] for i in (0, 7, 14)]
     for number, epoch in enumerate(epochs):
@@ -274,9 +278,9 @@ def make_groups(n: int) -> Groups:
 
 
 @pytest.mark.parametrize(("n", "chance"), [(128, 7 / 127), (500, 7 / 499)])
-def test_batches_are_random(model, n, chance):
+def test_batches_are_random(n, chance):
     """The share of pairs of queries in a batch that meet again in the next epoch is small, see docs/limits.md."""
-    schedule = list(schedule_of(model, make_groups(n), Hyperparameters(epochs=2, batch_size=8)))
+    schedule = list(schedule_of(make_groups(n), Hyperparameters(epochs=2, batch_size=8)))
     first, second = (
         {frozenset(pair) for batch in epoch for pair in itertools.combinations([query for query, _ in batch], 2)}
         for epoch in (schedule[: len(schedule) // 2], schedule[len(schedule) // 2 :])
@@ -299,18 +303,18 @@ SHORT = {"epochs": None, "batch_size": None, "learning_rate": None}
         (300, {"gradient_accumulation": 4, "epochs": 1}, {"batch_size": 32, "updates": 10}),
     ],
 )
-def test_what_is_left_open_suits_the_data(model, n, settings, expected):
-    plan = plan_training(Hyperparameters(**settings), make_groups(n), model)
+def test_what_is_left_open_suits_the_data(n, settings, expected):
+    plan = plan_of(Hyperparameters(**settings), make_groups(n))
     assert {name: getattr(plan, name) for name in expected} == expected
 
 
-def test_a_wide_or_trained_model_learns_more_slowly(model, monkeypatch):
-    groups, rates = make_groups(300), []
-    for width, head_is_new in [(384, True), (768, True), (1024, True), (384, False), (768, False)]:
-        monkeypatch.setattr(type(model), "width", width)
-        model.head_is_new = head_is_new
-        rates.append(plan_training(Hyperparameters(), groups, model).learning_rate)
-    assert rates == [2e-4, 2.5e-5, 1.1e-5, 5e-5, 6.3e-6]
+@pytest.mark.parametrize(
+    ("width", "head_is_new", "rate"),
+    [(384, True, 2e-4), (768, True, 2.5e-5), (1024, True, 1.1e-5), (384, False, 5e-5), (768, False, 6.3e-6)],
+)
+def test_a_wide_or_trained_model_learns_more_slowly(width, head_is_new, rate):
+    plan = plan_of(Hyperparameters(), make_groups(300), width=width, head_is_new=head_is_new)
+    assert plan.learning_rate == rate
 
 
 @pytest.mark.parametrize(
@@ -322,15 +326,15 @@ def test_a_wide_or_trained_model_learns_more_slowly(model, monkeypatch):
         (2000, 100, 100, (100, 2000)),  # as the user says
     ],
 )
-def test_validation_is_bounded(model, queries, depth, eval_every, expected):
+def test_validation_is_bounded(queries, depth, eval_every, expected):
     results = pd.DataFrame({"qid": np.repeat(np.arange(queries), depth).astype(str), "docno": "d"})
     validation = Validation(results, pd.DataFrame(), RR @ 10)
-    plan = plan_training(Hyperparameters(eval_every=eval_every), make_groups(300), model, validation)
+    plan = plan_of(Hyperparameters(eval_every=eval_every), make_groups(300), validation=validation)
     assert (plan.eval_every, plan.validation_queries) == expected
 
 
-def test_queries_of_a_batch_have_similar_lengths(model):
-    schedule = schedule_of(model, make_groups(1000))
+def test_queries_of_a_batch_have_similar_lengths():
+    schedule = schedule_of(make_groups(1000))
     ranges = [np.ptp([schedule.lengths[query] for query, _ in batch]) for batch in schedule]
     assert np.mean(ranges) < np.ptp(schedule.lengths) / 4
 

@@ -183,7 +183,7 @@ class CrossEncoder:
     ) -> np.ndarray:  # fmt: skip
         """Score pairs, see `score_pairs`; a ValueError if a score isn't finite.
 
-        A first warning for each setting of the lengths says how many queries are truncated.
+        Truncated queries are reported once for each setting of the lengths.
         """
         self._warn_of_truncated_queries(encoder, queries, texts)
         dtype = self.dtype
@@ -199,7 +199,7 @@ class CrossEncoder:
             return
         self._warned_encoders |= {lengths}
         limit = f"max_length={lengths[0]}" if lengths[1] is None else f"max_query_length={lengths[1]}"
-        warn(f"{count:,} of {len(queries):,} rows to score have a query that is truncated, because of {limit}")
+        warn(f"{count:,} of {len(queries):,} rows to score have a truncated query: they exceed {limit}")
 
     def clone(self, *, with_weights: bool = True) -> Self:
         """Copy the cross-encoder; without weights, the copy loads them again."""

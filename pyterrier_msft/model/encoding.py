@@ -152,22 +152,30 @@ class PairEncoder:
         found = self._tokenize(distinct, return_offsets_mapping=self.tokenizer.is_fast, **options)[column]
         parsed = {}
         for query, tokens in zip(distinct, found, strict=True):
-            short = self._cut(query, tokens, limit)
+            short = self._shorten(query, tokens, limit)
             long = self._cut(query, tokens, room) if self.max_query_length is None else short
             parsed[query] = Query(len(tokens), short, long)
         return [parsed[query] for query in cleaned]
 
-    def _cut(self, query: str, tokens: list[Any], limit: int) -> str:
-        """Truncate a query to `limit` of its tokens: their offsets or, if the tokenizer has none, their ids."""
+    def _shorten(self, query: str, tokens: list[Any], limit: int) -> str:
+        """Truncate a query to at most `limit` tokens."""
         if len(tokens) <= limit:
+            return query
+        for kept in range(limit, 0, -1):
+            # A part may have more tokens than in the whole, e.g. if a token is one byte of a character.
+            short = self._cut(query, tokens, kept)
+            if len(self._tokenize([short], add_special_tokens=False)["input_ids"][0]) <= limit:
+                return short
+        return ""
+
+    def _cut(self, query: str, tokens: list[Any], kept: int) -> str:
+        """Cut a query after some of its tokens, which are offsets or, if the tokenizer isn't a fast one, ids."""
+        if len(tokens) <= kept:
             return query
         keeps_end = self.tokenizer.truncation_side == "left"
         if not self.tokenizer.is_fast:
-            return str(self.tokenizer.decode(tokens[-limit:] if keeps_end else tokens[:limit]))
-        # A character of several tokens, e.g. an emoji in bytes, is left out unless all of them are kept.
-        if keeps_end:
-            return query[max(tokens[-limit][0], tokens[-limit - 1][1]) :]
-        return query[: min(tokens[limit - 1][1], tokens[limit][0])]
+            return str(self.tokenizer.decode(tokens[-kept:] if keeps_end else tokens[:kept]))
+        return query[tokens[-kept][0] :] if keeps_end else query[: tokens[kept - 1][1]]
 
     def _prefix(self, text: str) -> str:
         """Return the beginning of a long text that is worth tokenizing, cut at a blank, where tokenizers split."""

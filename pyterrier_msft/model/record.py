@@ -38,6 +38,7 @@ class StageRecord(_Record):
     documents: int = 0
     place: int = 1  # in its call of fit, from 1
     start: str = ""  # fingerprint of the weights before the stage
+    head_was_new: bool = False
     plan: dict[str, Any] = field(default_factory=dict)  # batch size, updates, learning rate
     seed: int = 0
     versions: dict[str, str] = field(default_factory=dict)

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 from pyterrier_msft.data.groups import Groups
-from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 from pyterrier_msft.training.validation import Validation
 
@@ -60,8 +59,9 @@ class Plan:
 
 
 def plan_training(
-    hyperparameters: Hyperparameters, groups: Groups, model: CrossEncoder, validation: Validation | None = None
-) -> Plan:
+    hyperparameters: Hyperparameters, groups: Groups, *, width: int, head_is_new: bool,
+    validation: Validation | None = None,
+) -> Plan:  # fmt: skip
     """Decide what the hyperparameters leave open.
 
     - Small data need small batches and several epochs: `batch_size` is 4 for fewer than 200 queries, 8 for fewer than
@@ -72,6 +72,13 @@ def plan_training(
       need be, there are fewer validations, but at least two, and then fewer queries, but at least 50.
 
     docs/how-much-data.md has the measurements behind the numbers.
+
+    Args:
+        hyperparameters: The settings; what they set is what happens.
+        groups: The queries to train on.
+        width: Dimensions of the model's hidden states.
+        head_is_new: Whether the model's head is untrained.
+        validation: The validation data.
     """
     queries = len(groups)
     batch_size = hyperparameters.batch_size or next(size for limit, size in BATCH_SIZES if queries < limit)
@@ -79,7 +86,7 @@ def plan_training(
     updates_per_epoch = math.ceil(queries / batch_size)
     epochs = hyperparameters.epochs or min(MAX_EPOCHS, math.ceil(MIN_UPDATES / updates_per_epoch))
     updates = hyperparameters.max_steps or max(1, math.ceil(updates_per_epoch * epochs))
-    rate = NEW_HEAD_RATE * min(1.0, (NARROW / model.width) ** 3) * (1 if model.head_is_new else TRAINED_HEAD_FACTOR)
+    rate = NEW_HEAD_RATE * min(1.0, (NARROW / width) ** 3) * (1 if head_is_new else TRAINED_HEAD_FACTOR)
     eval_every, validation_queries = max(1, updates // (MAX_VALIDATIONS - 1)), 0
     if validation is not None:
         validation_queries = validation.queries

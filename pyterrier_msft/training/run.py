@@ -60,7 +60,10 @@ def train(
     history, identity = [] if history is None else history, dict(identity or {})
     network, dtype = model.network, model.training_dtype
     model.mark_changed()
-    plan = plan or plan_training(hyperparameters, groups, model, validation)
+    if plan is None:
+        plan = plan_training(
+            hyperparameters, groups, width=model.width, head_is_new=model.head_is_new, validation=validation
+        )
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_global_state())
         stack.enter_context(quiet_transformers())

@@ -1,0 +1,115 @@
+"""The identity of a cross-encoder, and its warnings."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import WORDS
+from test_models import FAMILIES, PUBLISHED, write_published, write_tokenizer
+from transformers import AutoModelForSequenceClassification, BertConfig
+
+from pyterrier_msft import Contrastive, MonoCE
+
+# ---- the fingerprint
+
+
+def edit_config(folder: Path, **values) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture
+def published(tmp_path) -> Path:
+    write_published(tmp_path / "model", PUBLISHED[0])
+    return tmp_path / "model"
+
+
+@pytest.mark.filterwarnings("ignore:.*random scores")
+@pytest.mark.parametrize(
+    "values", [{"num_attention_heads": 4}, {"hidden_act": "relu"}, {"layer_norm_eps": 0.1}], ids=str
+)
+def test_the_fingerprint_follows_what_affects_scores(backbone, test_part, tmp_path, values):
+    pytest.importorskip("pyterrier_caching")
+    folder, settings = tmp_path / "model", {"max_length": 24, "device": "cpu", "dtype": "float32"}
+    MonoCE(backbone).save(folder)
+    frame = test_part.results.head(24)
+    before = MonoCE(folder, **settings)
+    scores = before.cached(tmp_path / "cache")(frame)["score"]
+    edit_config(folder, **values)
+    after = MonoCE(folder, **settings)
+    assert after.fingerprint != before.fingerprint
+    assert not np.allclose(after(frame)["score"], scores)
+    np.testing.assert_allclose(after.cached(tmp_path / "cache")(frame)["score"], after(frame)["score"], atol=1e-6)
+
+
+def test_the_fingerprint_ignores_names_and_training(published):
+    before = MonoCE(published).fingerprint
+    edit_config(
+        published, id2label={"0": "relevance"}, label2id={"relevance": 0}, problem_type="regression", use_cache=False,
+        transformers_version="4.1.0", torch_dtype="float16", hidden_dropout_prob=0.3, classifier_dropout=0.2,
+        _name_or_path="elsewhere/model", sentence_transformers={"version": "4.0.0"}, sep_token_id=2,
+    )  # fmt: skip
+    assert MonoCE(published).fingerprint == before
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *PUBLISHED])
+def test_a_saved_model_has_the_same_fingerprint(name, tmp_path, train_part):
+    source = tmp_path / "source"
+    if name in FAMILIES:
+        config = copy.deepcopy(FAMILIES[name])
+        config.num_labels = 1
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(source)
+        write_tokenizer(source, token_types=isinstance(config, BertConfig))
+    else:
+        write_published(source, name)
+    ce = MonoCE(source, max_length=24, device="cpu")
+    start = ce.fingerprint
+    network = AutoModelForSequenceClassification.from_pretrained(source)
+    assert MonoCE(network, max_length=24, device="cpu").fingerprint == start
+    ce.save(tmp_path / "start")
+    assert MonoCE.load(tmp_path / "start").fingerprint == start
+    ce.fit(train_part.results, train_part.qrels, fitter=Contrastive(max_steps=1, learning_rate=1e-2, dropout=0.2))
+    ce.save(tmp_path / "trained")
+    assert MonoCE.load(tmp_path / "trained").fingerprint == ce.fingerprint != start
+    assert ce.clone().fingerprint == ce.fingerprint
+
+
+# ---- truncated queries
+
+
+def frame_with_query(n: int) -> pd.DataFrame:
+    rows = [("a", "w1", "d1", "w2"), ("b", " ".join(WORDS[:n]), "d2", "w2"), ("b", " ".join(WORDS[:n]), "d3", "w3")]
+    return pd.DataFrame(rows, columns=["qid", "query", "docno", "text"])
+
+
+def test_truncated_queries_are_reported_once(ce):
+    assert ce.cross_encoder.head_is_new  # loads the model
+    ce.cross_encoder.head_is_new = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        ce(frame_with_query(20))  # with [CLS], "w2" and two [SEP] exactly 24
+    with pytest.warns(UserWarning, match=r"^2 of 3 rows to score have a truncated query: they exceed max_length=24") as caught:
+        ce(frame_with_query(21))
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        ce(frame_with_query(21))
+        ce.clone()(frame_with_query(21))
+    ce.max_query_length = 20
+    with pytest.warns(UserWarning, match=r"^2 of 3 rows .* exceed max_query_length=20"):
+        ce(frame_with_query(21))
+
+
+def test_scores_of_long_queries_are_those_of_sentence_transformers(published, test_part):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    frame = test_part.results.head(24)
+    frame = frame.assign(query=frame["query"] + " w1 w2 w3 w4 w5 w6 w7 w8 w9 w10")
+    ce = MonoCE(published, max_length=24, dtype="float32", device="cpu")
+    other = sentence_transformers.CrossEncoder(str(published), max_length=24, device="cpu")
+    expected = other.predict([*zip(frame["query"], frame["text"], strict=True)])
+    assert np.ptp(expected) > 0
+    np.testing.assert_allclose(ce(frame)["score"], expected, atol=1e-5)

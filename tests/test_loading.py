@@ -1,0 +1,181 @@
+"""Which models are loaded, and what loading leaves as it was."""
+
+import shutil
+import threading
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from pyterrier_msft import MonoCE
+from pyterrier_msft.model.first_token import first_token_only
+from pyterrier_msft.model.loading import load_model, quiet_transformers
+from pyterrier_msft.model.scoring import core_pool
+
+# ---- models in the modules of sentence-transformers
+
+
+@pytest.fixture(scope="module")
+def modular(backbone, tmp_path_factory) -> Path:
+    """A CrossEncoder whose head is in modules after the network, such as the Ettin re-rankers."""
+    pytest.importorskip("sentence_transformers", minversion="5.4")
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Pooling, Transformer
+
+    modules = [
+        Transformer(backbone), Pooling(16, "cls"), Dense(16, 16), LayerNorm(16),
+        Dense(16, 1, activation_function=torch.nn.Identity(), module_output_name="scores"),
+    ]  # fmt: skip
+    folder = tmp_path_factory.mktemp("modular")
+    CrossEncoder(modules=modules, device="cpu").save_pretrained(str(folder))
+    (folder / "model.safetensors").unlink()  # refused before weights are read
+    return folder
+
+
+def test_a_head_in_modules_is_refused(modular):
+    with pytest.raises(ValueError, match=r"a sentence-transformers .* Transformer, Pooling, Dense, LayerNorm, Dense\."):
+        MonoCE(modular).fingerprint  # noqa: B018 loads the model
+
+
+def test_a_head_in_modules_is_refused_on_the_hub(modular, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--user--modular"
+    for revision in ("main", "other"):
+        (repo / "refs").mkdir(parents=True, exist_ok=True)
+        (repo / "refs" / revision).write_text(revision * 10)
+        shutil.copytree(modular, repo / "snapshots" / (revision * 10))
+    (repo / "snapshots" / ("other" * 10) / "modules.json").unlink()
+    with pytest.raises(ValueError, match=r"got 'user/modular', a sentence-transformers CrossEncoder in the modules"):
+        MonoCE("user/modular").fingerprint  # noqa: B018 loads the model
+    with pytest.raises(ValueError, match=r"got 'user/modular': .*safetensors"):  # not refused because of modules
+        MonoCE("user/modular", revision="other").fingerprint  # noqa: B018 loads the model
+
+
+def test_a_bi_encoder_is_a_backbone(backbone, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    sentence_transformers.SentenceTransformer(backbone, device="cpu").save_pretrained(str(tmp_path / "new"))
+    # Older versions didn't save the kind of model.
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    (tmp_path / "old" / "config_sentence_transformers.json").write_text('{"__version__": {}}')
+    for name in ("new", "old"):
+        assert (tmp_path / name / "modules.json").is_file()
+        assert MonoCE(tmp_path / name).cross_encoder.head_is_new
+
+
+# ---- missing weights
+
+
+def test_a_classifier_without_its_pooler_has_a_new_head(backbone, tmp_path, train_part):
+    AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(tmp_path)
+    assert not MonoCE(tmp_path).cross_encoder.head_is_new
+    weights = load_file(tmp_path / "model.safetensors")
+    removed = [weights.pop(name) for name in [*weights] if "pooler" in name]
+    assert removed
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="gives random scores"):
+        MonoCE(tmp_path, max_length=24, device="cpu")(train_part.results.head(8))
+
+
+# ---- threads
+
+
+def run(*functions) -> None:
+    """Run functions at the same time and raise the first error."""
+    errors = []
+
+    def guarded(function) -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def overlapping(make_context) -> None:
+    """Enter a context in two threads: the second enters before the first exits, and exits last."""
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        with make_context():
+            first_is_in.set()
+            second_is_in.wait(10)
+        first_is_out.set()
+
+    def second() -> None:
+        first_is_in.wait(10)
+        with make_context():
+            second_is_in.set()
+            first_is_out.wait(10)
+
+    run(first, second)
+
+
+def test_threads_restore_the_settings_of_transformers():
+    log = transformers.utils.logging
+    before = log.get_verbosity(), log.is_progress_bar_enabled()
+
+    def look() -> None:
+        with quiet_transformers():
+            assert log.get_verbosity() == log.ERROR
+            assert not log.is_progress_bar_enabled()
+
+    overlapping(quiet_transformers)
+    run(look, look)
+    assert (log.get_verbosity(), log.is_progress_bar_enabled()) == before
+    log.set_verbosity_info()
+    try:
+        overlapping(quiet_transformers)
+        assert log.get_verbosity() == log.INFO
+    finally:
+        log.set_verbosity(before[0])
+
+
+def test_threads_restore_the_number_of_torchs_threads():
+    before, found = torch.get_num_threads(), []
+
+    class Pool:
+        def __enter__(self) -> None:
+            self.pool = core_pool(3)
+            self.pool.__enter__().submit(torch.get_num_threads).result()
+
+        def __exit__(self, *_) -> None:
+            self.pool.__exit__(None, None, None)
+
+    torch.set_num_threads(6)
+    try:
+        overlapping(Pool)
+        run(lambda: found.append(torch.get_num_threads()))
+        assert found == [6]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_restore_the_last_layer(backbone):
+    model = load_model(backbone, seed=1)[0]
+    overlapping(lambda: first_token_only(model))
+    assert "forward" not in vars(model.base_model.encoder.layer[-1])
+
+
+def test_threads_load_the_same_model(backbone, train_part):
+    """Neither takes the random numbers of the other, and one re-ranker loads once."""
+    expected = [MonoCE(backbone, seed=seed, device="cpu").fingerprint for seed in (1, 2, 3)]
+    state = torch.get_rng_state()
+    for _ in range(5):
+        rerankers = [MonoCE(backbone, seed=seed, device="cpu") for seed in (1, 2, 3)]
+        networks: list[object] = []
+        run(*[lambda ce=ce, found=networks: found.append(ce.cross_encoder.network) for ce in rerankers * 2])
+        assert [ce.fingerprint for ce in rerankers] == expected
+        assert len({id(network) for network in networks}) == 3
+    assert torch.equal(torch.get_rng_state(), state)
