@@ -96,7 +96,7 @@ AUTHORS = {
     "seed": 42,
     "pairs_per_pass": 128,  # bounds memory; the gradient is unchanged
 }
-SMALL = {"learning_rate": 2e-4, "batch_size": 8, "dropout": 0.0}
+SMALL = {"learning_rate": 2e-4, "epochs": 1, "batch_size": 8, "dropout": 0.0}
 SCALES = {
     "paper": Scale(
         contrastive=Contrastive(

@@ -62,6 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", default="pydocs", help="pydocs, or e.g. irds:beir/scifact")
     parser.add_argument("--train", help="the variant with the training queries, e.g. train")
     parser.add_argument("--test", help="the variant with the test queries; without variants, two folds are made")
+    parser.add_argument("--backbone", default=minilm(), help="a folder or a name on the Hugging Face hub")
     parser.add_argument("--sizes", type=int, nargs="+", default=[100, 300, 1000, 3000], help="training queries")
     parser.add_argument("--recipes", nargs="+", default=[*RECIPES], choices=RECIPES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -127,7 +128,7 @@ class Study:
             if self._has(recipe, len(qids), seed, number):
                 continue
             if recipe == "labels":
-                start = MonoCE(minilm(), max_length=self.max_length, seed=seed, interpolate=True)
+                start = MonoCE(self.args.backbone, max_length=self.max_length, seed=seed, interpolate=True)
             else:
                 start = self._distil(seed)
             if recipe == "teacher":
@@ -142,7 +143,7 @@ class Study:
     def _distil(self, seed: int) -> MonoCE:
         """Distil the teacher's rankings for the made queries; once per seed."""
         if seed not in self.distilled:
-            ce = MonoCE(minilm(), max_length=self.max_length, seed=seed)
+            ce = MonoCE(self.args.backbone, max_length=self.max_length, seed=seed)
             fitter = Distillation(teacher=self.teacher, depth=8, epochs=2, dropout=0.0, seed=seed)
             self.distilled[seed] = ce.fit(self.made, fitter=fitter)
         return self.distilled[seed].clone().apply_attributes(interpolate=True)

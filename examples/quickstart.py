@@ -49,6 +49,7 @@ def main() -> None:
     # Two stages, and every sequence of them
     shared = {
         "learning_rate": 2e-4,
+        "epochs": 1,
         "batch_size": 8,
         "dropout": 0.0,
         "seed": args.seed,

