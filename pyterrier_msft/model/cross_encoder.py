@@ -302,12 +302,13 @@ def _digestible_config(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _scored_fields(fields: Mapping[str, Any], defaults: Any) -> dict[str, Any]:
-    defaults = defaults if isinstance(defaults, Mapping) else {}
-    return {
-        name: _scored_fields(value, defaults.get(name)) if isinstance(value, Mapping) else value
-        for name, value in fields.items()
-        if not UNSCORED_FIELDS.fullmatch(str(name)) and (name not in defaults or value != defaults[name])
-    }
+    defaults, found = defaults if isinstance(defaults, Mapping) else {}, {}
+    for name, value in fields.items():
+        if not UNSCORED_FIELDS.fullmatch(str(name)) and (name not in defaults or value != defaults[name]):
+            scored = _scored_fields(value, defaults.get(name)) if isinstance(value, Mapping) else value
+            if scored != {}:
+                found[name] = scored
+    return found
 
 
 def _absolute(name: str) -> str:
