@@ -352,9 +352,7 @@ def run(args: argparse.Namespace, scale: Scale, data: Data, out: Path) -> pd.Dat
         sequence trained at a rate of the sweep has the rate in its name: `CL-KD 2e-05`.
     """
     frames = [evaluate(test, test.first_stage, None) for test in data.tests]
-    reranker = MonoCE(
-        args.backbone, max_length=scale.max_length, max_query_length=scale.max_length // 3, text=data.text, verbose=True
-    )
+    reranker = MonoCE(args.backbone, max_length=scale.max_length, text=data.text, verbose=True)
     cl, kd = Stage(scale.contrastive, *data.labels), Stage(scale.distillation, data.ranking)
     default = scale.contrastive.learning_rate
     for seed in args.seeds:

@@ -31,7 +31,7 @@ LENGTHS = {"pydocs": 64, "irds:vaswani": 64}  # tokens per pair; 96 for longer t
 
 @dataclass(frozen=True)
 class Fold:
-    """The candidates and qrels to train and to test on."""
+    """Topics and qrels to train and to test on."""
 
     train: pd.DataFrame
     train_qrels: pd.DataFrame
@@ -77,20 +77,20 @@ class Study:
     """Trains and measures re-rankers on one collection."""
 
     def __init__(self, args: argparse.Namespace, out: Path) -> None:
-        self.args, self.out, self.path = args, out, out / "perquery.csv"
+        self.args, self.path = args, out / "perquery.csv"
         self.max_length = LENGTHS.get(args.dataset, 96)
         train, test = self._dataset(args.train or "train"), self._dataset(args.test or "test")
-        first_stage = bm25(train, out / args.dataset.replace(":", "-").replace("/", "-")) % 100
-        self.text = train.text_loader()
-        self.folds = self._folds(train, test, first_stage)
-        made = unlabelled.make_queries(train.get_corpus_iter(verbose=False), n=args.made_queries)
+        index = out / args.dataset.replace(":", "-").replace("/", "-")
+        self.candidates = bm25(train, index) >> train.text_loader()
+        self.folds = self._folds(train, test)
+        self.tests = [self._top(fold.test, args.depth) for fold in self.folds]
+        self.made = unlabelled.make_queries(train.get_corpus_iter(verbose=False), n=args.made_queries)
         self.teacher = unlabelled.BiEncoder(minilm())
-        self.made = (first_stage % 50 >> self.text)(made[["qid", "query"]])
         self.distilled: dict[int, MonoCE] = {}
-        for number, fold in enumerate(self.folds):
-            self._save("first stage", 0, 0, number, {"first stage": fold.test})
+        for number, results in enumerate(self.tests):
+            self._save("first stage", 0, 0, number, {"first stage": results})
             if not self._has("bi-encoder + first stage", 0, 0, number):
-                self._save("bi-encoder + first stage", 0, 0, number, {"teacher": self.teacher(fold.test)})
+                self._save("bi-encoder + first stage", 0, 0, number, {"teacher": self.teacher(results)})
 
     def _dataset(self, part: str) -> Any:
         name = self.args.dataset
@@ -98,55 +98,55 @@ class Study:
             return pt.get_dataset(f"pydocs:{part}")
         return pt.get_dataset(f"{name}/{part}" if self.args.test else name)
 
-    def _folds(self, train: Any, test: Any, first_stage: pt.Transformer) -> list[Fold]:
-        """Retrieve the candidates. A dataset without variants has two folds, each tested by the other's training."""
+    def _folds(self, train: Any, test: Any) -> list[Fold]:
+        """Split the topics. A dataset without variants has two folds; each half is tested by training on the other."""
 
-        def candidates(dataset: Any, qids: Any = None) -> pd.DataFrame:
-            topics = dataset.get_topics()
+        def judged(dataset: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+            topics, qrels = dataset.get_topics(), dataset.get_qrels()
             if "query" not in topics.columns:
                 topics = dataset.get_topics("text" if "text" in topics.columns else "title")
-            judged = dataset.get_qrels().query("label > 0")["qid"]
-            chosen = topics["qid"].isin(judged) & (qids is None or topics["qid"].isin(qids))
-            return (first_stage >> self.text)(topics[chosen])
+            topics = topics[topics["qid"].isin(qrels[qrels["label"] > 0]["qid"])].sort_values("qid")
+            return topics.reset_index(drop=True), qrels
 
-        depth = self.args.depth
+        topics, qrels = judged(train)
         if self.args.test is None and self.args.dataset != "pydocs":
-            everything, qrels = candidates(train), train.get_qrels()
-            qids = np.random.default_rng(0).permutation(sorted(everything["qid"].unique()))
-            halves = [everything[everything["qid"].isin(qids[half::2])] for half in range(2)]
-            tests = [half[half["rank"] < depth] for half in halves]
-            return [Fold(halves[0], qrels, tests[1], qrels), Fold(halves[1], qrels, tests[0], qrels)]
-        results = candidates(test)
-        results = results[results["qid"].isin(sorted(results["qid"].unique())[: self.args.test_queries])]
-        results = results[results["rank"] < depth]
-        return [Fold(candidates(train), train.get_qrels(), results, test.get_qrels())]
+            topics = topics.sample(frac=1, random_state=0)
+            halves = topics[::2], topics[1::2]
+            return [Fold(halves[0], qrels, halves[1], qrels), Fold(halves[1], qrels, halves[0], qrels)]
+        test_topics, test_qrels = judged(test)
+        return [Fold(topics, qrels, test_topics.head(self.args.test_queries), test_qrels)]
+
+    def _top(self, topics: pd.DataFrame, depth: int) -> pd.DataFrame:
+        results = self.candidates(topics[["qid", "query"]])
+        return results[results["rank"] < depth].reset_index(drop=True)
 
     def measure(self, recipe: str, size: int, seed: int) -> None:
         """Train with a recipe and measure, unless that was done before."""
-        for number, fold in enumerate(self.folds):
-            qids = np.random.default_rng([seed, size]).permutation(sorted(fold.train["qid"].unique()))[:size]
-            if self._has(recipe, len(qids), seed, number):
+        size = min(size, *(len(fold.train) for fold in self.folds))
+        for number, (fold, test) in enumerate(zip(self.folds, self.tests, strict=True)):
+            if self._has(recipe, size, seed, number):
                 continue
             if recipe == "labels":
-                start = MonoCE(self.args.backbone, max_length=self.max_length, seed=seed, interpolate=True)
+                start = MonoCE(self.args.backbone, max_length=self.max_length, seed=seed)
             else:
-                start = self._distil(seed)
+                start = self._distil(seed).clone()
             if recipe == "teacher":
-                self._save(recipe, 0, seed, number, {ALONE: start(fold.test)})
+                self._save(recipe, 0, seed, number, {ALONE: start(test)})
                 continue
-            train = fold.train[fold.train["qid"].isin(qids)]
-            ce = start.fit(train, fold.train_qrels, fitter=Contrastive(n_negatives=3, dropout=0.0, seed=seed))
+            ce = start.apply_attributes(interpolate=True)
+            train = self.candidates(fold.train.sample(size, random_state=seed))
+            ce.fit(train, fold.train_qrels, fitter=Contrastive(n_negatives=3, dropout=0.0, seed=seed))
             print(ce.data_report, flush=True)
             alone = ce.apply_attributes(interpolate=False)
-            self._save(recipe, len(qids), seed, number, {ALONE: alone(fold.test), INTERPOLATED: ce(fold.test)})
+            self._save(recipe, size, seed, number, {ALONE: alone(test), INTERPOLATED: ce(test)})
 
     def _distil(self, seed: int) -> MonoCE:
         """Distil the teacher's rankings for the made queries; once per seed."""
         if seed not in self.distilled:
             ce = MonoCE(self.args.backbone, max_length=self.max_length, seed=seed)
             fitter = Distillation(teacher=self.teacher, depth=8, epochs=2, dropout=0.0, seed=seed)
-            self.distilled[seed] = ce.fit(self.made, fitter=fitter)
-        return self.distilled[seed].clone().apply_attributes(interpolate=True)
+            self.distilled[seed] = ce.fit(self._top(self.made, 8), fitter=fitter)
+        return self.distilled[seed]
 
     def _has(self, recipe: str, queries: int, seed: int, fold: int) -> bool:
         if not self.path.is_file():

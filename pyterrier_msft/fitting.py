@@ -161,7 +161,7 @@ def _new_record(encoder: PairEncoder, data: StageData, plan: Plan, place: int, s
     with contextlib.suppress(ValueError):  # of a loss that can't be digested
         digest = sha256_of(fitter.readable_settings())
     return StageRecord(
-        fitter=repr(fitter), loss=format_value(fitter.loss), digest=digest,
+        fitter=repr(fitter), loss=getattr(fitter.loss, "__name__", format_value(fitter.loss)), digest=digest,
         data=data.digest, queries=len(groups), documents=report.documents, place=place, start=start, seed=fitter.seed,
         plan=dataclasses.asdict(plan),
         versions=library_versions(), data_report=dataclasses.asdict(report),

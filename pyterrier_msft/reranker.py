@@ -49,7 +49,8 @@ class MonoCE(SavingMixin, pt.Estimator):
         text_field: The column with the documents' text.
         text: Where to look up texts that the results don't have: a dataset or an index with `.text_loader()`.
         max_length: Tokens per pair; a longer document is truncated.
-        max_query_length: Tokens per query; a longer query is truncated. None: half of `max_length`.
+        max_query_length: Tokens per query; a longer query is truncated. None: the document is truncated first, and the
+            query keeps at least half of the tokens.
         interpolate: Whether to add the first stage's score, the column `score` of the results, to the model's:
             `model's score + weight * first stage's score`. A number is the weight; True: `fit` chooses it, see
             docs/howto/interpolate.md. The results then keep the first stage's score as `first_stage_score`.
@@ -245,7 +246,7 @@ class MonoCE(SavingMixin, pt.Estimator):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the weights: two re-rankers with equal weights have the same one. Loads the model."""
+        """A digest of the weights, and of the configuration that affects scores. Loads the model."""
         return self.cross_encoder.fingerprint
 
     def scoring_settings(self) -> dict[str, Any]:

@@ -36,8 +36,8 @@ def make_queries(
         seed: Seed of the sample.
 
     Returns:
-        A frame with the columns qid, query, and docno of the document that the query is from. Queries are distinct, and
-        have only letters, digits and spaces, so that no retrieval engine reads operators in them.
+        Topics: qid, which ends in the document's docno, and query. Queries are distinct, and have only letters, digits
+        and spaces, so that no retrieval engine reads operators in them.
 
     Raises:
         ValueError: If no document gives a query.
@@ -54,13 +54,7 @@ def make_queries(
     if not rows:
         raise ValueError(f"corpus must have sentences of {MIN_WORDS} to {MAX_WORDS} words in {text_field!r}; got none")
     sample = np.random.default_rng(seed).permutation(len(rows))[:n]
-    return pd.DataFrame(
-        {
-            "qid": [f"made-{rows[i][0]}" for i in sample],
-            "query": [rows[i][1] for i in sample],
-            "docno": [rows[i][0] for i in sample],
-        }
-    )
+    return pd.DataFrame([(f"made-{rows[i][0]}", rows[i][1]) for i in sample], columns=["qid", "query"])
 
 
 class BiEncoder(pt.Transformer):

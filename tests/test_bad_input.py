@@ -342,7 +342,7 @@ def test_very_long_query(scorer, new):
     assert found.tolist() == scorer(cut)["score"].tolist()
     assert scorer(long)["score"][:8].nunique() == 8  # the query doesn't displace the text
     new.fit(long, QRELS, fitter=SHORT)
-    assert "100.0% of the queries are truncated (max_query_length)" in repr(new.data_report)
+    assert "100.0% of the queries are truncated (max_length, max_query_length)" in repr(new.data_report)
 
 
 UNUSUAL = ["w1\x00w2", "w1 \ud800 w2", "\u202eמילה w1", "w1 🙂 w2", "e\u0301 \u200b", "\x07"]

@@ -82,7 +82,7 @@ def test_ctrl_c_leaves_the_best_weights_and_the_repeated_call_resumes(ce, data, 
         warnings.filterwarnings("error", message=".*random")
         run = ce(dev_part.results).rename(columns={"qid": "query_id", "docno": "doc_id"})
     history = ce.history
-    assert history["step"].tolist() == list(range(1, 14))
+    assert history["step"].tolist() == list(range(14))
     qrels = dev_part.qrels.rename(columns={"qid": "query_id", "docno": "doc_id", "label": "relevance"})
     assert (RR @ 10).calc_aggregate(qrels, run) == pytest.approx(history["RR@10"].max())
     assert (ce.stages[-1].interrupted, ce.stages[-1].fingerprint) == (13, ce.fingerprint)

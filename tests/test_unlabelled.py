@@ -19,16 +19,14 @@ CORPUS = [
 
 
 def test_queries_are_titles_or_first_sentences():
-    made = make_queries(CORPUS, n=10).sort_values("docno")
-    assert made["docno"].tolist() == ["a", "b", "c"]
-    assert made["query"].tolist() == [
-        "Sorting arrays quickly",
-        "How to draw a random sample",
-        "A file is read line by line",
-    ]
-    assert made["qid"].is_unique
-    without_titles = make_queries(CORPUS, n=10, title_field=None).set_index("docno")["query"]
-    assert without_titles["a"] == "It is fast on average"
+    made = make_queries(CORPUS, n=10).set_index("qid")["query"].sort_index()
+    assert made.to_dict() == {
+        "made-a": "Sorting arrays quickly",
+        "made-b": "How to draw a random sample",
+        "made-c": "A file is read line by line",
+    }
+    without_titles = make_queries(CORPUS, n=10, title_field=None).set_index("qid")["query"]
+    assert without_titles["made-a"] == "It is fast on average"
 
 
 def test_a_sample_of_queries_depends_on_the_seed():

@@ -39,7 +39,7 @@ class DataReport:
             lines.append(f"placed {_count(self.ranked_last, 'document')} last that the teacher didn't rank")
         rates = {
             "of the teacher's pairs of documents are tied": self.tied_labels,
-            "of the queries are truncated (max_query_length)": self.truncated_queries,
+            "of the queries are truncated (max_length, max_query_length)": self.truncated_queries,
             "of the documents are truncated (max_length)": self.truncated_documents,
         }
         lines += [f"{rate:.1%} {what}" for what, rate in rates.items() if rate]

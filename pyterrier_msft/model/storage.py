@@ -17,7 +17,8 @@ MODEL_FILES = (
     adapters.CONFIG, "adapter_model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "tokenizer.model", "spiece.model", "spm.model",
-    "sentencepiece.bpe.model", RECORD, FIRST, "README.md",
+    "sentencepiece.bpe.model", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", RECORD,
+    FIRST, "README.md",
 )  # fmt: skip
 PARTIAL = ".saving"  # the sub-folder in which a model is written before its files are moved into place
 
