@@ -68,7 +68,7 @@ def main(backbone: str, out: Path) -> None:
 
     # Validation, and patience that runs out
     stopping = dataclasses.replace(
-        CASES["adamw"], metric=RR @ 10, eval_every=1, patience=2, epochs=9, learning_rate=0.1
+        CASES["adamw"], metric=RR @ 10, eval_every=1, patience=2, epochs=9, learning_rate=0.01
     )
     write("stopping", ce.clone().fit(part.results, part.qrels, dev.results, dev.qrels, fitter=stopping))
 

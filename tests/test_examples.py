@@ -65,7 +65,7 @@ def test_train_with_one_process_and_with_torchrun(tmp_path, home):
     pytest.importorskip("pyterrier_pisa")
     arguments = [str(EXAMPLES / "train.py"), "--model", write_tiny_bert(tmp_path / "tiny"), "--dev", "pydocs:dev"]
     arguments += ["--queries", "24", "--test-queries", "10", "--depth", "8", "--max-length", "24"]
-    arguments += ["--set", "learning_rate=1e-3", "n_negatives=3", "batch_size=5", "dropout=0.0"]
+    arguments += ["--set", "learning_rate=1e-3", "epochs=1", "n_negatives=3", "batch_size=5", "dropout=0.0"]
     launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]}
     histories = []
     for out, launcher in launchers.items():
