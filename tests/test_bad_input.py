@@ -870,7 +870,7 @@ INVALID = {
     "score": [NAN, "high", None], "rank": ["first", NAN], "label": [NAN, "yes", np.inf],
 }  # fmt: skip
 WARNINGS = [
-    r"\d+ of \d+ rows to score have no '\w+'",
+    r"\d+ of \d+ rows to score have (no |a truncated query)",
     r"(Contrastive|Distillation) dropped \d+ ",
     r"(Contrastive|Distillation) found \d+ ",
     r"(Contrastive|Distillation) changed no weight",  # training is mocked
