@@ -49,7 +49,8 @@ class Hyperparameters:
             `batch_size` needs. With every loss, the gradient is that of one large batch (gradient caching).
         pairs_per_pass: Largest number of query-document pairs (or windows, with `passages`) whose activations are held
             in memory. A batch with more costs one extra forward pass; the gradient is unchanged, except for the random
-            numbers of dropout (gradient caching: Gao et al., RepL4NLP 2021). None: on a CPU, as many as take an estimated 4 GiB; on a GPU, as many as fit.
+            numbers of dropout (gradient caching: Gao et al., RepL4NLP 2021). None: on a CPU, as many as take an
+            estimated 4 GiB; on a GPU, as many as fit.
         warmup: Updates during which the learning rate rises from 0; below 1, a fraction of all updates.
         weight_decay: Weight decay of AdamW.
         clip_norm: Maximum norm of the gradient. None: no clipping.
