@@ -101,8 +101,11 @@ def _train_stage(
     resumed = _stages_to_resume(stages, checkpoint_dir) if place == 1 else []
     start = resumed[0].start if resumed else before
     measured = Validation(*validation, fitter.metric) if validation and fitter.metric is not None else None
-    was_new = resumed[0].head_was_new if resumed else model.head_is_new
-    plan = plan_training(fitter, data.groups, width=model.width, head_is_new=was_new, validation=measured)
+    head_before = model.head_is_new
+    was_new = resumed[0].head_was_new if resumed else head_before
+    plan = plan_training(
+        fitter, data.groups, width=model.width, head_is_new=was_new, is_adapter=model.has_adapter, validation=measured
+    )
     record = _new_record(encoder, data, plan, place, start)
     record.head_was_new = was_new
     # A loss that can't be digested can't be recognised later either, which only matters for these.
@@ -118,10 +121,11 @@ def _train_stage(
         )  # fmt: skip
     except BaseException:
         record.fingerprint = model.fingerprint
-        if record.fingerprint == before:  # nothing was learned: drop the new record
-            model.head_is_new = was_new
+        if record.fingerprint == before:  # nothing was learned
+            model.head_is_new = head_before
+        if record.fingerprint == before and place == 1:
             stages[-1:] = resumed
-        else:
+        else:  # the record of a later stage says that its fit isn't complete
             record.interrupted = record.updates
         raise
     record.fingerprint = model.fingerprint

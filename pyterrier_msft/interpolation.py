@@ -17,6 +17,7 @@ from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import StageRecord
 from pyterrier_msft.notices import warn
+from pyterrier_msft.training.plan import plan_training
 from pyterrier_msft.training.validation import Validation
 
 # Weights to try, relative to the standard deviations of both scores: 0, and steps of half an octave up to 32, where the
@@ -45,8 +46,8 @@ class Interpolation:
     def __str__(self) -> str:
         return (
             f"first stage's weight {self.weight:.3g} ({self.relative_weight:.2g} in standard deviations): on "
-            f"{self.queries:,} queries, {self.metric} is {self.value:.3f}, of the model alone {self.model:.3f}, of the "
-            f"first stage {self.first_stage:.3f}"
+            f"{self.queries:,} queries, {self.metric} is {self.value:.3f} (model alone {self.model:.3f}, first stage "
+            f"{self.first_stage:.3f})"
         )
 
 
@@ -107,6 +108,24 @@ def choose_weight(parts: Sequence[Scored], metric: Any, *, spread: float) -> Int
     )
 
 
+def candidates_of(
+    results: pd.DataFrame | str | Path, qrels: pd.DataFrame | None, texts: TextSource
+) -> ValidationFrames | None:
+    """Return the training results and qrels that can choose a weight; None, with a warning, if there are no labels.
+
+    Raises:
+        ValueError: If the results have no scores, or the labels aren't whole numbers.
+    """
+    if isinstance(results, str | Path) or qrels is None:
+        found = "without qrels" if qrels is None else "in a file"
+        warn(
+            f"no weight is chosen for the first stage's score: the training results are {found}, and there are no "
+            "validation results. Pass these, call fit again with labels, or set a number as interpolate"
+        )
+        return None
+    return validation_frames(results, qrels, texts, what="training", with_scores=True)
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """The training queries that choose a weight, in parts: each is held out from training once."""
@@ -115,26 +134,12 @@ class HeldOut:
     parts: list[set[str]]  # qids
 
     @classmethod
-    def of(
-        cls, results: pd.DataFrame | str | Path, qrels: pd.DataFrame | None, texts: TextSource,
-        prepared: Sequence[StageData],
-    ) -> "HeldOut | None":  # fmt: skip
+    def of(cls, frames: ValidationFrames, prepared: Sequence[StageData]) -> "HeldOut":
         """Split at random: two halves for cross-validation, or, of many queries, one part.
 
-        None if the training queries can't choose a weight: they have no qrels, or their results are in a file.
-
         Raises:
-            ValueError: If there are too few, or the results have no scores.
+            ValueError: If there are too few queries.
         """
-        if isinstance(results, str | Path) or qrels is None:
-            found = "without qrels" if qrels is None else "in a file"
-            warn(
-                f"no weight is chosen for the first stage's score: the training results are {found}, and there are no "
-                "validation results. Pass these, call fit again with labels, or set a number as interpolate"
-            )
-            return None
-        frames = validation_frames(results, qrels, texts, what="training", with_scores=True)
-        assert frames is not None
         trained = {qid for data in prepared for qid in data.groups.qids}
         qids = np.array(sorted(trained & {*frames[0]["qid"]}))
         if len(qids) < MIN_QUERIES:
@@ -147,20 +152,32 @@ class HeldOut:
             return cls(frames, [{*qids[:HELD_OUT_QUERIES]}])
         return cls(frames, [{*qids[::2]}, {*qids[1::2]}])
 
-    def validation(self, part: int, metric: Any) -> Validation:
-        """Return the results and qrels of a part, or of a sample of its queries if they have very many documents."""
+    def data(self, part: int, metric: Any) -> Validation:
+        """Return the results and qrels of a part, or of a sample of its queries."""
         results, qrels = (frame[frame["qid"].isin(self.parts[part])].reset_index(drop=True) for frame in self.frames)
-        validation = Validation(results, qrels, metric)
-        affordable = MAX_PAIRS / len(self.parts) / max(1, len(results))
-        return validation.sample(max(25, int(validation.queries * affordable)))
+        return _affordable(Validation(results, qrels, metric), MAX_PAIRS // len(self.parts))
+
+
+def _affordable(data: Validation, pairs: int) -> Validation:
+    """Return a sample of the queries with so many pairs, but at least 25 queries."""
+    return data.sample(max(25, int(data.queries * pairs / max(1, len(data.results)))))
+
+
+def _without(data: StageData, qids: set[str]) -> StageData:
+    """Leave queries out, and see the others as often and in batches of the same size."""
+    plan = plan_training(data.fitter, data.groups, width=1, head_is_new=True)
+    fitter = dataclasses.replace(
+        data.fitter, max_steps=None, epochs=plan.epochs, batch_size=plan.batch_size // data.fitter.gradient_accumulation
+    )
+    return dataclasses.replace(data.without(qids), fitter=fitter)
 
 
 def fit_reranker(
     model: CrossEncoder, encoders: Sequence[PairEncoder], prepared: Sequence[StageData], stages: list[StageRecord], *,
-    interpolate: bool, held_out: HeldOut | None, validation: ValidationFrames | None, checkpoint_dir: Path | None,
-    verbose: bool,
+    interpolate: bool | float, scorer: PairEncoder, held_out: HeldOut | None, validation: ValidationFrames | None,
+    checkpoint_dir: Path | None, verbose: bool,
 ) -> None:  # fmt: skip
-    """Train a model in place as `fit_stages` does; with `interpolate`, also choose a weight, and record it.
+    """Train a model in place as `fit_stages` does; with `interpolate=True`, also choose a weight, and record it.
 
     The validation queries choose it. Without them, training queries do: of many, some are held out; fewer are scored by
     copies of the model, each trained on the other half (cross-validation), before the model is trained on all.
@@ -170,58 +187,74 @@ def fit_reranker(
         encoders: The encoder of each stage's pairs.
         prepared: Each stage's data.
         stages: The records, to which those of the new stages are added.
-        interpolate: Whether to choose a weight, if there are queries that can choose it.
-        held_out: The training queries that choose it, without validation.
+        interpolate: The re-ranker's setting.
+        scorer: The encoder of the pairs that the re-ranker scores.
+        held_out: The training queries that choose the weight, without validation.
         validation: The validation results and qrels.
         checkpoint_dir: The folder for checkpoints.
         verbose: Whether to show progress bars.
     """
     metric = prepared[-1].fitter.metric or nDCG @ 10
-    options: dict[str, Any] = {"validation": validation, "verbose": verbose}
-
-    def score(scorer: CrossEncoder, data: Validation) -> Scored:
-        return Scored(data, data.score(scorer.network, encoders[-1], scorer.dtype))
-
     halves: list[Scored] = []
     shrinkage: list[float] = []  # of the spread, from queries that a model was trained on to others
-    if held_out is not None and len(held_out.parts) > 1:
-        each = [held_out.validation(part, metric) for part in range(2)]
-        for part in range(2):
-            copy, rest = model.clone(), [stage.without(held_out.parts[part]) for stage in prepared]
-            folder = None if checkpoint_dir is None else checkpoint_dir / f"half-{part + 1}"
-            fit_stages(copy, encoders, rest, [*stages], checkpoint_dir=folder, **options)
-            halves.append(score(copy, each[part]))
-            shrinkage.append(halves[-1].spread / score(copy, each[1 - part].sample(SPREAD_QUERIES)).spread)
-    elif held_out is not None:
-        prepared = [data.without(held_out.parts[0]) for data in prepared]
-    fit_stages(model, encoders, prepared, stages, checkpoint_dir=checkpoint_dir, **options)
-    if not interpolate:
-        if validation is not None:
-            _warn_if_below_first_stage(stages[-1], Validation(*validation, metric))
-        return
-    if held_out is None and validation is None:
-        return
-    if halves:
-        trained = [score(model, half.data.sample(SPREAD_QUERIES)).spread for half in halves]
-        choice = choose_weight(halves, metric, spread=float(np.mean(trained) * np.mean(shrinkage)))
-    else:
-        if held_out is None:
-            assert validation is not None
-            data = Validation(*validation, metric)
+
+    def score(model: CrossEncoder, data: Validation) -> Scored:
+        return Scored(data, data.score(model.network, scorer, model.dtype))
+
+    def score_half(held_out: HeldOut, part: int) -> None:
+        copy, rest = model.clone(), [_without(data, held_out.parts[part]) for data in prepared]
+        folder = None if checkpoint_dir is None else checkpoint_dir / f"half-{part + 1}"
+        fit_stages(copy, encoders, rest, [*stages], validation=None, checkpoint_dir=folder, verbose=verbose)
+        halves.append(score(copy, held_out.data(part, metric)))
+        shrinkage.append(halves[-1].spread / score(copy, held_out.data(1 - part, metric).sample(SPREAD_QUERIES)).spread)
+
+    if held_out is not None:
+        _warn_of_earlier_labels(stages)
+        if len(held_out.parts) == 1:
+            prepared = [data.without(held_out.parts[0]) for data in prepared]
         else:
-            data = held_out.validation(0, metric)
-        unseen = score(model, data)
-        choice = choose_weight([unseen], metric, spread=unseen.spread)
+            for part in range(2):
+                score_half(held_out, part)
+    fit_stages(model, encoders, prepared, stages, validation=validation, checkpoint_dir=checkpoint_dir, verbose=verbose)
+    if interpolate is False and validation is not None:
+        _warn_if_below_first_stage(stages[-1], Validation(*validation, metric))
+    if interpolate is not True or (held_out is None and validation is None):
+        return
+    try:
+        if halves:
+            trained = [score(model, half.data.sample(SPREAD_QUERIES)).spread for half in halves]
+            choice = choose_weight(halves, metric, spread=float(np.mean(trained) * np.mean(shrinkage)))
+        else:
+            if held_out is not None:
+                data = held_out.data(0, metric)
+            elif validation is not None:
+                data = _affordable(Validation(*validation, metric), MAX_PAIRS)
+            unseen = score(model, data)
+            choice = choose_weight([unseen], metric, spread=unseen.spread)
+    except BaseException:
+        stages[-1].interrupted = stages[-1].updates  # so that a repeated call resumes here
+        raise
     stages[-1].interpolation = dataclasses.asdict(choice)
     stages[-1].data_report["interpolation"] = str(choice)
     if choice.value <= choice.first_stage:
         warn(f"re-ranking isn't better than the first stage: {choice}")
 
 
-def _warn_if_below_first_stage(stage: StageRecord, validation: Validation) -> None:
-    first, values = validation.first_stage, stage.validations(str(validation.metric))
-    if first is not None and values and max(values) < first:
+def _warn_of_earlier_labels(stages: Sequence[StageRecord]) -> None:
+    if earlier := [stage.fitter for stage in stages if stage.interrupted is None and stage.objective == "Contrastive"]:
         warn(
-            f"re-ranking is worse than the first stage: validation {validation.metric} is {max(values):.3f}, of the "
-            f"first stage {first:.3f}. MonoCE(..., interpolate=True) combines both"
+            f"the first stage's weight may be too small: an earlier fit, {earlier[-1]}, may have learned the labels of "
+            "the queries that choose it. Pass validation results of other queries"
+        )
+
+
+def _warn_if_below_first_stage(stage: StageRecord, validation: Validation) -> None:
+    values = stage.validations(str(validation.metric))
+    if not values or "score" not in validation.results:
+        return
+    first = validation.sample(stage.plan["validation_queries"]).first_stage
+    if max(values) < first:
+        warn(
+            f"re-ranking is worse than the first stage: validation {validation.metric} is {max(values):.3f}, but "
+            f"{first:.3f} for the first stage. MonoCE(..., interpolate=True) combines both"
         )

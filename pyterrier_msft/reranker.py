@@ -18,7 +18,7 @@ from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.data.validation import validation_frames, warn_of_shared_queries
 from pyterrier_msft.fitters import Contrastive, Fitter, FitterSequence, check_fitter
 from pyterrier_msft.fitting import prepare_stage
-from pyterrier_msft.interpolation import HeldOut, fit_reranker
+from pyterrier_msft.interpolation import HeldOut, candidates_of, fit_reranker
 from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import StageRecord, history_frame
@@ -94,7 +94,7 @@ class MonoCE(SavingMixin, pt.Estimator):
         check_number("max_length", max_length, integer=True, required=True)
         check_number("max_query_length", max_query_length, integer=True)
         if not isinstance(interpolate, bool):
-            check_number("interpolate", interpolate, required=True)
+            check_number("interpolate", interpolate, minimum_zero=True, required=True)
         check_number("passages", passages, integer=True, required=True)
         check_number("batch_size", batch_size, integer=True)
         check_number("seed", seed, integer=True, minimum_zero=True, required=True)
@@ -110,7 +110,7 @@ class MonoCE(SavingMixin, pt.Estimator):
         self.text = text
         self.max_length = max_length
         self.max_query_length = max_query_length
-        self.interpolate = interpolate
+        self.interpolate = interpolate if isinstance(interpolate, bool) else float(interpolate)
         self.passages = passages
         self.batch_size = batch_size
         self.verbose = verbose
@@ -212,17 +212,18 @@ class MonoCE(SavingMixin, pt.Estimator):
             validation = validation_frames(
                 topics_or_res_va, qrels_va, self._texts, with_scores=self.interpolate is True
             )
+            candidates = None
+            if self.interpolate is True and validation is None:
+                candidates = candidates_of(topics_or_res_tr, qrels_tr, self._texts)
             prepared = [
                 prepare_stage(stage, topics_or_res_tr, qrels_tr, self._texts, verbose=self.verbose) for stage in fitters
             ]
             if validation is not None:
                 warn_of_shared_queries(validation[0], {qid for data in prepared for qid in data.groups.qids})
-            held_out = None
-            if self.interpolate is True and validation is None:
-                held_out = HeldOut.of(topics_or_res_tr, qrels_tr, self._texts, prepared)
+            held_out = None if candidates is None else HeldOut.of(candidates, prepared)
             fit_reranker(
                 self.cross_encoder, [self.pair_encoder(stage.max_length) for stage in fitters], prepared, self.stages,
-                interpolate=self.interpolate is True, held_out=held_out, validation=validation,
+                interpolate=self.interpolate, scorer=self.pair_encoder(), held_out=held_out, validation=validation,
                 checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
                 verbose=self.verbose and distributed.rank() == 0,
             )  # fmt: skip

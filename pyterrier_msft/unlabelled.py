@@ -1,4 +1,4 @@
-"""Training data without labels: queries made from a corpus, and a teacher that is neither an LLM nor trained here."""
+"""Training data without labels: queries made from a corpus, and a teacher that needs no LLM and no training."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,6 +11,7 @@ import pyterrier as pt
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from pyterrier_msft.data.frames import as_texts
 from pyterrier_msft.model.loading import quiet_transformers
 from pyterrier_msft.model.precision import autocast, resolve_device, resolve_dtype
 from pyterrier_msft.training.hyperparameters import check_number
@@ -88,8 +89,9 @@ class BiEncoder(pt.Transformer):
         pt.validate.result_frame(inp, extra_columns=["query", "score", self.text_field])
         if not len(inp):
             return pt.model.add_ranks(inp)
-        embeddings = self._embed({*inp["query"], *inp[self.text_field]})
-        pairs = zip(inp["query"], inp[self.text_field], strict=True)
+        queries, texts = as_texts(inp["query"]), as_texts(inp[self.text_field])
+        embeddings = self._embed({*queries, *texts})
+        pairs = zip(queries, texts, strict=True)
         cosine = pd.Series([float(embeddings[query] @ embeddings[text]) for query, text in pairs], index=inp.index)
         score = _standardise(cosine, inp["qid"]) + self.first_stage_weight * _standardise(inp["score"], inp["qid"])
         return pt.model.add_ranks(inp.assign(score=score))

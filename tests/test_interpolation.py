@@ -120,7 +120,7 @@ def test_inspection_knows_the_columns(fitted, backbone):
 def test_the_weight_must_be_known(backbone, test):
     with pytest.raises(ValueError, match="interpolate must be a number until fit chooses it; got True"):
         new(backbone)(test.results)
-    for wrong in (-1, 0, np.nan, "yes", None):
+    for wrong in (-1, np.nan, "yes", None):
         with pytest.raises(ValueError, match="interpolate must be"):
             new(backbone, interpolate=wrong)
 
@@ -168,7 +168,7 @@ def test_a_useless_first_stage_gets_no_weight_and_a_useless_model_all(backbone, 
 def test_a_worse_re_ranker_warns(backbone, train):
     dev = with_first_stage(make_part("va", n_queries=20, seed=2), quality=9)
     hardly = replace(FITTER, max_steps=1)
-    with pytest.warns(UserWarning, match=r"re-ranking is worse than the first stage: validation nDCG@10 is 0\.\d+, of"):
+    with pytest.warns(UserWarning, match=r"re-ranking is worse than the first stage: .* is 0\.\d+, but"):
         new(backbone, interpolate=False).fit(train.results, train.qrels, dev.results, dev.qrels, fitter=hardly)
 
 

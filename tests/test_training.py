@@ -122,9 +122,15 @@ def test_the_best_weights_remain(model, groups, validation, monkeypatch):
 
 def test_the_start_remains_if_nothing_is_better(model, groups, validation, monkeypatch):
     before = weights(model).clone()
-    validate_with(monkeypatch, model, [0.5, 0.1, 0.5, 0.2])
+    validate_with(monkeypatch, model, [0.5, 0.1, 0.4, 0.2])
     run(model, groups, dataclasses.replace(FAST, max_steps=3, eval_every=1), validation=validation)
     assert torch.equal(weights(model), before)
+
+
+def test_trained_weights_win_a_tie_with_the_start(model, groups, validation, monkeypatch):
+    seen = validate_with(monkeypatch, model, [0.5, 0.1, 0.5, 0.5])
+    run(model, groups, dataclasses.replace(FAST, max_steps=3, eval_every=1), validation=validation)
+    assert torch.equal(weights(model), seen[2])
 
 
 def validate_with(monkeypatch, model, values) -> list[torch.Tensor]:

@@ -48,7 +48,8 @@ def validation_frames(
         frame["score"] = first_stage_scores(results, f"{what} results")
     else:
         with contextlib.suppress(ValueError):  # not needed, so not refused
-            frame["score"] = order_key(results)
+            if (key := order_key(results)) is not None:
+                frame["score"] = key
     labels = labels[labels["qid"].isin(frame["qid"].unique())]
     judged = frame["qid"].isin(labels["qid"].unique())
     relevant = pd.MultiIndex.from_frame(labels.loc[labels["label"] > 0, ["qid", "docno"]])

@@ -106,7 +106,7 @@ class BestWeightsCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.metric, self.patience = str(hyperparameters.metric), hyperparameters.patience
         self.plan, self.weights, self.evaluate = plan, weights, evaluate
-        self.best = -math.inf
+        self.best, self.best_step = -math.inf, 0
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.evals_without_improvement = 0
 
@@ -117,13 +117,14 @@ class BestWeightsCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the best weights."""
-        names = ("best", "evals_without_improvement")
+        names = ("best", "best_step", "evals_without_improvement")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint's best metric and weights."""
         attributes = checkpoint.callbacks["BestWeightsCallback"]
-        self.best, self.evals_without_improvement = attributes["best"], attributes["evals_without_improvement"]
+        for name in ("best", "best_step", "evals_without_improvement"):
+            setattr(self, name, attributes[name])
         self.best_weights = checkpoint.best_weights()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -137,12 +138,13 @@ class BestWeightsCallback(TrainerCallback, ExportableState):
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         value = float(metrics[f"eval_{self.metric}"])
-        if value > self.best:
-            self.best, self.evals_without_improvement = value, 0
+        is_better = value > self.best
+        self.evals_without_improvement = 0 if is_better else self.evals_without_improvement + 1
+        # Trained weights win a tie with those of the start, which may be random.
+        if is_better or (value == self.best and self.best_step == 0):
+            self.best, self.best_step = value, state.global_step
             self.best_weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights().items()}
-        else:
-            self.evals_without_improvement += 1
-            control.should_training_stop |= self.out_of_patience
+        control.should_training_stop |= self.out_of_patience
 
 
 class CheckpointCallback(TrainerCallback, ExportableState):

@@ -60,14 +60,15 @@ class Plan:
 
 def plan_training(
     hyperparameters: Hyperparameters, groups: Groups, *, width: int, head_is_new: bool,
-    validation: Validation | None = None,
+    is_adapter: bool = False, validation: Validation | None = None,
 ) -> Plan:  # fmt: skip
     """Decide what the hyperparameters leave open.
 
     - Small data need small batches and several epochs: `batch_size` is 4 for fewer than 200 queries, 8 for fewer than
       1,000, else 16; `epochs` are as many as give 300 updates, and at most 12.
     - `learning_rate` is 2e-4 for a new head on a model of up to 384 dimensions, e.g. MiniLM, and falls with the cube of
-      the width, e.g. to 2.5e-5 for BERT-base; it is a quarter of that for a head that is already trained.
+      the width, e.g. to 2.5e-5 for BERT-base; an adapter has 2e-4 at any width. It is a quarter of that for a head that
+      is already trained.
     - Validation happens at the start, and then up to ten times. It takes at most a third of the time of training: if
       need be, there are fewer validations, but at least two, and then fewer queries, but at least 50.
 
@@ -78,6 +79,7 @@ def plan_training(
         groups: The queries to train on.
         width: Dimensions of the model's hidden states.
         head_is_new: Whether the model's head is untrained.
+        is_adapter: Whether only an adapter and the head are trained.
         validation: The validation data.
     """
     queries = len(groups)
@@ -86,7 +88,8 @@ def plan_training(
     updates_per_epoch = math.ceil(queries / batch_size)
     epochs = hyperparameters.epochs or min(MAX_EPOCHS, math.ceil(MIN_UPDATES / updates_per_epoch))
     updates = hyperparameters.max_steps or max(1, math.ceil(updates_per_epoch * epochs))
-    rate = NEW_HEAD_RATE * min(1.0, (NARROW / width) ** 3) * (1 if head_is_new else TRAINED_HEAD_FACTOR)
+    rate = NEW_HEAD_RATE * (1 if is_adapter else min(1.0, (NARROW / width) ** 3))
+    rate *= 1 if head_is_new else TRAINED_HEAD_FACTOR
     eval_every, validation_queries = max(1, updates // (MAX_VALIDATIONS - 1)), 0
     if validation is not None:
         validation_queries = validation.queries

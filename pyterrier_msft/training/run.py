@@ -62,7 +62,12 @@ def train(
     model.mark_changed()
     if plan is None:
         plan = plan_training(
-            hyperparameters, groups, width=model.width, head_is_new=model.head_is_new, validation=validation
+            hyperparameters,
+            groups,
+            width=model.width,
+            head_is_new=model.head_is_new,
+            is_adapter=model.has_adapter,
+            validation=validation,
         )
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_global_state())

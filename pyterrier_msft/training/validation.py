@@ -55,9 +55,9 @@ class Validation:
         return float(self._evaluator.calc_aggregate(run)[self.metric])
 
     @property
-    def first_stage(self) -> float | None:
-        """The metric's mean for the order of the first stage; None if the results have no scores."""
-        return self.measure(self.results["score"].to_numpy()) if "score" in self.results else None
+    def first_stage(self) -> float:
+        """The metric's mean for the order of the first stage."""
+        return self.measure(self.results["score"].to_numpy())
 
     @cached_property
     def _evaluator(self) -> Any:
