@@ -155,12 +155,14 @@ class _Folders:
 def _fit_stage(
     start: MonoCE, stage: Stage, validation: ValidationFrames | None, folder: Path | None, name: str
 ) -> MonoCE:
+    checkpoint_dir = None if folder is None else folder.with_name(f"{folder.name}.checkpoints")
     if folder is not None and (saved := _load_result(start, folder)) is not None:
         logger.info("%s: reusing %s", name, folder)
+        if checkpoint_dir is not None:  # the call that saved the result may have been killed before it deleted this
+            shutil.rmtree(checkpoint_dir, ignore_errors=True)
         saved.fitter = stage.fitter
         return saved
     logger.info("%s: training with %r", name, stage.fitter)
-    checkpoint_dir = None if folder is None else folder.with_name(f"{folder.name}.checkpoints")
     trained = start.clone()
     trained.fitter = stage.fitter
     trained.fit(stage.results, stage.qrels, *(validation or (None, None)), checkpoint_dir=checkpoint_dir)

@@ -337,8 +337,8 @@ def test_very_long_text(scorer):
 
 @row
 def test_very_long_query(scorer, new):
-    long, cut = RESULTS.assign(query=" w9" * 10_000), RESULTS.assign(query=" w9" * 15)  # each text has 6 tokens
-    with pytest.warns(UserWarning, match="^64 of 64 rows to score have a truncated query: they exceed max_length=24"):
+    long, cut = RESULTS.assign(query=" w9" * 10_000), RESULTS.assign(query=" w9" * 14)  # each text has 6 tokens
+    with pytest.warns(UserWarning, match="^64 of 64 rows to score have a truncated query: they exceed max_length=23"):
         found = scorer(long)["score"]
     assert found.tolist() == scorer(cut)["score"].tolist()
     assert scorer(long)["score"][:8].nunique() == 8  # the query doesn't displace the text
