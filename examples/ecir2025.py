@@ -28,9 +28,9 @@ import pyterrier as pt
 import torch
 from cost import Shape, matmul_speed
 from ir_measures import AP, RR, R, nDCG
-from quickstart import BiEncoder, bm25, minilm, save
+from quickstart import bm25, minilm, save
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots, teachers
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots, teachers, unlabelled
 from pyterrier_msft.data import runs
 from pyterrier_msft.model.precision import resolve_dtype
 from pyterrier_msft.significance import equivalence_table, seed_summary
@@ -236,7 +236,7 @@ def pydocs(scale: Scale, out: Path) -> Data:
     first_stage = bm25(train, out)
     candidates = first_stage >> train.text_loader()
     topics, test_topics = train.get_topics().head(scale.queries), test.get_topics().head(scale.test_queries)
-    teacher = BiEncoder(minilm())
+    teacher = unlabelled.BiEncoder(minilm(), max_length=64, verbose=True)
     return Data(
         labels=(candidates(topics), train.get_qrels()),
         ranking=teacher((candidates % scale.depth)(topics.head(scale.teacher_queries))),

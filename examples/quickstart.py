@@ -12,13 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyterrier as pt
-import torch
 from ir_measures import AP, RR, R, nDCG
-from transformers import AutoModel, AutoTokenizer
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots
-from pyterrier_msft.model.loading import quiet_transformers
-from pyterrier_msft.model.precision import autocast, resolve_dtype
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots, unlabelled
 from pyterrier_msft.pydocs import silenced
 
 MEASURES = [nDCG @ 10, RR @ 10, AP, R @ 100]
@@ -43,7 +39,7 @@ def main() -> None:
     candidates = first_stage % DEPTH >> loader
     scores = Scores(test, first_stage)
     scores.add("BM25", first_stage)
-    teacher = BiEncoder(minilm())
+    teacher = unlabelled.BiEncoder(minilm(), max_length=64, verbose=True)
     scores.add("teacher", candidates >> teacher)
 
     # Two stages, and every sequence of them
@@ -149,44 +145,6 @@ def minilm() -> str:
     except ImportError as error:
         raise ImportError("the quickstart needs the extra [demo]: pip install pyterrier-msft[demo]") from error
     return str(get_model_path())
-
-
-class BiEncoder(pt.Transformer):
-    """A teacher without an LLM: the sum of embeddings' cosines and BM25's scores, both standardised by query."""
-
-    def __init__(self, folder: str, *, bm25_weight: float = 0.7) -> None:
-        with quiet_transformers():
-            self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-        self.bm25_weight = bm25_weight
-        self.embeddings: dict[str, np.ndarray] = {}
-
-    def transform(self, results: pd.DataFrame) -> pd.DataFrame:
-        """Re-score results with the columns qid, query, text and score."""
-        self.embed({*results["query"], *results["text"]})
-        cosine = [
-            self.embeddings[q] @ self.embeddings[t] for q, t in zip(results["query"], results["text"], strict=True)
-        ]
-        qid = results["qid"].to_numpy()
-        standardised = [
-            (values - values.groupby(qid).transform("mean")) / (values.groupby(qid).transform("std").fillna(1) + 1e-9)
-            for values in (pd.Series(cosine), results["score"].reset_index(drop=True))
-        ]
-        score = standardised[0] + self.bm25_weight * standardised[1]
-        return pt.model.add_ranks(results.assign(score=score.to_numpy()))
-
-    @torch.inference_mode()
-    def embed(self, texts: set[str]) -> None:
-        """Embed new texts, in batches of similar length."""
-        new = sorted(texts - self.embeddings.keys(), key=lambda text: (len(text), text))
-        cpu = torch.device("cpu")
-        for start in pt.tqdm(range(0, len(new), 32), desc="teacher", unit="batch", disable=not new):
-            batch = new[start : start + 32]
-            tokens = self.tokenizer(batch, padding=True, truncation=True, max_length=64, return_tensors="pt")
-            mask = tokens["attention_mask"].unsqueeze(-1)
-            with autocast(cpu, resolve_dtype("auto", cpu)):
-                states = self.model(**tokens).last_hidden_state.float()
-            mean = (states * mask).sum(1) / mask.sum(1)
-            self.embeddings.update(zip(batch, torch.nn.functional.normalize(mean, dim=-1).numpy(), strict=True))
 
 
 class Scores:

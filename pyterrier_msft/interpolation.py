@@ -195,41 +195,39 @@ def fit_reranker(
         verbose: Whether to show progress bars.
     """
     metric = prepared[-1].fitter.metric or nDCG @ 10
+    parts: list[Validation] = []  # what chooses the weight
     halves: list[Scored] = []
     shrinkage: list[float] = []  # of the spread, from queries that a model was trained on to others
 
     def score(model: CrossEncoder, data: Validation) -> Scored:
         return Scored(data, data.score(model.network, scorer, model.dtype))
 
-    def score_half(held_out: HeldOut, part: int) -> None:
-        copy, rest = model.clone(), [_without(data, held_out.parts[part]) for data in prepared]
-        folder = None if checkpoint_dir is None else checkpoint_dir / f"half-{part + 1}"
-        fit_stages(copy, encoders, rest, [*stages], validation=None, checkpoint_dir=folder, verbose=verbose)
-        halves.append(score(copy, held_out.data(part, metric)))
-        shrinkage.append(halves[-1].spread / score(copy, held_out.data(1 - part, metric).sample(SPREAD_QUERIES)).spread)
-
     if held_out is not None:
         _warn_of_earlier_labels(stages)
-        if len(held_out.parts) == 1:
+        parts = [held_out.data(part, metric) for part in range(len(held_out.parts))]
+        if len(parts) == 1:
             prepared = [data.without(held_out.parts[0]) for data in prepared]
         else:
-            for part in range(2):
-                score_half(held_out, part)
+            for part, qids in enumerate(held_out.parts):
+                copy, rest = model.clone(), [_without(data, qids) for data in prepared]
+                folder = None if checkpoint_dir is None else checkpoint_dir / f"half-{part + 1}"
+                fit_stages(copy, encoders, rest, [*stages], validation=None, checkpoint_dir=folder, verbose=verbose)
+                halves.append(score(copy, parts[part]))
+                shrinkage.append(halves[-1].spread / score(copy, parts[1 - part].sample(SPREAD_QUERIES)).spread)
+                del copy  # before the next one is made
+    elif interpolate is True and validation is not None:
+        parts = [_affordable(Validation(*validation, metric), MAX_PAIRS)]
     fit_stages(model, encoders, prepared, stages, validation=validation, checkpoint_dir=checkpoint_dir, verbose=verbose)
     if interpolate is False and validation is not None:
         _warn_if_below_first_stage(stages[-1], Validation(*validation, metric))
-    if interpolate is not True or (held_out is None and validation is None):
+    if not parts:
         return
     try:
         if halves:
-            trained = [score(model, half.data.sample(SPREAD_QUERIES)).spread for half in halves]
-            choice = choose_weight(halves, metric, spread=float(np.mean(trained) * np.mean(shrinkage)))
+            spread = float(np.mean([score(model, data.sample(SPREAD_QUERIES)).spread for data in parts]))
+            choice = choose_weight(halves, metric, spread=spread * float(np.mean(shrinkage)))
         else:
-            if held_out is not None:
-                data = held_out.data(0, metric)
-            elif validation is not None:
-                data = _affordable(Validation(*validation, metric), MAX_PAIRS)
-            unseen = score(model, data)
+            unseen = score(model, parts[0])
             choice = choose_weight([unseen], metric, spread=unseen.spread)
     except BaseException:
         stages[-1].interrupted = stages[-1].updates  # so that a repeated call resumes here

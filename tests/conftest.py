@@ -5,7 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PT_TEST_TRANSFORMER_REPORTS", "0")
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,25 @@ def ce(backbone: str) -> MonoCE:
 @pytest.fixture(scope="session")
 def encoder(backbone: str) -> PairEncoder:
     return PairEncoder(AutoTokenizer.from_pretrained(backbone), max_length=24)
+
+
+def run_together(*functions: Callable[[], object]) -> None:
+    """Run functions at the same time and raise the first error."""
+    errors: list[BaseException] = []
+
+    def guarded(function) -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 @dataclass(frozen=True)

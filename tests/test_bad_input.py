@@ -14,7 +14,7 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 import torch
-from conftest import WORDS, make_part
+from conftest import WORDS, make_part, run_together
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ir_measures import RR
@@ -844,11 +844,7 @@ def test_concurrent_cache(scorer, tmp_path):
         start.wait()
         found.append(cached(RESULTS))
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(*[work] * 3)
     assert len(found) == 3
     for out in found:
         assert_frame_equal(out, expected, atol=1e-6)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import threading
 import warnings
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import transformers
-from conftest import WORDS
+from conftest import WORDS, run_together
 from test_models import FAMILIES, PUBLISHED, write_published, write_tokenizer
 from transformers import AutoModelForSequenceClassification, BertConfig
 
@@ -132,11 +131,7 @@ def test_concurrent_calls_give_the_same_scores(ce, test_part):
     def work() -> None:
         differences.extend(np.abs(ce(frame)["score"] - expected).max() for _ in range(5))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(*[work] * 4)
     assert len(differences) == 20
     assert max(differences) < 1e-5
     assert log.get_verbosity() == verbosity

@@ -1,10 +1,10 @@
 """Pairs as token ids: the template, and what is truncated."""
 
-import threading
+from functools import partial
 
 import numpy as np
 import pytest
-from conftest import WORDS
+from conftest import WORDS, run_together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -193,14 +193,7 @@ def test_threads_do_not_change_each_others_truncation(encoder):
     wrong = []
 
     def work(one: PairEncoder, alone: dict) -> None:
-        try:
-            wrong.extend("different" for _ in range(20) if one(queries, texts) != alone)
-        except BaseException as error:
-            wrong.append(error)
+        wrong.extend("different" for _ in range(20) if one(queries, texts) != alone)
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(encoders, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(*[partial(work, *pair) for pair in zip(encoders, expected, strict=True)])
     assert not wrong

@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from conftest import run_together
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -84,25 +85,6 @@ def test_a_classifier_without_its_pooler_has_a_new_head(backbone, tmp_path, trai
 # ---- threads
 
 
-def run(*functions) -> None:
-    """Run functions at the same time and raise the first error."""
-    errors = []
-
-    def guarded(function) -> None:
-        try:
-            function()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
 def overlapping(make_context) -> None:
     """Enter a context in two threads: the second enters before the first exits, and exits last."""
     first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
@@ -119,7 +101,7 @@ def overlapping(make_context) -> None:
             second_is_in.set()
             first_is_out.wait(10)
 
-    run(first, second)
+    run_together(first, second)
 
 
 def test_threads_restore_the_settings_of_transformers():
@@ -132,7 +114,7 @@ def test_threads_restore_the_settings_of_transformers():
             assert not log.is_progress_bar_enabled()
 
     overlapping(quiet_transformers)
-    run(look, look)
+    run_together(look, look)
     assert (log.get_verbosity(), log.is_progress_bar_enabled()) == before
     log.set_verbosity_info()
     try:
@@ -156,7 +138,7 @@ def test_threads_restore_the_number_of_torchs_threads():
     torch.set_num_threads(6)
     try:
         overlapping(Pool)
-        run(lambda: found.append(torch.get_num_threads()))
+        run_together(lambda: found.append(torch.get_num_threads()))
         assert found == [6]
     finally:
         torch.set_num_threads(before)
@@ -175,7 +157,7 @@ def test_threads_load_the_same_model(backbone, train_part):
     for _ in range(5):
         rerankers = [MonoCE(backbone, seed=seed, device="cpu") for seed in (1, 2, 3)]
         networks: list[object] = []
-        run(*[lambda ce=ce, found=networks: found.append(ce.cross_encoder.network) for ce in rerankers * 2])
+        run_together(*[lambda ce=ce, found=networks: found.append(ce.cross_encoder.network) for ce in rerankers * 2])
         assert [ce.fingerprint for ce in rerankers] == expected
         assert len({id(network) for network in networks}) == 3
     assert torch.equal(torch.get_rng_state(), state)

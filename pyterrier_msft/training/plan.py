@@ -26,7 +26,6 @@ class Plan:
     """The numbers of a training run: those that its hyperparameters set, and for the others, what suits the data.
 
     Attributes:
-        queries: Number of queries to train on.
         batch_size: Queries per update.
         updates: Number of updates of the weights.
         updates_per_epoch: Number of updates in which each query is seen once.
@@ -35,7 +34,6 @@ class Plan:
         validation_queries: Number of queries to validate on; 0 without validation.
     """
 
-    queries: int
     batch_size: int
     updates: int
     updates_per_epoch: int
@@ -101,7 +99,6 @@ def plan_training(
             sample = max(MIN_VALIDATION_QUERIES, int(validation.queries * affordable / MIN_VALIDATIONS))
             validation_queries = min(validation.queries, sample)
     return Plan(
-        queries=queries,
         batch_size=batch_size,
         updates=updates,
         updates_per_epoch=updates_per_epoch,
