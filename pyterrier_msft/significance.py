@@ -18,12 +18,18 @@ models. How far training runs differ isn't in the p-values but in `seed_summary`
 **Missing values.** Queries without a value in any system (PyTerrier gives NaN if there are no qrels) are left out, and
 n_queries doesn't count them. A query that only some runs have is an error.
 
+**Several comparisons.** With `correction="holm"`, the probability of any false verdict in a family is at most alpha,
+whatever the dependence between systems and measures. The family has two null hypotheses per row, no difference and a
+difference of at least the margin. Only one of the two can be true, which `holm` makes use of.
+
 References:
     - Schuirmann: A Comparison of the Two One-Sided Tests Procedure and the Power Approach for Assessing the Equivalence
       of Average Bioavailability. J. Pharmacokinetics and Biopharmaceutics 15(6), 1987.
     - Lakens: Equivalence Tests: A Practical Primer for t Tests, Correlations, and Meta-Analyses. Social Psychological
       and Personality Science 8(4), 2017.
     - Holm: A Simple Sequentially Rejective Multiple Test Procedure. Scandinavian Journal of Statistics 6(2), 1979.
+    - Shaffer: Modified Sequentially Rejective Multiple Test Procedures. Journal of the American Statistical Association
+      81(395), 1986.
     - Sakai: Laboratory Experiments in Information Retrieval. Springer, 2018.
     - Bouthillier et al.: Accounting for Variance in Machine Learning Benchmarks. MLSys 2021.
 """
@@ -161,10 +167,18 @@ def holm(p: npt.ArrayLike) -> npt.NDArray[np.float64]:
 
     Comparing the corrected values with alpha keeps the probability of any false rejection below alpha, whatever the
     dependence between the tests. It is uniformly more powerful than Bonferroni's correction.
-    """
-    from statsmodels.stats.multitest import multipletests
 
-    return np.asarray(multipletests(np.asarray(p, dtype=float), method="holm")[1])
+    Args:
+        p: [n] p-values; or [n, k], if at most one of the k null hypotheses in a row can be true. Then each p-value,
+            from the smallest, is multiplied by the number of rows with a hypothesis that isn't rejected yet (Shaffer
+            1986). Up to the first false rejection, true hypotheses are at most so many, and Bonferroni's bound holds.
+    """
+    p = np.asarray(p, dtype=float)
+    last_of_row = np.sort(p if p.ndim == 1 else p.max(axis=1))  # (n,): a row is rejected with its largest p-value
+    ordered = np.sort(p, axis=None)
+    open_rows = len(p) - np.searchsorted(last_of_row, ordered)  # those not rejected before
+    corrected = np.minimum(np.maximum.accumulate(open_rows * ordered), 1)
+    return np.asarray(corrected[np.searchsorted(ordered, p)])
 
 
 def equivalence_table(
@@ -175,6 +189,7 @@ def equivalence_table(
     measures: Iterable[Any] | None = None,
     alpha: float = 0.05,
     correction: Literal["holm"] | None = None,
+    family: Literal["table", "measure"] = "table",
 ) -> pd.DataFrame:
     """Compare systems query by query: t-test, equivalence test, confidence interval and a verdict.
 
@@ -195,8 +210,10 @@ def equivalence_table(
         margin: The smallest difference that matters, in the measure's unit; or a mapping from measure to margin.
         baseline: The system that each other one is compared with. None: compare all pairs.
         measures: The measures to compare by, in this order. None: all.
-        alpha: The level of each of the two tests.
-        correction: "holm" corrects each of the two columns of p-values for the number of rows.
+        alpha: The level of each test; with a correction, the probability of any false verdict in a family.
+        correction: "holm" corrects both tests' p-values for the number of comparisons in a family, see the module.
+        family: What is corrected together: the whole "table"; or each "measure" on its own, as in `pt.Experiment`, so
+            that every measure has a chance of alpha of a false verdict.
 
     Returns:
         A row for each measure and pair: measure, system, baseline, n_queries, mean, baseline_mean, difference (system -
@@ -210,6 +227,8 @@ def equivalence_table(
         raise ValueError(f"alpha must be between 0 and 0.5; got {alpha!r}")
     if correction not in {None, "holm"}:
         raise ValueError(f"correction must be None or 'holm'; got {correction!r}")
+    if family not in {"table", "measure"}:
+        raise ValueError(f"family must be 'table' or 'measure'; got {family!r}")
     names = _systems(perquery, at_least=2)
     if baseline is not None and baseline not in names:
         raise ValueError(f"baseline must be one of {names}; got {baseline!r}")
@@ -222,7 +241,10 @@ def equivalence_table(
         for base, system in pairs:
             compared = {"measure": measure, "system": system, "baseline": base}
             rows.append(compared | _comparison(values[system], values[base], margins[measure], 1 - 2 * alpha))
-    return _with_verdicts(pd.DataFrame(rows), alpha, correction)
+    table = pd.DataFrame(rows)
+    if correction == "holm":
+        table = _with_holm(table, by_measure=family == "measure")
+    return _with_verdicts(table, alpha, suffix="" if correction is None else "_holm")
 
 
 def _comparison(values: pd.Series, baseline: pd.Series, margin: float, level: float) -> dict[str, Any]:
@@ -236,11 +258,13 @@ def _comparison(values: pd.Series, baseline: pd.Series, margin: float, level: fl
     }  # fmt: skip
 
 
-def _with_verdicts(table: pd.DataFrame, alpha: float, correction: str | None) -> pd.DataFrame:
-    suffix = ""
-    if correction == "holm":
-        suffix = "_holm"
-        table = table.assign(p_ttest_holm=holm(table["p_ttest"]), p_tost_holm=holm(table["p_tost"]))
+def _with_holm(table: pd.DataFrame, *, by_measure: bool) -> pd.DataFrame:
+    parts = [part for _, part in table.groupby("measure", sort=False)] if by_measure else [table]
+    corrected = np.concatenate([holm(part[["p_ttest", "p_tost"]]) for part in parts])  # rows are ordered by measure
+    return table.assign(p_ttest_holm=corrected[:, 0], p_tost_holm=corrected[:, 1])
+
+
+def _with_verdicts(table: pd.DataFrame, alpha: float, *, suffix: str) -> pd.DataFrame:
     verdicts = {(True, False): DIFFERENT, (False, True): EQUIVALENT, (True, True): BOTH, (False, False): UNDECIDED}
     rejected = zip(table[f"p_ttest{suffix}"] < alpha, table[f"p_tost{suffix}"] < alpha, strict=True)
     return table.assign(verdict=[verdicts[each] for each in rejected])

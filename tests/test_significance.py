@@ -1,3 +1,4 @@
+import itertools
 import math
 import pickle
 import warnings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from ir_measures import RR, nDCG
 from pandas.testing import assert_frame_equal
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp, ttest_rel
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
@@ -170,6 +171,30 @@ def test_holm_by_hand():
     assert len(holm([])) == 0
 
 
+def test_holm_of_hypotheses_that_exclude_one_another_by_hand():
+    # In order: .001 and .002 times 3 rows, .01 and .02 times 2 (the first row is rejected), .04 and .5 times 1.
+    corrected = holm([[0.001, 0.002], [0.5, 0.04], [0.01, 0.02]])
+    np.testing.assert_allclose(corrected, [[0.003, 0.006], [0.5, 0.04], [0.02, 0.04]])
+    # .02 · 2 is more than .03 · 1: corrected values keep the order of the others.
+    np.testing.assert_allclose(holm([[0.02, 0.02], [0.03, 0.9]]), [[0.04, 0.04], [0.04, 0.9]])
+
+
+@settings(deadline=None)
+@given(
+    hnp.arrays(float, st.tuples(st.integers(1, 4), st.just(2)), elements=st.floats(0, 1) | st.sampled_from([0, 0.01])),
+    st.sampled_from([0.05, 0.3]),
+)
+def test_holm_rejects_what_closed_testing_rejects(p, alpha):
+    # A hypothesis is rejected if Bonferroni rejects each set of hypotheses that holds it and could be true together
+    # (Marcus et al. 1976): one hypothesis per row at most.
+    choices = itertools.product([None, 0, 1], repeat=len(p))
+    together = [[(i, j) for i, j in enumerate(choice) if j is not None] for choice in choices]
+    kept = {
+        each for chosen in together if chosen and min(p[c] for c in chosen) * len(chosen) >= alpha for each in chosen
+    }
+    assert {tuple(index) for index in np.argwhere(holm(p) >= alpha)} == kept
+
+
 # ---- equivalence_table
 
 
@@ -241,14 +266,51 @@ def test_verdict_follows_the_correction():
     frame = perquery({"base": base} | {f"s{i}": base + rng.normal(0.004, 0.01, 30) for i in range(6)})
     plain = equivalence_table(frame, margin=0.01)
     corrected = equivalence_table(frame, margin=0.01, correction="holm")
-    for test in ("p_ttest", "p_tost"):
-        expected = multipletests(plain[test], method="holm")[1]
-        np.testing.assert_allclose(corrected[f"{test}_holm"], expected)
+    np.testing.assert_allclose(corrected[["p_ttest_holm", "p_tost_holm"]], holm(plain[["p_ttest", "p_tost"]]))
     assert_frame_equal(corrected[list(plain)[:-1]], plain[list(plain)[:-1]])
     different, equivalent = corrected["p_ttest_holm"] < 0.05, corrected["p_tost_holm"] < 0.05
     assert (corrected["verdict"].str.startswith("different") == different).all()
     assert (corrected["verdict"].str.contains("within") == equivalent).all()
     assert (plain["verdict"] != corrected["verdict"]).any()
+
+
+def test_correction_by_hand():
+    # p_ttest is 1, 4.56e-5 and 1, p_tost 0, 1 and 1.62e-3: three rows are open until the end.
+    table = equivalence_table(PERQUERY, margin=0.05, baseline="CL", correction="holm")
+    assert table["p_ttest_holm"].to_list() == pytest.approx([1, 3 * 4.56e-5, 1], rel=1e-2)
+    assert table["p_tost_holm"].to_list() == pytest.approx([0, 1, 3 * 1.62e-3], rel=1e-2)
+
+
+def test_a_family_is_the_table_or_a_measure():
+    frame = pd.concat([PERQUERY, PERQUERY.assign(measure="RR"), PERQUERY.assign(measure="AP")])
+    corrected = ["p_ttest_holm", "p_tost_holm"]
+
+    def table(frame, **options):
+        return equivalence_table(frame, margin=0.05, baseline="CL", correction="holm", **options)
+
+    alone = table(PERQUERY)[corrected].to_numpy()
+    np.testing.assert_allclose(table(frame, family="measure")[corrected], np.tile(alone, (3, 1)))
+    np.testing.assert_allclose(table(frame)[corrected], np.tile(np.minimum(1, 3 * alone), (3, 1)))
+    assert_frame_equal(table(frame, measures=["RR"]), table(frame, measures=["RR"], family="measure"))
+
+
+@pytest.mark.parametrize("correlation", [0, 0.8])
+@pytest.mark.parametrize("differences", [[0, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0.5, 2]])
+def test_false_verdicts_in_a_family_are_rarer_than_alpha(differences, correlation):
+    # In units of the margin: 0 is a true null hypothesis of the t-test, 1 and 2 are true ones of the TOST. Differences
+    # vary so little that almost all false hypotheses are rejected, the worst case for Holm's procedure.
+    trials, n = 2000, 20
+    rng = np.random.default_rng(0)
+    shared, own = rng.normal(size=(trials, 1, n)), rng.normal(size=(trials, len(differences), n))
+    values = np.array(differences)[:, None] + 0.1 * (correlation**0.5 * shared + (1 - correlation) ** 0.5 * own)
+    p_ttest = ttest_1samp(values, 0, axis=-1).pvalue
+    sides = [
+        ttest_1samp(values, bound, axis=-1, alternative=side).pvalue for bound, side in ((-1, "greater"), (1, "less"))
+    ]
+    is_true = np.array([[d == 0, d >= 1] for d in differences])
+    rejected = np.array([holm(p) < 0.05 for p in np.stack([p_ttest, np.maximum(*sides)], axis=-1)])
+    assert (rejected & is_true).any(axis=(1, 2)).mean() < 0.06  # 0.05 and two standard errors
+    assert rejected[:, ~is_true].mean() > 0.9
 
 
 def test_all_pairs_and_measures_in_order():
@@ -289,6 +351,7 @@ def test_a_single_query_is_undecided():
         (lambda f: f, {"margin": -1}, "margin must be a number > 0"),
         (lambda f: f, {"alpha": 0.5}, "alpha must be between 0 and 0.5; got 0.5"),
         (lambda f: f, {"correction": "bonferroni"}, "correction must be None or 'holm'; got 'bonferroni'"),
+        (lambda f: f, {"family": "system"}, "family must be 'table' or 'measure'; got 'system'"),
         (lambda f: f.drop(index=1), {}, r"the same 4 queries; got queries without one: \{'CL': 1\}, e.g. q2\."),
         (lambda f: f.assign(value=f["value"].where(f.index != 6)), {}, r"\{'CL-KD': 1\}, e.g. q3\."),
         (lambda f: f.assign(measure=f["measure"].where(f["name"] != "KD", "AP")), {}, r"\{'KD': 4\}"),
