@@ -4,7 +4,7 @@ A small re-ranker is trained on more and more labelled queries, with `Contrastiv
 quick on a laptop, and `interpolate=True`: alone, and after a stage that needs no labels, the distillation of a
 bi-encoder's rankings for queries made from the corpus.
 Each trained re-ranker is measured with and without the first stage's score, on queries that no stage was trained on.
-Values are appended to perquery.csv in --out as they are measured; repeat the command to resume.
+Values are appended to perquery.csv and weights.csv in --out as they are measured; repeat the command to resume.
 """
 
 import argparse
@@ -50,9 +50,10 @@ def main() -> None:
             study.measure(recipe, 0 if recipe == "teacher" else size, seed)
     perquery = pd.read_csv(out / "perquery.csv", dtype={"qid": str})
     table = summary(perquery)
+    weights = pd.read_csv(out / "weights.csv")
     table.to_csv(out / "results.csv", index=False)
     print(table.round(4).to_string(index=False))
-    plot(table).savefig(out / "learning-curve.png", dpi=150, bbox_inches="tight")
+    plot(table, weights).savefig(out / "learning-curve.png", dpi=150, bbox_inches="tight")
 
 
 def arguments() -> argparse.Namespace:
@@ -77,7 +78,7 @@ class Study:
     """Trains and measures re-rankers on one collection."""
 
     def __init__(self, args: argparse.Namespace, out: Path) -> None:
-        self.args, self.path = args, out / "perquery.csv"
+        self.args, self.path, self.weights_path = args, out / "perquery.csv", out / "weights.csv"
         self.max_length = LENGTHS.get(args.dataset, 96)
         train, test = self._dataset(args.train or "train"), self._dataset(args.test or "test")
         index = out / args.dataset.replace(":", "-").replace("/", "-")
@@ -137,8 +138,10 @@ class Study:
             train = self.candidates(fold.train.sample(size, random_state=seed))
             ce.fit(train, fold.train_qrels, fitter=Contrastive(n_negatives=3, dropout=0.0, seed=seed))
             print(ce.data_report, flush=True)
-            alone = ce.apply_attributes(interpolate=False)
-            self._save(recipe, size, seed, number, {ALONE: alone(test), INTERPOLATED: ce(test)})
+            alone = ce.apply_attributes(interpolate=False)(test)
+            weight = ce.first_stage_weight * spread(test) / spread(alone)  # in standard deviations of both scores
+            self._append(self.weights_path, [recipe, size, seed, number, "weight"], pd.DataFrame({"value": [weight]}))
+            self._save(recipe, size, seed, number, {ALONE: alone, INTERPOLATED: ce(test)})
 
     def _distil(self, seed: int) -> MonoCE:
         """Distil the teacher's rankings for the made queries; once per seed."""
@@ -162,9 +165,18 @@ class Study:
         for system, results in systems.items():
             topics = results[["qid", "query"]].drop_duplicates()
             rows = pt.Experiment([results], topics, qrels, [MEASURE], names=[system], perquery=True)
-            keys = dict(zip(KEYS, [self.args.dataset, recipe, queries, seed, fold, system], strict=True))
-            rows = rows[["qid", "value"]].assign(**keys)[[*KEYS, "qid", "value"]]
-            rows.to_csv(self.path, mode="a", header=not self.path.is_file(), index=False, float_format="%.4f")
+            self._append(self.path, [recipe, queries, seed, fold, system], rows[["qid", "value"]])
+
+    def _append(self, path: Path, keys: list[Any], rows: pd.DataFrame) -> None:
+        """Add rows to a file, with the run that they belong to."""
+        named = dict(zip(KEYS, [self.args.dataset, *keys], strict=True))
+        rows = rows.assign(**named)[[*KEYS, *rows.columns]]
+        rows.to_csv(path, mode="a", header=not path.is_file(), index=False, float_format="%.4f")
+
+
+def spread(results: pd.DataFrame) -> float:
+    """Return the standard deviation of the scores of a query's documents, averaged over queries."""
+    return float(results.groupby("qid")["score"].std().mean()) or 1.0  # if all scores are equal
 
 
 def summary(perquery: pd.DataFrame) -> pd.DataFrame:
@@ -181,40 +193,46 @@ def summary(perquery: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def plot(table: pd.DataFrame) -> Any:
-    """Plot the measure against the number of training queries, with a panel for each dataset."""
+def plot(table: pd.DataFrame, weights: pd.DataFrame) -> Any:
+    """Plot the measure and the first stage's weight by the number of training queries, in a column for each dataset."""
     from matplotlib import pyplot
 
     names = table["dataset"].unique()
-    size = 3.6 * len(names), 3.4
-    figure, panels = pyplot.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
+    size = 3.6 * len(names), 5.2
+    figure, panels = pyplot.subplots(
+        2, len(names), figsize=size, layout="constrained", squeeze=False, sharex="col", height_ratios=[2, 1]
+    )
     styles = {
         ("labels", ALONE): ("C1", "o", ":"), ("labels", INTERPOLATED): ("C0", "o", "-"),
         ("teacher, then labels", ALONE): ("C1", "s", ":"), ("teacher, then labels", INTERPOLATED): ("C2", "s", "-"),
     }  # fmt: skip
-    for name, panel in zip(names, panels[0], strict=True):
+    for name, (panel, lower) in zip(names, panels.T, strict=True):
         rows = table[table["dataset"] == name]
-        levels = rows[rows["queries"] == 0].set_index("recipe")[str(MEASURE)]
-        for recipe, style in {"first stage": "-", "bi-encoder + first stage": "--", "teacher": "-."}.items():
-            if recipe in levels:
-                panel.axhline(levels[recipe], color="0.4", linestyle=style, linewidth=1, label=recipe)
+        levels = rows[rows["queries"] == 0].set_index(["recipe", "system"])[str(MEASURE)]
+        for (recipe, system), level in levels.items():
+            line = {"first stage": "-", "bi-encoder + first stage": "--"}.get(recipe, "-." if system == ALONE else ":")
+            panel.axhline(level, color="0.4", linestyle=line, linewidth=1, label=recipe)
         for (recipe, system), (colour, marker, line) in styles.items():
+            look = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1.3}
             part = rows[(rows["recipe"] == recipe) & (rows["system"] == system)].sort_values("queries")
             if len(part):
                 value = part[str(MEASURE)]
                 errors = [value - part["lowest seed"], part["highest seed"] - value]
-                panel.errorbar(
-                    part["queries"], value, errors, color=colour, marker=marker, linestyle=line, markersize=4,
-                    capsize=2, linewidth=1.3, label=f"{recipe}: {system}",
-                )  # fmt: skip
+                panel.errorbar(part["queries"], value, errors, capsize=2, label=f"{recipe}: {system}", **look)
+            chosen = weights[(weights["dataset"] == name) & (weights["recipe"] == recipe)]
+            if system == INTERPOLATED and len(chosen):
+                lower.plot(chosen.groupby("queries")["value"].median(), **look)
         panel.set_xscale("log")
         panel.set_title(name.removeprefix("irds:"))
-        panel.set_xlabel("labelled training queries")
+        lower.set_xlabel("labelled training queries")
+        lower.set_ylim(bottom=0)
         sizes = sorted(rows.loc[rows["queries"] > 0, "queries"].unique())
-        panel.set_xticks(sizes, [str(size) for size in sizes])
-        panel.minorticks_off()
+        lower.set_xticks(sizes, [str(size) for size in sizes])
+        lower.minorticks_off()
     panels[0][0].set_ylabel(str(MEASURE))
-    handles = {label: h for panel in panels[0] for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    panels[1][0].set_ylabel("weight of the\nfirst stage's score")
+    found = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in panels[0]]
+    handles = {label: handle for pairs in found for handle, label in pairs}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize="small", frameon=False)
     return figure
 
