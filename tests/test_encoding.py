@@ -1,15 +1,18 @@
 """Pairs as token ids: the template, and what is truncated."""
 
+import copy
 from functools import partial
 
 import numpy as np
 import pytest
-from conftest import WORDS, run_together
+import torch
+from conftest import WORDS, record_calls, run_together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
+from pyterrier_msft.model import encoding
 from pyterrier_msft.model.encoding import PairEncoder, clean
 
 
@@ -18,15 +21,17 @@ def tokens(n: int, word: str = "w1") -> str:
     return " ".join([word] * n)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    pair: str = "<s> $A </s> </s> $B </s>", kind: type[PreTrainedTokenizerFast] = PreTrainedTokenizerFast
+) -> PreTrainedTokenizerFast:
     """A tokenizer of bytes, as of RoBERTa or GPT-2 but without merges, in which an emoji is four tokens."""
     vocabulary = ["<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        single="<s> $A </s>", pair=pair, special_tokens=[("<s>", 0), ("</s>", 1)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return kind(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def decode(encoder, query, text):
@@ -164,6 +169,97 @@ def test_a_tokenizer_without_offsets(query, text):
     assert PairEncoder(tokenizer, 12, max_query_length=2)([query], [text])["input_ids"] == [
         tokenizer(query[:2], text, truncation="only_second", max_length=12)["input_ids"]
     ]
+
+
+# ---- pairs joined from the ids of queries and texts
+
+
+def tokenizer_of(family: str, encoder: PairEncoder) -> PreTrainedTokenizerFast:
+    pairs = {"roberta": "<s> $A </s> </s> $B </s>", "decoder": "<s> $A $B:1", "text first": "<s> $B:1 </s>:1 $A </s>"}
+    tokenizer = copy.deepcopy(encoder.tokenizer) if family == "bert" else byte_tokenizer(pairs[family])
+    if family != "roberta":
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    return tokenizer
+
+
+FAMILIES = ["bert", "roberta", "decoder", "text first"]
+STRINGS = st.text("ab \U0001f600é", max_size=30) | st.sampled_from([tokens(12), "w1 w2", "x" * 400, "[SEP]", "</s> w1"])
+LONG = st.sampled_from([None, tokens(99), "x" * 99 + tokens(999)])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(deadline=None)  # the machine may be busy
+@given(
+    pairs=st.lists(st.tuples(STRINGS, STRINGS | LONG), min_size=1, max_size=4),
+    max_length=st.integers(6, 24), max_query_length=st.sampled_from([None, 1, 5]), passages=st.sampled_from([1, 3]),
+)  # fmt: skip
+def test_joined_pairs_are_those_of_the_tokenizer(encoder, family, side, pairs, max_length, max_query_length, passages):
+    tokenizer = tokenizer_of(family, encoder)
+    tokenizer.truncation_side = side
+    one = PairEncoder(tokenizer, max_length, max_query_length, passages)
+    queries, texts = [query for query, _ in pairs], [text for _, text in pairs]
+    assert encoding.find_template(tokenizer) is not None
+    found = [one.windows(queries, texts, keep=keep) for keep in (False, True, True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "find_template", lambda tokenizer: None)
+        expected, expected_pair = one.windows(queries, texts)
+    for encoded, pair in found:
+        assert encoded == expected
+        assert pair.tolist() == expected_pair.tolist()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_is_that_of_the_tokenizer(encoder, family, side):
+    tokenizer = tokenizer_of(family, encoder)
+    tokenizer.padding_side, tokenizer._pad_token_type_id = side, 3
+    one = PairEncoder(tokenizer, 20)
+    encoded = one(["w1", "w2 w3", ""], ["w4", "w5 " * 9, None])
+    for indices in ([0, 2], [1], [2, 1, 0]):
+        chosen = {key: [values[i] for i in indices] for key, values in encoded.items()}
+        length = max(map(len, chosen["input_ids"]))
+        expected = tokenizer.pad(
+            chosen, padding="max_length", max_length=min(20, -(-length // 8) * 8), return_tensors="pt"
+        )
+        found = one.pad(encoded, indices)
+        assert found.keys() == expected.keys()
+        for key, values in found.items():
+            assert torch.equal(values, expected[key]), key
+
+
+def test_no_pairs(encoder):
+    encoded, pair = encoder.windows([], [])
+    assert encoded["input_ids"] == []
+    assert len(pair) == 0
+
+
+class Marking(PreTrainedTokenizerFast):
+    """A tokenizer that changes the text of a pair."""
+
+    def __call__(self, text, text_pair=None, **options):
+        marked = None if text_pair is None else [f"{each}!" for each in text_pair]
+        return super().__call__(text, marked, **options)
+
+
+def test_pairs_that_are_more_than_a_template_are_left_to_the_tokenizer():
+    tokenizer = byte_tokenizer(kind=Marking)
+    one = PairEncoder(tokenizer, 16)
+    assert decode(one, "ab", "cd") == "<s> ab</s></s> cd!</s>"
+    assert one(["ab", "a" * 9], ["cd", None]) == dict(tokenizer(["ab", "a" * 9], ["cd", ""]))
+
+
+def test_ids_are_kept_only_within_the_limit(encoder, monkeypatch):
+    calls = record_calls(monkeypatch)
+    for limit, is_kept in ((2**28, True), (10, False)):
+        monkeypatch.setattr(encoding, "MAX_KEPT_TOKENS", limit)
+        one = PairEncoder(encoder.tokenizer, 24)
+        first, _ = one.windows(["w4"] * 2, ["w1 w2", "w3"], keep=True)
+        calls.clear()
+        assert one.windows(["w4"] * 2, ["w1 w2", "w3"], keep=True)[0] == first
+        assert is_kept == (not calls)
+        one.windows(["w4"], ["w5"], keep=True)
+        assert calls
 
 
 @pytest.mark.parametrize("passages", [1, 3])

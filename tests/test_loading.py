@@ -2,9 +2,7 @@
 
 import shutil
 import threading
-from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -17,43 +15,7 @@ from pyterrier_msft.model.first_token import first_token_only
 from pyterrier_msft.model.loading import load_model, quiet_transformers
 from pyterrier_msft.model.scoring import core_pool
 
-# ---- models in the modules of sentence-transformers
-
-
-@pytest.fixture(scope="module")
-def modular(backbone, tmp_path_factory) -> Path:
-    """A CrossEncoder whose head is in modules after the network, such as the Ettin re-rankers."""
-    pytest.importorskip("sentence_transformers", minversion="5.4")
-    from sentence_transformers import CrossEncoder
-    from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Pooling, Transformer
-
-    modules = [
-        Transformer(backbone), Pooling(16, "cls"), Dense(16, 16), LayerNorm(16),
-        Dense(16, 1, activation_function=torch.nn.Identity(), module_output_name="scores"),
-    ]  # fmt: skip
-    folder = tmp_path_factory.mktemp("modular")
-    CrossEncoder(modules=modules, device="cpu").save_pretrained(str(folder))
-    (folder / "model.safetensors").unlink()  # refused before weights are read
-    return folder
-
-
-def test_a_head_in_modules_is_refused(modular):
-    with pytest.raises(ValueError, match=r"a sentence-transformers .* Transformer, Pooling, Dense, LayerNorm, Dense\."):
-        MonoCE(modular).fingerprint  # noqa: B018 loads the model
-
-
-def test_a_head_in_modules_is_refused_on_the_hub(modular, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    repo = tmp_path / "models--user--modular"
-    for revision in ("main", "other"):
-        (repo / "refs").mkdir(parents=True, exist_ok=True)
-        (repo / "refs" / revision).write_text(revision * 10)
-        shutil.copytree(modular, repo / "snapshots" / (revision * 10))
-    (repo / "snapshots" / ("other" * 10) / "modules.json").unlink()
-    with pytest.raises(ValueError, match=r"got 'user/modular', a sentence-transformers CrossEncoder in the modules"):
-        MonoCE("user/modular").fingerprint  # noqa: B018 loads the model
-    with pytest.raises(ValueError, match=r"got 'user/modular': .*safetensors"):  # not refused because of modules
-        MonoCE("user/modular", revision="other").fingerprint  # noqa: B018 loads the model
+# ---- models of sentence-transformers
 
 
 def test_a_bi_encoder_is_a_backbone(backbone, tmp_path):

@@ -219,7 +219,7 @@ def test_code_that_comes_with_a_model_runs_only_if_allowed(tmp_path, train_part,
     [
         ("Qwen3ForCausalLM", 2, r"which generates text \(Qwen3ForCausalLM\)"),
         ("T5ForConditionalGeneration", 2, "which generates text"),
-        ("BertForSequenceClassification", 2, "model must have one label .* got 2 labels"),
+        ("BertForSequenceClassification", 3, "model must have one label .* got 3 labels"),
     ],
 )
 def test_other_kinds_of_rerankers_are_refused(tmp_path, architecture, labels, message):

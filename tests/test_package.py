@@ -2,6 +2,7 @@
 
 import email
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -24,7 +25,8 @@ PAGES = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("pyterrier_msft
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The wheel and the source distribution, built from a copy of the tracked files."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    files = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CITATION.cff", "constraints.txt"]
+    files = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CITATION.cff"]
+    files += ["CHANGELOG.md", "constraints.txt"]
     for name in files:
         (source / name).write_bytes((ROOT / name).read_bytes())
     for name in ("docs", "examples", "tests"):
@@ -58,6 +60,9 @@ def test_the_wheel_has_metadata_and_entry_points(built: tuple[Path, Path]) -> No
     assert metadata["Version"] == pyterrier_msft.__version__
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["Description-Content-Type"] == "text/markdown"
+    links = re.findall(r"\]\(([^)]*)\)", metadata.get_payload())
+    assert len(links) > 10
+    assert all(link.startswith(("https://", "#")) for link in links)  # PyPI doesn't have the repository's files
     required = metadata.get_all("Requires-Dist") or []
     assert all(">=" in requirement for requirement in required), "every dependency needs a lower bound"
     lines = [line for line in groups.splitlines() if " = " in line]
@@ -71,4 +76,23 @@ def test_the_source_distribution_has_tests_and_examples(built: tuple[Path, Path]
     with tarfile.open(built[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert names >= MODULES | PAGES
-    assert names >= {"README.md", "LICENSE", "constraints.txt", "tests/conftest.py", "examples/quickstart.py"}
+    assert names >= {"README.md", "LICENSE", "CHANGELOG.md", "constraints.txt"}
+    assert names >= {"tests/conftest.py", "examples/quickstart.py"}
+
+
+def test_all_links_name_one_repository() -> None:
+    """The address is `REPOSITORY` of setup.py; a failure lists the places that name another one."""
+    address = re.search(r'REPOSITORY = "https://(.*?)"', (ROOT / "setup.py").read_text(encoding="utf-8"))[1]
+    patterns = ("*.md", "*.cff", "docs/**/*.md", "docs/conf.py", "notebooks/*.ipynb", "pyterrier_msft/**/*.py")
+    found = {}
+    for path in [path for pattern in patterns for path in ROOT.glob(pattern) if "_build" not in path.parts]:
+        for other in re.findall(r"\bgithub\.com/[\w.-]+/pyterrier[_-]msft\b", path.read_text(encoding="utf-8")):
+            found.setdefault(other, []).append(path.relative_to(ROOT).as_posix())
+    assert [*found] == [address], found
+
+
+def test_the_changelog_has_the_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## (\S+) \((unreleased|\d{4}-\d\d-\d\d)\)$", changelog, re.MULTILINE)
+    assert newest[1] == pyterrier_msft.__version__
+    assert f"\nversion: {newest[1]}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

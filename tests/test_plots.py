@@ -99,7 +99,7 @@ def test_axes_are_labelled_and_no_text_is_cut_off(draw):
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     for draw in CALLS.values():
-        with pytest.raises(ImportError, match=r"pip install pyterrier-msft\[plot\]"):
+        with pytest.raises(ImportError, match=r'pip install "pyterrier-msft\[plot\]"'):
             draw(None)
 
 

@@ -414,9 +414,37 @@ def test_invalid_arguments_are_rejected(mistake, message):
 # ---- the index
 
 
+def test_bm25_is_indexed_once_and_quietly(large, tmp_path, capfd, monkeypatch):
+    dev = PyDocs("dev")
+    dev.get_topics()
+    capfd.readouterr()
+    bm25 = dev.bm25()
+    assert capfd.readouterr() == ("", "")
+    results = bm25.search("toy measure_7")
+    assert results["docno"].iloc[0] == "toy.measure_7"
+    assert len(results) == 100
+    assert len(dev.bm25(num_results=1000).search("toy")) == 300
+    pydocs._load_or_build_bm25.cache_clear()  # as in another process
+    monkeypatch.setattr(pydocs.BM25, "__init__", None)  # fails if it is called again
+    pd.testing.assert_frame_equal(PyDocs("train").bm25().search("toy measure_7"), results)
+    assert PyDocs("train").bm25() == dev.bm25()  # so that PyTerrier detects the steps that pipelines share
+    assert not [*(tmp_path / "home" / "corpora" / "pydocs").glob(".*")]
+
+
+def test_another_process_may_build_the_index_of_bm25_first(large, monkeypatch):
+    save = pydocs.BM25.save
+
+    def save_second(bm25, path):
+        save(bm25, path)
+        save(bm25, path)
+
+    monkeypatch.setattr(pydocs.BM25, "save", save_second)
+    assert PyDocs("dev").bm25().search("toy measure_7")["docno"].iloc[0] == "toy.measure_7"
+
+
 def test_the_index_without_pisa_raises_an_error_with_the_remedy(large, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyterrier_pisa", None)
-    with pytest.raises(ImportError, match=r"pip install pyterrier-msft\[demo\]"):
+    with pytest.raises(ImportError, match="pip install pyterrier-pisa"):
         PyDocs("dev").get_index()
 
 
@@ -461,17 +489,27 @@ def test_output_is_restored_after_a_failure(capfd):
     assert capfd.readouterr() == ("", "kept")
 
 
-@needs_pisa
 def test_the_standard_library_makes_a_useful_collection(library):
     from ir_measures import RR, R
-    from pyterrier_pisa import PisaIndex
 
     library.package = INSTALLED[-1]
     train = pt.get_dataset("pydocs:train")
     topics, qrels = train.get_topicsqrels()
     assert len(topics) > 500
-    results = PisaIndex.from_dataset(train).bm25(num_results=100)(topics)
+    results = train.bm25()(topics)
     assert set(results["qid"]) == set(topics["qid"])  # also for queries with punctuation
     figures = pt.Evaluate(results, qrels, [RR @ 10, R @ 100])
     assert figures["RR@10"] > 0.5
     assert figures["R@100"] > 0.85
+
+
+@needs_pisa
+def test_bm25_is_as_good_as_that_of_pisa(library):
+    from ir_measures import nDCG
+    from pyterrier_pisa import PisaIndex
+
+    library.package = INSTALLED[-1]
+    train = pt.get_dataset("pydocs:train")
+    systems = [train.bm25(), PisaIndex.from_dataset(train).bm25(num_results=100)]
+    ours, pisas = pt.Experiment(systems, *train.get_topicsqrels(), [nDCG @ 10])["nDCG@10"]
+    assert ours == pytest.approx(pisas, abs=0.01)

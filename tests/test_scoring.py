@@ -1,4 +1,5 @@
 import contextlib
+import threading
 
 import numpy as np
 import pytest
@@ -8,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pyterrier_msft.model.encoding import balance_batches, length_batches
+from pyterrier_msft.model.batching import balance_batches, length_batches
 from pyterrier_msft.model.first_token import first_token_only
 from pyterrier_msft.model.loading import load_model, token_limit
 from pyterrier_msft.model.precision import resolve_device, resolve_dtype
-from pyterrier_msft.model.scoring import forward, score_pairs
+from pyterrier_msft.model.scoring import compute_ahead, forward, score_pairs, split_blocks
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,36 @@ def test_blocks_are_joined(model, encoder, monkeypatch):
     parts = score_pairs(model, encoder, queries, texts, dtype=torch.float32, progress=steps.append)
     np.testing.assert_allclose(parts, whole, atol=1e-5)
     assert sum(steps) == 50
+
+
+def test_a_gpus_blocks_grow():
+    blocks = split_blocks(30_000, torch.device("cuda"))
+    assert [block.stop - block.start for block in blocks] == [1024, 2048, 4096, 8192, 8192, 8192]
+    assert np.concatenate([range(30_000)[block] for block in blocks]).tolist() == list(range(30_000))
+    assert split_blocks(9000, torch.device("cpu")) == [slice(0, 8192), slice(8192, 16384)]
+    assert split_blocks(0, torch.device("cpu")) == []
+
+
+def test_the_next_block_is_computed_while_the_last_is_used():
+    started = [threading.Event() for _ in range(3)]
+    for i in compute_ahead(lambda i: (started[i].set(), i)[1], range(3)):
+        assert i == 2 or started[i + 1].wait(60)
+        assert i > 0 or not started[2].is_set()
+
+
+def test_scores_are_copied_once_per_block(model, encoder, monkeypatch):
+    copies, copy = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: [copies.append(len(self)), copy(self)][1])
+    score_pairs(model, encoder, *pairs(60), dtype=torch.float32, batch_size=7)
+    assert copies == [60]
+
+
+def test_an_error_in_a_later_block_is_raised(model, encoder, monkeypatch):
+    monkeypatch.setattr("pyterrier_msft.model.scoring.PAIRS_PER_BLOCK", 16)
+    texts = [*pairs(40)[1]]
+    texts[39] = type("Broken", (), {"__str__": lambda self: 1 / 0})()
+    with pytest.raises(ZeroDivisionError):
+        score_pairs(model, encoder, pairs(40)[0], texts, dtype=torch.float32)
 
 
 def test_out_of_memory_halves_the_pass(model, encoder, monkeypatch, caplog):
@@ -278,6 +309,17 @@ def test_dtypes(monkeypatch):
     assert resolve_dtype("int8", cpu) == torch.int8
     with pytest.raises(ValueError, match="dtype 'int8' needs a CPU"):
         resolve_dtype("int8", torch.device("cuda"))
+
+
+def test_the_default_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda n, device: None)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert resolve_device(None).type == "mps"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # Trainer follows it
+    assert resolve_device(None).type == "cpu"
+    assert resolve_device("mps").type == "mps"
 
 
 @pytest.mark.parametrize("device", ["nowhere", "cuda:99"])

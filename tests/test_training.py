@@ -15,13 +15,15 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import record_calls
 from interruptions import interrupted_at, interruptible_lce
 from ir_measures import RR
 
-from pyterrier_msft import losses
+from pyterrier_msft import Contrastive, losses
 from pyterrier_msft.data.groups import Groups, Ragged
 from pyterrier_msft.data.labels import from_qrels
 from pyterrier_msft.model.cross_encoder import CrossEncoder
+from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.first_token import CPU_ATTENTION
 from pyterrier_msft.model.scoring import forward
 from pyterrier_msft.training import Hyperparameters, batches, cpu, gradient_cache
@@ -360,6 +362,28 @@ def test_the_collator_puts_each_pair_in_its_slot(groups, encoder):
         expected = encoder([query], [text])["input_ids"][0]
         assert ids[: len(expected)] == expected
         assert not any(ids[len(expected) :])  # padding
+
+
+def test_later_epochs_and_stages_tokenize_nothing(ce, train_part, dev_part, monkeypatch):
+    monkeypatch.setattr(PairEncoder, "truncation_rates", lambda *args: (0.0, 0.0))  # of a sample, once per stage
+    calls = record_calls(monkeypatch)
+    once = Contrastive(n_negatives=99, batch_size=8, epochs=1, eval_every=4)
+    found = []
+    for fitter in (once, dataclasses.replace(once, epochs=3), once >> once):
+        calls.clear()
+        ce.clone().fit(train_part.results, train_part.qrels, dev_part.results, dev_part.qrels, fitter=fitter)
+        found.append(len(calls))
+    assert found[0] == found[1] == found[2] > 0
+
+
+def test_texts_that_are_looked_up_are_not_kept(new, groups, monkeypatch):
+    calls = record_calls(monkeypatch)
+    found = []
+    for epochs in (1, 2, 3):
+        calls.clear()
+        run(new(), dataclasses.replace(groups, load=list), dataclasses.replace(FAST, epochs=epochs))
+        found.append(len(calls))
+    assert found[2] - found[1] == found[1] - found[0] > 0
 
 
 def test_workers_of_the_data_loader_give_the_same_weights(new, groups, capfd):

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from pyterrier_msft.model.decoders import words_of
 from pyterrier_msft.model.loading import isolated_rng
 
 CONFIG = "adapter_config.json"
@@ -24,13 +25,15 @@ def check(adapter: Any) -> None:
 def add(network: PreTrainedModel, adapter: Any, *, base: str, revision: str | None, seed: int) -> Any:
     """Add a new adapter to a network, in place, and return the `PeftModel` around the same modules.
 
-    The head and, if there is one, the pooler are trained and saved with the adapter, since they may be new. The
+    The head and, if there is one, the pooler are trained and saved with the adapter, since they may be new; a decoder
+    that scores with words has no new head. The
     backbone's name (or folder) and revision are recorded, so that the adapter can be loaded.
     """
     config = copy.deepcopy(adapter)
-    config.task_type = "SEQ_CLS"
+    is_decoder = words_of(network) is not None
+    config.task_type = "CAUSAL_LM" if is_decoder else "SEQ_CLS"
     config.base_model_name_or_path, config.revision = base, revision
-    if config.modules_to_save is None:
+    if config.modules_to_save is None and not is_decoder:
         config.modules_to_save = _head_modules(network)
     with isolated_rng(seed), _ignore_future_warnings():
         peft_model = _peft().get_peft_model(network, config)
@@ -75,7 +78,7 @@ def _head_modules(network: PreTrainedModel) -> list[str]:
             f"{backbone!r}; got None"
         )
     poolers = [(name, module) for name, module in children.pop(backbone).named_children() if name == "pooler"]
-    return [name for name, module in (*children.items(), *poolers) if any(True for _ in module.parameters())]
+    return [name for name, module in (*children.items(), *poolers) if any(p.requires_grad for p in module.parameters())]
 
 
 def _peft() -> Any:

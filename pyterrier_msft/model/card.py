@@ -1,19 +1,26 @@
 """Model cards, written from a model's record."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pyterrier_msft.model.record import ModelRecord, StageRecord
 
+Kind = Literal["one label", "several labels", "modular", "prompt"]
+"""A network with one label; one with several, whose score is the log-odds of one; the modules of a CrossEncoder; a
+network that reads pairs in a prompt."""
+
 
 def model_card(
-    record: ModelRecord, *, name: str, is_adapter: bool, license: str | None = None,
+    record: ModelRecord, *, name: str, is_adapter: bool, kind: Kind, license: str | None = None,
     metrics: pd.DataFrame | None = None, **data: Any,
 ) -> str:  # fmt: skip
-    """Write a model card in Markdown, with the front matter that the hub reads. For the options see `MonoCE.save`."""
+    """Write a model card in Markdown, with the front matter that the hub reads. For the options see `MonoCE.save`.
+
+    `kind` decides which libraries can use the model as it is.
+    """
     base = data.get("base_model", record.base)
     validation = record.stages[-1].metrics if record.stages else {}
     eval_results = [
@@ -28,7 +35,7 @@ def model_card(
         table = markdown_table(pd.DataFrame(validation.items(), columns=["metric", "value"]))
         evaluation = ["On the validation queries that selected the weights:\n", table, *evaluation]
     known = {
-        "library_name": "peft" if is_adapter else "transformers",
+        "library_name": "peft" if is_adapter else "sentence-transformers" if kind == "modular" else "transformers",
         "pipeline_tag": "text-ranking",
         "license": license,
         "base_model": base,
@@ -43,7 +50,7 @@ def model_card(
         f"A cross-encoder that re-ranks documents for a query{f', made from `{base}`' if base else ''}, trained with "
         f"[pyterrier_msft](https://github.com/terrierteam/pyterrier_msft) {record.versions['pyterrier_msft']}.\n",
         "## How to use\n",
-        _usage(record.settings, name, _interpolation(record), is_adapter=is_adapter),
+        _usage(record.settings, name, _interpolation(record), is_adapter=is_adapter, kind=kind),
         "## Training\n",
         _training(record.stages),
         *(["## Evaluation\n", *evaluation] if evaluation else []),
@@ -70,7 +77,7 @@ def markdown_table(frame: pd.DataFrame) -> str:
     return "".join(f"| {' | '.join(cell(value) for value in line)} |\n" for line in lines)
 
 
-def _usage(settings: Mapping[str, Any], name: str, interpolation: str, *, is_adapter: bool) -> str:
+def _usage(settings: Mapping[str, Any], name: str, interpolation: str, *, is_adapter: bool, kind: Kind) -> str:
     length = settings["max_length"]
     model_class = "AutoPeftModelForSequenceClassification" if is_adapter else "AutoModelForSequenceClassification"
     imports = f"from transformers import {model_class}, AutoTokenizer"
@@ -86,12 +93,16 @@ def _usage(settings: Mapping[str, Any], name: str, interpolation: str, *, is_ada
             "score = model(**inputs).logits.item()"
         ),
     }
-    if not is_adapter:
+    if kind != "one label":
+        del examples["transformers"]
+    if not is_adapter and kind != "several labels":
         examples["sentence-transformers"] = (
             "from sentence_transformers import CrossEncoder\n\n"
             f'scores = CrossEncoder("{name}").predict([(query, document)])'
         )
     notes = f"The score is the model's raw output. Query and document are truncated to {length} tokens together."
+    if kind == "several labels":
+        notes += f" It is the log-odds of the label {settings['relevant']!r}: other libraries give one for each label."
     if settings.get("max_query_length"):
         notes += f" PyTerrier truncates a query to {settings['max_query_length']} tokens; the others don't."
     if settings.get("passages", 1) > 1:

@@ -15,9 +15,15 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pyterrier_msft.model import adapters
+from pyterrier_msft.model.card import Kind
+from pyterrier_msft.model.decoders import WordScore, prompt_of, words_of
 from pyterrier_msft.model.encoding import PairEncoder
+from pyterrier_msft.model.labels import LogOdds
 from pyterrier_msft.model.loading import as_single_score, load_model, load_tokenizer, quiet_transformers, token_limit
+from pyterrier_msft.model.modular import ModularNetwork
 from pyterrier_msft.model.precision import parse_device, quantize, resolve_device, resolve_dtype
+from pyterrier_msft.model.prompt_encoding import PromptEncoder
+from pyterrier_msft.model.prompts import check_prompt
 from pyterrier_msft.model.record import ModelRecord
 from pyterrier_msft.model.scoring import score_pairs
 from pyterrier_msft.model.storage import check_source
@@ -44,13 +50,15 @@ class CrossEncoder:
     def __init__(
         self, model: str | Path | PreTrainedModel, *, adapter: Any = None, dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None, seed: int = 42, revision: str | None = None,
-        trust_remote_code: bool = False,
+        trust_remote_code: bool = False, relevant: int | str | None = None, template: str | None = None,
+        true: str = "yes", false: str | None = "no",
     ) -> None:  # fmt: skip
         self._network: PreTrainedModel | None = None
         self.hub_name: str | None = None  # of the backbone
+        self._prompt = check_prompt(template, true, false)
         if isinstance(model, PreTrainedModel):
             self.name = model.name_or_path or type(model).__name__
-            self._network = as_single_score(model)
+            self._network = as_single_score(model, relevant, self._prompt)
         elif isinstance(model, str | Path):
             self.name = os.path.expanduser(model)
             check_source(self.name)
@@ -67,6 +75,8 @@ class CrossEncoder:
         self.seed = seed
         self.revision = revision
         self.trust_remote_code = trust_remote_code
+        self.relevant = relevant
+        self.template, self.true, self.false = template, true, false
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._peft_model: Any = None  # wraps the network if there is an adapter
         self._head_is_new = False
@@ -88,6 +98,15 @@ class CrossEncoder:
         return int(getattr(config, "hidden_size", None) or 768)
 
     @property
+    def kind(self) -> Kind:
+        """The kind of the model, which decides what other libraries can load it. Loads the model."""
+        if isinstance(self.network, ModularNetwork):
+            return "modular"
+        if prompt_of(self.network) is not None:
+            return "prompt"
+        return "one label" if self.network.config.num_labels == 1 else "several labels"
+
+    @property
     def network(self) -> PreTrainedModel:
         """The network on its device. Loads the model."""
         return self._ensure_loaded()
@@ -99,8 +118,9 @@ class CrossEncoder:
     def _load(self) -> PreTrainedModel:
         if self._network is None:
             self._network, self._tokenizer, self._head_is_new = load_model(
-                self.name, seed=self.seed, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
+                self.name, seed=self.seed, revision=self.revision, trust_remote_code=self.trust_remote_code,
+                relevant=self.relevant, prompt=self._prompt,
+            )  # fmt: skip
             self._head_is_new |= self.was_saved_untrained or ModelRecord.read(self.name).head_is_new
             self._source = self.name
         if self._peft_model is None and self.adapter_folder is not None:
@@ -175,7 +195,10 @@ class CrossEncoder:
         limit = token_limit(self.network, self.tokenizer)
         if max_length > limit:
             raise ValueError(f"max_length must be at most {limit}, the positions of {self.name}; got {max_length}")
-        return PairEncoder(self.tokenizer, max_length, max_query_length, passages)
+        prompt = prompt_of(self.network)
+        if prompt is None:
+            return PairEncoder(self.tokenizer, max_length, max_query_length, passages)
+        return PromptEncoder(self.tokenizer, max_length, max_query_length, passages, prompt)
 
     def score(
         self, encoder: PairEncoder, queries: Sequence[Any], texts: Sequence[Any], *, batch_size: int | None = None,
@@ -219,8 +242,10 @@ class CrossEncoder:
     def take_weights(self, other: "CrossEncoder") -> None:
         """Share the weights of another cross-encoder; keep this one's settings."""
         self._network, self._tokenizer, self._peft_model = other.network, other.tokenizer, other._peft_model
-        # A new head that is loaded again gets the same random weights only with the same seed.
-        self._source = other._source if self.seed == other.seed else None
+        # A new head that is loaded again gets the same random weights only with the same seed, and a saved classifier
+        # with one label has no other.
+        is_same = (self.seed, self.relevant) == (other.seed, other.relevant)
+        self._source = other._source if is_same else None
         self.adapter_folder, self._head_is_new = other.adapter_folder, other._head_is_new
 
     def mark_changed(self) -> None:
@@ -229,7 +254,7 @@ class CrossEncoder:
 
     def mark_saved(self, folder: Path) -> None:
         """Record that the weights can be loaded from a folder, so that a pickle needn't contain them."""
-        if not self.has_adapter:
+        if not self.has_adapter and self.relevant is None:
             self._source = str(folder)
 
     def write(self, folder: Path, *, max_length: int, merged: bool) -> str:
@@ -245,6 +270,9 @@ class CrossEncoder:
         network.config.sentence_transformers = {**getattr(network.config, "sentence_transformers", {}), **activation}
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.model_max_length = max_length  # where sentence-transformers truncates
+        if (prompt := prompt_of(network)) is not None and peft_model is None:
+            tokenizer.chat_template = prompt.chat_template
+            prompt.write(folder, words_of(network))
         with quiet_transformers():
             if peft_model is not None:
                 peft_model.save_pretrained(folder, save_embedding_layers=False)
@@ -281,6 +309,9 @@ def fingerprint_of(network: PreTrainedModel, peft_model: Any) -> str:
     This takes a third of a second for BERT-base.
     """
     state, digest = network.state_dict(), hashlib.sha256()
+    hooks = [repr(hook) for hook in network._forward_hooks.values() if isinstance(hook, LogOdds | WordScore)]
+    prompt = prompt_of(network)
+    digest.update("".join([*hooks, *([] if prompt is None else [prompt.template])]).encode())
     digest.update(json.dumps(_digestible_config(network.config), sort_keys=True, default=str).encode())
     if peft_model is not None:
         config = adapters.digestible_config(peft_model)

@@ -2,23 +2,35 @@
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import cached_property
+from itertools import product
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
-Encoded = dict[str, list[list[int]]]  # a tokenizer's columns ("input_ids", ...), one list of integers per pair
+from pyterrier_msft.model.template import Encoded, Template, longest_first
+
+Lists = dict[str, list[list[int]]]  # a tokenizer's columns ("input_ids", ...), with a list of integers per pair
 
 CHARACTERS_PER_TOKEN = 12  # how much of a long text is tokenized: twice as much as any language needs
 WINDOW_OVERLAP = 1 / 8  # between consecutive windows of a text, as a fraction of max_length
-MAX_BALANCED_BATCHES = 32  # per worker; with more, an uneven last round hardly matters
+MAX_KEPT_TOKENS = 2**28  # of texts whose token ids are kept, with four bytes each
 
 # A fast tokenizer keeps the options of a call, so another thread's call would change them before they are used.
 _TOKENIZER_LOCK = threading.Lock()
+
+# Decide whether a tokenizer's pairs can be joined from the ids of queries and texts.
+SAMPLE = ["", "a", " b", "What is 3.14?", "Größe\n\U0001f642 [SEP] </s>", "one two three four five six seven eight"]
+_TEMPLATES: WeakKeyDictionary[PreTrainedTokenizerBase, Template | None] = WeakKeyDictionary()
+
+T = TypeVar("T")
 
 
 class Query(NamedTuple):
@@ -46,21 +58,20 @@ class PairEncoder:
 
     def __call__(self, queries: Sequence[Any], texts: Sequence[Any]) -> Encoded:
         """Encode pairs, truncated but not padded. Missing values (None, NaN) are read as empty texts."""
-        parsed, texts, prefixes = self._prepare(queries, texts)
-        encoded, again = self._encode([query.short for query in parsed], prefixes), {}
-        for i, (query, text, prefix) in enumerate(zip(parsed, texts, prefixes, strict=True)):
-            # There is room for more of the query, or a prefix of few, long words is too short to fill the pair.
-            is_cut = query.short != query.long or len(prefix) < len(text)
-            if is_cut and len(encoded["input_ids"][i]) < self.max_length:
-                again[i] = query.long, text
-        self._encode_again(encoded, again)
-        return encoded
+        return self.windows(queries, texts)[0]
 
-    def windows(self, queries: Sequence[Any], texts: Sequence[Any]) -> tuple[Encoded, np.ndarray]:
+    def windows(
+        self, queries: Sequence[Any], texts: Sequence[Any], *, keep: bool = False
+    ) -> tuple[Encoded, np.ndarray]:
         """Encode each pair in as many windows of the text as it needs, at most `passages`.
 
         Windows fill the space beside the query, and overlap, so that a phrase that one cuts is whole in the next. If
         there are several, all have the same query, of at most `query_limit` tokens.
+
+        Args:
+            queries: The queries.
+            texts: The texts.
+            keep: Whether to keep the token ids of queries and texts for later calls.
 
         Returns:
             The windows, and for each of them the index of its pair.
@@ -68,36 +79,20 @@ class PairEncoder:
         Raises:
             ValueError: If `passages` is above 1 and the tokenizer isn't a fast one: slow ones can't make windows.
         """
-        if self.passages == 1:
-            return self(queries, texts), np.arange(len(queries))
-        if not self.tokenizer.is_fast:
+        if self.passages > 1 and not self.tokenizer.is_fast:
             raise ValueError(f"passages={self.passages} needs a fast tokenizer; got {type(self.tokenizer).__name__}")
-        parsed, texts, prefixes = self._prepare(queries, texts)
-        short = [query.short for query in parsed]
-        encoded, pair = self._encode_windows(short, prefixes)
-        is_cut = np.array([len(prefix) < len(text) for text, prefix in zip(texts, prefixes, strict=True)], dtype=bool)
-        # If all windows of a prefix are kept, the prefix may be too short.
-        if (is_cut & (np.bincount(pair, minlength=len(texts)) <= self.passages)).any():
-            encoded, pair = self._encode_windows(short, texts)
-        is_single = (np.bincount(pair, minlength=len(texts)) == 1)[pair]
-        again = {
-            window: (parsed[i].long, texts[i])
-            for window, i in enumerate(pair.tolist())
-            if is_single[window] and parsed[i].short != parsed[i].long  # a query with room for more of it
-            and len(encoded["input_ids"][window]) < self.max_length
-        }  # fmt: skip
-        self._encode_again(encoded, again)
-        position = np.arange(len(pair)) - np.searchsorted(pair, pair)  # of a window in its text
-        kept = np.flatnonzero(position < self.passages)
-        return {key: [values[i] for i in kept] for key, values in encoded.items()}, pair[kept]
+        template = find_template(self.tokenizer)
+        if template is None:
+            return self._windows_of_tokenizer(queries, texts)
+        return self._windows_of_template(template, queries, texts, keep=keep)
 
     def pad(self, encoded: Encoded, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
         """Pad the chosen pairs to tensors [pairs, tokens], where tokens is a multiple of 8 or `max_length`."""
-        chosen = {key: [values[i] for i in indices] for key, values in encoded.items()}
-        longest = max(len(ids) for ids in chosen["input_ids"])
+        indices = np.asarray(indices)
+        longest = int(encoded.lengths[indices].max())
         length = max(longest, min(-(-longest // 8) * 8, self.max_length))  # the model may have no more positions
-        options = {"padding": "max_length", "max_length": length, "return_tensors": "pt", "verbose": False}
-        return dict(self.tokenizer.pad(chosen, **options))
+        padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
+        return encoded.pad(indices, length, padding=padding, left=self.tokenizer.padding_side == "left")
 
     def truncates_query(self, queries: Sequence[Any], texts: Sequence[Any]) -> np.ndarray:
         """Return whether each pair's query is truncated, bool [pairs]. Tokenizes only texts beside a long query."""
@@ -120,13 +115,13 @@ class PairEncoder:
         capped = replace(self, max_query_length=self.query_limit)
         return query_rate, float(capped._exceeds_length(queries, texts).mean())
 
-    @property
+    @cached_property
     def query_limit(self) -> int:
         """The number of tokens to which a query is truncated beside a long text."""
         limit = self._room // 2 if self.max_query_length is None else min(self._room - 1, self.max_query_length)
         return max(1, limit)
 
-    @property
+    @cached_property
     def _room(self) -> int:
         """The maximum number of tokens of query and text together."""
         return self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True)
@@ -134,12 +129,8 @@ class PairEncoder:
     def _exceeds_length(self, queries: Sequence[Any], texts: Sequence[Any]) -> np.ndarray:
         """Return whether each pair has more than `max_length` tokens, bool [pairs]."""
         longer = replace(self, max_length=self.max_length + 1, passages=1)
-        return np.array([len(ids) > self.max_length for ids in longer(queries, texts)["input_ids"]], dtype=bool)
-
-    def _prepare(self, queries: Sequence[Any], texts: Sequence[Any]) -> tuple[list[Query], list[str], list[str]]:
-        """Return the parsed queries, the cleaned texts, and the prefixes of the texts worth tokenizing."""
-        cleaned = [clean(text) for text in texts]
-        return self._parse_queries(queries), cleaned, [self._prefix(text) for text in cleaned]
+        is_longer: np.ndarray = longer(queries, texts).lengths > self.max_length
+        return is_longer
 
     def _parse_queries(self, queries: Sequence[Any]) -> list[Query]:
         cleaned = [clean(query) for query in queries]
@@ -189,12 +180,128 @@ class PairEncoder:
         with _TOKENIZER_LOCK:
             return self.tokenizer(*texts, verbose=False, **options)
 
-    def _encode(self, queries: list[str], texts: list[str], **options: Any) -> Encoded:
-        # "only_second" fails where the query alone is too long, so queries are truncated beforehand.
-        options = {"truncation": "only_second", "max_length": self.max_length, **options}
-        return dict(self._tokenize(queries, texts, **options))
+    # ---- pairs joined from the ids of queries and texts, each of which is tokenized once
 
-    def _encode_again(self, encoded: Encoded, pairs: dict[int, tuple[str, str]]) -> None:
+    def _windows_of_template(
+        self, template: Template, queries: Sequence[Any], texts: Sequence[Any], *, keep: bool
+    ) -> tuple[Encoded, np.ndarray]:
+        query, distinct_queries = distinct(queries)
+        text, distinct_texts = distinct(texts)
+        kept_queries, kept_texts = self._kept if keep else (None, None)
+        query_ids = self._recall(kept_queries, distinct_queries, self._query_ids)
+        text_ids = self._recall(kept_texts, distinct_texts, self._text_ids)
+        parts = [*(ids for ids, _ in query_ids), *(ids for _, ids in query_ids), *text_ids]  # short, long, texts
+        lengths = np.array([len(ids) for ids in parts], dtype=np.int64)
+        starts, room = np.cumsum(lengths) - lengths, self._room
+        text = text + 2 * len(query_ids)
+        fits = lengths[query] + lengths[text] < room  # with room for more of the query
+        query = query + len(query_ids) * fits
+        # (pairs,) tokens: of the whole, and what is kept of them
+        n_query, n_text = lengths[query], lengths[text]
+        long_query, long_text = longest_first(n_query, n_text, room)
+        query_kept = np.where(fits, long_query, n_query)
+        text_kept = np.where(fits, long_text, np.minimum(n_text, room - n_query))
+        step = np.maximum(1, text_kept - self._stride)
+        n_windows = np.where(fits, 1, np.minimum(self.passages, 1 - (text_kept - n_text) // step))
+        pair = np.repeat(np.arange(len(query)), n_windows)
+        skipped = (np.arange(len(pair)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)) * step[pair]
+        n_window = np.minimum(text_kept[pair], n_text[pair] - skipped)
+        query_start, text_start = starts[query][pair], starts[text][pair] + skipped
+        if self.tokenizer.truncation_side == "left":
+            query_start = query_start + (n_query - query_kept)[pair]
+            text_start = (starts + lengths)[text][pair] - skipped - n_window
+        ids = np.concatenate([np.empty(0, np.int32), *parts])
+        windows = np.stack([query_start, query_kept[pair]]), np.stack([text_start, n_window])
+        return template.join(ids, *windows), pair
+
+    @cached_property
+    def _kept(self) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, np.ndarray]]:
+        """The ids of queries and texts that are kept for later calls."""
+        return {}, {}
+
+    def _recall(
+        self, kept: dict[str, T] | None, strings: list[str], make: Callable[[list[str]], Iterable[T]]
+    ) -> list[T]:
+        """Make a value for each of some distinct strings, unless it is kept; then keep it, as long as there is room."""
+        if kept is None:
+            return [*make(strings)]
+        missing = [string for string in strings if string not in kept]
+        made = dict(zip(missing, make(missing), strict=True))
+        if (len(kept) + len(made)) * self._max_text_tokens <= MAX_KEPT_TOKENS:
+            kept.update(made)
+        return [made[string] if string in made else kept[string] for string in strings]
+
+    def _query_ids(self, queries: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Tokenize queries in their short and their long form."""
+        parsed = self._parse_queries(queries)
+        forms = list(dict.fromkeys(form for query in parsed for form in (query.short, query.long)))
+        ids = dict(zip(forms, self._ids(forms), strict=True))
+        return [(ids[query.short], ids[query.long]) for query in parsed]
+
+    def _text_ids(self, texts: list[str]) -> list[np.ndarray]:
+        """Tokenize as much of each text as `passages` windows can have, and one token more."""
+        prefixes = [self._prefix(text) for text in texts]
+        ids = self._ids(prefixes)
+        # A prefix of few, long words may be too short to fill the windows.
+        again = [
+            i for i, (text, prefix) in enumerate(zip(texts, prefixes, strict=True))
+            if len(prefix) < len(text) and len(ids[i]) < self._max_text_tokens
+        ]  # fmt: skip
+        for i, whole in zip(again, self._ids([texts[i] for i in again]), strict=True):
+            ids[i] = whole
+        return ids
+
+    def _ids(self, strings: list[str]) -> list[np.ndarray]:
+        if not strings:
+            return []
+        # Without the tokenizer's own call, which takes twice as long in Python.
+        with _TOKENIZER_LOCK:
+            self.tokenizer.set_truncation_and_padding(
+                padding_strategy=PaddingStrategy.DO_NOT_PAD, truncation_strategy=TruncationStrategy.LONGEST_FIRST,
+                max_length=self._max_text_tokens, stride=0, pad_to_multiple_of=None, padding_side=None,
+            )  # fmt: skip
+            found = self.tokenizer.backend_tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in found]
+
+    @cached_property
+    def _max_text_tokens(self) -> int:
+        return max(1, self._room) * self.passages + 1
+
+    @cached_property
+    def _stride(self) -> int:
+        return max(0, min(int(self.max_length * WINDOW_OVERLAP), self._room - self.query_limit - 1))
+
+    # ---- pairs encoded by the tokenizer, if its pairs are more than query and text in a template
+
+    def _windows_of_tokenizer(self, queries: Sequence[Any], texts: Sequence[Any]) -> tuple[Encoded, np.ndarray]:
+        parsed, texts = self._parse_queries(queries), [clean(text) for text in texts]
+        prefixes = [self._prefix(text) for text in texts]
+        short = [query.short for query in parsed]
+        encoded, pair = self._encode_windows(short, prefixes)
+        is_cut = np.array([len(prefix) < len(text) for text, prefix in zip(texts, prefixes, strict=True)], dtype=bool)
+        # If all windows of a prefix are kept, the prefix may be too short.
+        if self.passages > 1 and (is_cut & (np.bincount(pair, minlength=len(texts)) <= self.passages)).any():
+            encoded, pair = self._encode_windows(short, texts)
+        is_single = (np.bincount(pair, minlength=len(texts)) == 1)[pair]
+        again = {
+            window: (parsed[i].long, texts[i])
+            for window, i in enumerate(pair.tolist())
+            # There is room for more of the query, or a prefix of few, long words is too short to fill the pair.
+            if is_single[window] and (is_cut[i] or parsed[i].short != parsed[i].long)
+            and len(encoded["input_ids"][window]) < self.max_length
+        }  # fmt: skip
+        self._encode_again(encoded, again)
+        position = np.arange(len(pair)) - np.searchsorted(pair, pair)  # of a window in its text
+        kept = np.flatnonzero(position < self.passages)
+        return Encoded.from_lists({key: [values[i] for i in kept] for key, values in encoded.items()}), pair[kept]
+
+    def _encode_windows(self, queries: list[str], texts: list[str]) -> tuple[Lists, np.ndarray]:
+        if self.passages == 1:
+            return self._encode(queries, texts), np.arange(len(queries))
+        encoded = self._encode(queries, texts, return_overflowing_tokens=True, stride=self._stride)
+        return encoded, np.array(encoded.pop("overflow_to_sample_mapping"), dtype=np.int64)
+
+    def _encode_again(self, encoded: Lists, pairs: dict[int, tuple[str, str]]) -> None:
         """Replace what is encoded at some indices, with queries that may take the room that their text leaves."""
         if not pairs:
             return
@@ -204,10 +311,33 @@ class PairEncoder:
             for i, values in zip(pairs, columns, strict=True):
                 encoded[key][i] = values
 
-    def _encode_windows(self, queries: list[str], texts: list[str]) -> tuple[Encoded, np.ndarray]:
-        stride = max(0, min(int(self.max_length * WINDOW_OVERLAP), self._room - self.query_limit - 1))
-        encoded = self._encode(queries, texts, return_overflowing_tokens=True, stride=stride)
-        return encoded, np.array(encoded.pop("overflow_to_sample_mapping"), dtype=np.int64)
+    def _encode(self, queries: list[str], texts: list[str], **options: Any) -> Lists:
+        # "only_second" fails where the query alone is too long, so queries are truncated beforehand.
+        options = {"truncation": "only_second", "max_length": self.max_length, **options}
+        return dict(self._tokenize(queries, texts, **options))
+
+
+def find_template(tokenizer: PreTrainedTokenizerBase) -> Template | None:
+    """Return a tokenizer's template, if joining the ids of query and text gives its pairs; None if it doesn't."""
+    if tokenizer not in _TEMPLATES:
+        template = Template.of(tokenizer) if tokenizer.is_fast else None
+        if template is not None:
+            queries, texts = zip(*product(SAMPLE, SAMPLE), strict=True)
+            room = len(template.columns["input_ids"]) - 2
+            for encoder in (PairEncoder(tokenizer, room + 9), PairEncoder(tokenizer, room + 9, passages=2)):
+                joined, _ = encoder._windows_of_template(template, queries, texts, keep=False)
+                if joined != encoder._windows_of_tokenizer(queries, texts)[0]:
+                    template = None
+                    break
+        _TEMPLATES[tokenizer] = template
+    return _TEMPLATES[tokenizer]
+
+
+def distinct(values: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
+    """Return the index of each value, (values,), in the list of the distinct ones, which are cleaned."""
+    indices: dict[str, int] = {}
+    index = [indices.setdefault(clean(value), len(indices)) for value in values]
+    return np.array(index, dtype=np.int64), [*indices]
 
 
 def clean(text: Any) -> str:
@@ -216,30 +346,3 @@ def clean(text: Any) -> str:
         nan = isinstance(text, float | np.floating) and math.isnan(text)
         return "" if nan or text is None or text is pd.NA or text is pd.NaT else str(text)
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
-
-
-def length_batches(
-    lengths: Sequence[int] | np.ndarray, *, max_tokens: int, max_pairs: int | None = None
-) -> list[np.ndarray]:
-    """Batch the indices of pairs of similar length, with at most `max_tokens` tokens (padding included) per batch.
-
-    The longest pairs come first, so that a batch too large for the device fails at once.
-    """
-    order, batches = np.argsort(-np.asarray(lengths), kind="stable"), []
-    while len(order):
-        fitting = max(1, max_tokens // max(1, int(lengths[order[0]])))
-        batch, order = np.split(order, [min(fitting, max_pairs or fitting)])
-        batches.append(batch)
-    return batches
-
-
-def balance_batches(batches: list[np.ndarray], lengths: np.ndarray, max_tokens: int, workers: int) -> list[np.ndarray]:
-    """Batch the pairs again so that each worker gets the same number of batches, of similar size."""
-    target = -(-len(batches) // workers) * workers
-    if target > MAX_BALANCED_BATCHES * workers:
-        return batches
-    for slack in (1.02, 1.05, 1.1, 1.2):  # for padding, and because a pair can't be split
-        balanced = length_batches(lengths, max_tokens=min(max_tokens, int(slack * lengths.sum() / target)))
-        if len(balanced) <= target:
-            return balanced
-    return batches

@@ -2,29 +2,39 @@
 
 To support a model family, change `load_model` (the class, and which weights belong to a new head), `scoring.forward`
 (where the output has the score), `encoding.PairEncoder` (how a pair becomes tokens) and, for speed only,
-`first_token.FIRST_TOKEN_CLASSES` (if the family scores from the first token).
+`first_token.FIRST_TOKEN_CLASSES` (if the family scores from the first token). A model whose output isn't a score gets
+a hook, see `labels.LogOdds` and `decoders.WordScore`.
 """
 
 import contextlib
-import json
+import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from pyterrier_msft.model.decoders import set_prompt
+from pyterrier_msft.model.labels import check_labels, score_label
+from pyterrier_msft.model.modular import CrossEncoderFiles, Head, ModularNetwork
+from pyterrier_msft.model.prompts import LOGIT_SCORE, Prompt
 from pyterrier_msft.model.threads import SharedContext
 
 
 def load_model(
-    name: str, *, seed: int, revision: str | None = None, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, Tokenizer, bool]:
+    name: str, *, seed: int, revision: str | None = None, trust_remote_code: bool = False,
+    relevant: int | str | None = None, prompt: Prompt | None = None,
+) -> tuple[PreTrainedModel, Tokenizer, bool]:  # fmt: skip
     """Load a backbone or a published cross-encoder, its tokenizer, and whether its head is new (untrained).
 
     The model is in evaluation mode, with float32 weights. A ValueError says why it can't be used.
@@ -32,30 +42,55 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     with _explain_errors(name), quiet_transformers():
         config = AutoConfig.from_pretrained(name, **options)
-        modules = _cross_encoder_modules(name, revision)
-    _check_config(config, name)
-    if len(modules) > 1:
-        raise ValueError(
-            f"model must have its head in the network itself; got {name!r}, a sentence-transformers CrossEncoder in "
-            f"the modules {', '.join(modules)}. These re-rankers aren't supported"
-        )
-    config.num_labels = 1
-    with _explain_errors(name), quiet_transformers(), isolated_rng(seed):
+        files = CrossEncoderFiles.read(name, revision)
+    is_decoder = _generates_text(config, files, prompt, name)
+    is_classifier = any("SequenceClassification" in architecture for architecture in config.architectures or [])
+    label = check_labels(config if is_classifier else None, relevant, name)
+    with _explain_errors(name), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        # Pickled weights can run code when they are loaded; safetensors can't.
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **options
+    modular = files if files is not None and not is_decoder and len(files.modules) > 1 else None
+    if modular is not None and prompt is not None:
+        raise ValueError(
+            f"template is for a network with its head in itself; got {name!r} in {', '.join(modular.kinds)}"
         )
-    prefix, missing = f"{model.base_model_prefix}.", report["missing_keys"]
+    how = "by AutoModelForCausalLM" if is_decoder else None
+    if files is not None and (modular is not None or (prompt is None and files.has_prompt)):
+        how = "as a sentence-transformers CrossEncoder"
+    # Pickled weights can run code when they are loaded; safetensors can't.
+    options |= {"output_loading_info": True, "use_safetensors": True, "dtype": torch.float32}
+    with _explain_errors(name, how), quiet_transformers(), isolated_rng(seed):
+        if modular is not None:
+            model, missing = _load_modular(name, modular, revision, options)
+        else:
+            if files is not None and prompt is None and files.has_prompt:
+                prompt = Prompt.read(name, revision, files, tokenizer)
+            if label is None and not is_decoder:
+                config.num_labels = 1
+            kind = AutoModelForCausalLM if is_decoder else AutoModelForSequenceClassification
+            model, report = kind.from_pretrained(name, config=config, **options)
+            missing = report["missing_keys"]
     # Many backbones leave out the pooler, which belongs to BERT's pre-training task. It is part of the head: without
     # it, the scores of a published cross-encoder would be random too.
-    lost = [key for key in missing if key.startswith(prefix) and ".pooler." not in key]
-    if lost:
+    prefix = "" if is_decoder else f"{model.base_model_prefix}."
+    if lost := [key for key in missing if key.startswith(prefix) and ".pooler." not in key]:
         raise ValueError(
             f"model must have all weights of its backbone; {len(lost)} are missing in {name!r}, e.g. {lost[0]!r}"
         )
+    if label is not None:
+        score_label(model, label)
     ensure_pad_token(tokenizer, model, name)
+    set_prompt(model, prompt, tokenizer)
     return model.eval(), tokenizer, bool(missing)
+
+
+def _load_modular(
+    name: str, files: CrossEncoderFiles, revision: str | None, options: dict[str, Any]
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load a network and the modules of its head; also return the names of missing weights, except unused ones."""
+    head = Head.load(name, revision, files)
+    backbone, report = AutoModel.from_pretrained(name, **options)
+    missing = [f"{ModularNetwork.base_model_prefix}.{key}" for key in report["missing_keys"]]
+    return ModularNetwork(backbone, head, files), [key for key in missing if ".pooler." not in key]
 
 
 def load_tokenizer(model: PreTrainedModel, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -87,13 +122,21 @@ def ensure_pad_token(tokenizer: Tokenizer, model: PreTrainedModel, name: str) ->
         raise ValueError(f"tokenizer must have at most {size} tokens, as the model in {name!r} has; got {largest + 1}")
 
 
-def as_single_score(model: PreTrainedModel) -> PreTrainedModel:
-    """Check that a model in memory gives one score, and convert it to float32 in evaluation mode."""
+def as_single_score(
+    model: PreTrainedModel, relevant: int | str | None = None, prompt: Prompt | None = None
+) -> PreTrainedModel:
+    """Check that a model in memory gives one score, and convert it to float32 in evaluation mode.
+
+    A classifier with several labels is copied, since it is changed.
+    """
     kind = type(model)
     if kind.__module__.startswith("transformers.") and "ForSequenceClassification" not in kind.__name__:
         raise ValueError(f"model must be loaded by AutoModelForSequenceClassification; got {kind.__name__}")
-    if model.config.num_labels != 1:
-        raise ValueError(f"model must have one label (a score); got {model.config.num_labels}")
+    label = check_labels(model.config, relevant, model.name_or_path or kind.__name__)
+    if label is not None:
+        model = copy.deepcopy(model)
+        score_label(model, label)
+    set_prompt(model, prompt)
     # In half precision most of AdamW's updates would be rounded away.
     return model.float().eval()
 
@@ -145,40 +188,31 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-def _check_config(config: transformers.PretrainedConfig, name: str) -> None:
+def _generates_text(
+    config: transformers.PretrainedConfig, files: CrossEncoderFiles | None, prompt: Prompt | None, name: str
+) -> bool:
+    """Return whether a model scores with words that it generates; a ValueError if it does, and isn't supported."""
     for architecture in config.architectures or []:
-        # These may be re-rankers that would silently get a new head. No re-ranker is a ...LMHeadModel: the backbones
-        # of GPT-2 and XLNet are.
-        if architecture.endswith(("ForCausalLM", "ForConditionalGeneration")):
+        if architecture.endswith("ForConditionalGeneration"):
             raise ValueError(
-                f"model must be a backbone or a cross-encoder; got {name!r}, which generates text ({architecture}). "
-                "Re-rankers that score with the probability of a word aren't supported"
+                f"model must be an encoder or a decoder; got {name!r}, which generates text with both ({architecture})"
             )
-        if "SequenceClassification" in architecture and config.num_labels != 1:
-            raise ValueError(f"model must have one label (a score); got {config.num_labels} labels in {name!r}")
-
-
-def _cross_encoder_modules(name: str, revision: str | None) -> list[str]:
-    """Return the classes of the modules of a model saved as a sentence-transformers CrossEncoder; empty for others."""
-    modules = _read_json(name, "modules.json", revision)
-    # Bi-encoders have modules too. Without their head, they are backbones.
-    if modules and _read_json(name, "config_sentence_transformers.json", revision).get("model_type") == "CrossEncoder":
-        return [module["type"].rpartition(".")[2] for module in modules]
-    return []
-
-
-def _read_json(name: str, file: str, revision: str | None) -> Any:
-    """Read a file of a folder or of a model on the hub; an empty dictionary if there is none."""
-    try:
-        path = Path(name, file) if Path(name).is_dir() else Path(hf_hub_download(name, file, revision=revision))
-    except EntryNotFoundError:  # also offline, for a file that isn't in the hub's cache
-        return {}
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+            if prompt is not None or (files is not None and LOGIT_SCORE in files.kinds):
+                return True
+            # No re-ranker is a ...LMHeadModel without a prompt: the backbones of GPT-2 and XLNet are. Others may be
+            # re-rankers that would silently get a new head.
+            if architecture.endswith("ForCausalLM"):
+                raise ValueError(
+                    f"template is required for {name!r}, which generates text ({architecture}); got None. Take it from "
+                    "the model's documentation"
+                )
+    return False
 
 
 @contextlib.contextmanager
-def _explain_errors(name: str) -> Iterator[None]:
-    """Turn what transformers raises while loading a model into a ValueError that says what to do."""
+def _explain_errors(name: str, how: str | None = None) -> Iterator[None]:
+    """Turn what is raised while loading a model into a ValueError that says what to do."""
     try:
         yield
     except OSError as error:
@@ -193,6 +227,5 @@ def _explain_errors(name: str) -> Iterator[None]:
                 f"trust_remote_code must be True for {name!r}, which brings code of its own; got False. Read the code "
                 "before you allow it"
             ) from error
-        raise ValueError(
-            f"model must be loadable by AutoModelForSequenceClassification; got {name!r}: {first_line(error)}"
-        ) from error
+        how = how or "by AutoModelForSequenceClassification"
+        raise ValueError(f"model must be loadable {how}; got {name!r}: {first_line(error)}") from error

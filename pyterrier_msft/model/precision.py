@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import strtobool
 
 from pyterrier_msft.model.first_token import last_layer
 from pyterrier_msft.model.loading import first_line
@@ -17,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """Return the named device, or the best available one (None); a ValueError if the named one isn't available."""
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = _best_device()
     found = parse_device(device)
     if found.type == "cuda" and found.index is None and "LOCAL_RANK" in os.environ:
         # Each of torchrun's processes has a GPU of its own: the one that accelerate chooses too.
@@ -27,6 +28,12 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device must be available; got {str(device)!r}: {first_line(error)}") from error
     return found
+
+
+def _best_device() -> str:
+    if strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")):  # Trainer and accelerate read it too
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def parse_device(device: str | torch.device) -> torch.device:

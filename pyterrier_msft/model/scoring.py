@@ -6,25 +6,31 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from pyterrier_msft.model.encoding import Encoded, PairEncoder, balance_batches, length_batches
+from pyterrier_msft.model.batching import balance_batches, length_batches
+from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.first_token import first_token_only
 from pyterrier_msft.model.loading import quiet_transformers
 from pyterrier_msft.model.precision import autocast
+from pyterrier_msft.model.template import Encoded
 from pyterrier_msft.model.threads import SharedContext
 
 logger = logging.getLogger(__name__)
 
 # Pairs tokenized and sorted by length at a time: enough for little padding, few enough to bound memory.
 PAIRS_PER_BLOCK = 8192
+FIRST_BLOCK = 1024  # pairs that a GPU waits for
 # Tokens per forward pass: a CPU's caches are small, and a GPU needs much work per launch.
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 65536}
 UNLIMITED = 2**62
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 def forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -34,12 +40,13 @@ def forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Ten
 
 def score_pairs(
     model: PreTrainedModel, encoder: PairEncoder, queries: Sequence[Any], texts: Sequence[Any], *, dtype: torch.dtype,
-    batch_size: int | None = None, progress: Callable[[int], Any] | None = None,
+    batch_size: int | None = None, progress: Callable[[int], Any] | None = None, keep_ids: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """Compute the model's raw score of each pair, float32 [pairs].
 
     A pair read in several windows gets the score of the best one (MaxP: Dai and Callan, SIGIR 2019). A batch that
-    doesn't fit the device's memory is halved. `progress` is called with the number of pairs scored since the last call.
+    doesn't fit the device's memory is halved. `progress` is called with the number of pairs passed to the device since
+    the last call. With `keep_ids`, the encoder keeps the token ids for later calls.
     """
     scorer = _Scorer(model, encoder, len(queries), dtype=dtype, batch_size=batch_size, progress=progress)
     was_training = model.training
@@ -47,13 +54,32 @@ def score_pairs(
     try:
         # Entered once rather than in each thread, since both change state that threads share.
         with quiet_transformers(), first_token_only(model):
-            for start in range(0, len(queries), PAIRS_PER_BLOCK):
-                block = slice(start, start + PAIRS_PER_BLOCK)
-                encoded, pair = encoder.windows(queries[block], texts[block])
-                scorer.score(encoded, start + pair)
+            blocks = split_blocks(len(queries), scorer.device)
+            encode = lambda block: encoder.windows(queries[block], texts[block], keep=keep_ids)  # noqa: E731
+            for block, (encoded, pair) in zip(blocks, compute_ahead(encode, blocks), strict=True):
+                scorer.score(encoded, block.start + pair)
     finally:
         model.train(was_training)
     return scorer.scores
+
+
+def split_blocks(n_pairs: int, device: torch.device) -> list[slice]:
+    """Split pairs into blocks. A GPU's grow from a small one, so that it starts early."""
+    blocks, start, size = [], 0, PAIRS_PER_BLOCK if device.type == "cpu" else FIRST_BLOCK
+    while start < n_pairs:
+        blocks.append(slice(start, start + size))
+        start, size = start + size, min(2 * size, PAIRS_PER_BLOCK)
+    return blocks
+
+
+def compute_ahead(compute: Callable[[S], T], inputs: Sequence[S]) -> Iterator[T]:
+    """Compute a value for each input, in order; a thread computes the next one while the last is used."""
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = deque(thread.submit(compute, each) for each in inputs[:1])
+        for i in range(len(inputs)):
+            value = upcoming.popleft().result()
+            upcoming.extend(thread.submit(compute, each) for each in inputs[i + 1 : i + 2])
+            yield value
 
 
 class _Scorer:
@@ -73,8 +99,8 @@ class _Scorer:
 
     def score(self, encoded: Encoded, pair: np.ndarray) -> None:
         """Score windows; `pair` has the index of each window's pair."""
-        self.encoded, self.pair = encoded, pair
-        self.lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+        self.encoded, self.pair, self.lengths = encoded, pair, encoded.lengths
+        self.found: list[tuple[np.ndarray, torch.Tensor]] = []  # indices of windows, and their scores
         batches = length_batches(self.lengths, max_tokens=self.max_tokens, max_pairs=self.batch_size)
         if self.device.type == "cpu" and self.batch_size is None and len(batches) > 1:
             batches = balance_batches(batches, self.lengths, self.max_tokens, torch.get_num_threads())
@@ -83,7 +109,13 @@ class _Scorer:
         workers = min(torch.get_num_threads(), len(self.queue)) if self.device.type == "cpu" else 1
         if workers == 1:
             self._work()
-            return
+        else:
+            self._work_in_threads(workers)
+        # A GPU's scores are copied once per block, since the host waits for the device then.
+        indices = np.concatenate([indices for indices, _ in self.found])
+        np.maximum.at(self.scores, pair[indices], torch.cat([scores for _, scores in self.found]).cpu().numpy())
+
+    def _work_in_threads(self, workers: int) -> None:
         with core_pool(workers) as pool:
             try:
                 for done in as_completed([pool.submit(self._work) for _ in range(workers)]):
@@ -103,9 +135,9 @@ class _Scorer:
                 self._score_batch(indices)
 
     def _score_batch(self, indices: np.ndarray) -> None:
-        batch = {key: value.to(self.device) for key, value in self.encoder.pad(self.encoded, indices).items()}
+        batch = {key: self._to_device(value) for key, value in self.encoder.pad(self.encoded, indices).items()}
         try:
-            found = forward(self.model, batch).cpu().numpy()
+            scores = forward(self.model, batch)
         except RuntimeError as error:
             if not is_out_of_memory(error) or len(indices) == 1:
                 raise
@@ -119,9 +151,14 @@ class _Scorer:
                 self.queue.extend(remaining[part] for part in parts)
             return
         with self.lock:
-            np.maximum.at(self.scores, self.pair[indices], found)
+            self.found.append((indices, scores))
             if self.progress is not None:  # a pair counts when its first window is scored
                 self.progress(int(np.sum((indices == 0) | (self.pair[indices] != self.pair[indices - 1]))))
+
+    def _to_device(self, values: torch.Tensor) -> torch.Tensor:
+        if self.device.type != "cuda":
+            return values.to(self.device)
+        return values.pin_memory().to(self.device, non_blocking=True)  # doesn't wait for the device's earlier work
 
 
 # What `torch.get_num_threads` returns before the first of several pools changes it.

@@ -4,22 +4,23 @@ import contextlib
 import fnmatch
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pyterrier_msft.model import adapters
+from pyterrier_msft.model import adapters, modular
 from pyterrier_msft.model.record import RECORD
 
 FIRST = "pt_meta.json"  # the file that `finish_save` moves first
 # Files that `MonoCE.save` may write, and that may be removed when another model takes its place.
 MODEL_FILES = (
-    "config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-    adapters.CONFIG, "adapter_model.safetensors",
+    "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
+    "model.safetensors.index.json", adapters.CONFIG, "adapter_model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "tokenizer.model", "spiece.model", "spm.model",
-    "sentencepiece.bpe.model", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", RECORD,
-    FIRST, "README.md",
+    "sentencepiece.bpe.model", *modular.FILES, RECORD, FIRST, "README.md",
 )  # fmt: skip
+# Folders that it may write, with the modules of a sentence-transformers CrossEncoder.
+MODEL_FOLDERS = tuple(f"{number}_{kind}" for kind in modular.KINDS for number in ("[0-9]", "[0-9][0-9]"))
 PARTIAL = ".saving"  # the sub-folder in which a model is written before its files are moved into place
 
 
@@ -71,10 +72,15 @@ def finish_save(folder: Path) -> None:
     names = {path.name for path in partial.iterdir()}
     if FIRST in names:  # no file has been moved: the folder's files are those of the old model
         for path in [*folder.iterdir()]:
-            is_own = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in MODEL_FILES)
-            if is_own and path.is_file() and path.name not in names:
+            if path.is_dir() and _matches(path, MODEL_FOLDERS):
+                shutil.rmtree(path)  # even if the new model has one of this name, which couldn't replace it
+            elif path.is_file() and _matches(path, MODEL_FILES) and path.name not in names:
                 path.unlink()
     for name in sorted(names, key=lambda name: (name == RECORD, name != FIRST)):  # the record last
         with contextlib.suppress(FileNotFoundError):  # moved by another process that loads the model
             os.replace(partial / name, folder / name)
     partial.rmdir()
+
+
+def _matches(path: Path, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)

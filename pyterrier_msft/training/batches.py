@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from pyterrier_msft.data.groups import Group, Groups
-from pyterrier_msft.model.encoding import PairEncoder, balance_batches, length_batches
+from pyterrier_msft.model.batching import balance_batches, length_batches
+from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.plan import Plan
 
@@ -96,6 +97,7 @@ class Collator:
     max_tokens: int  # per chunk
     max_pairs: int | None  # per chunk
     threads: int = 1  # to balance the chunks between; ignored with `max_pairs`
+    keeps_ids: bool = False  # so that texts aren't tokenized again in later epochs
 
     def __call__(self, groups: list[Group]) -> dict[str, Any]:
         """Turn groups into a batch."""
@@ -109,8 +111,8 @@ class Collator:
             is_scored[row, : len(group.texts)] = True
         queries = [group.query for group in groups for _ in group.texts]
         texts = [text for group in groups for text in group.texts]
-        encoded, document = self.encoder.windows(queries, texts)
-        chunks = self._chunks(np.array([len(ids) for ids in encoded["input_ids"]]))
+        encoded, document = self.encoder.windows(queries, texts, keep=self.keeps_ids)
+        chunks = self._chunks(encoded.lengths)
         slots = is_scored.flatten().nonzero().squeeze(-1)[torch.from_numpy(document)]
         return {
             "chunks": [self.encoder.pad(encoded, chunk) for chunk in chunks],

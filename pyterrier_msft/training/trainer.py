@@ -188,8 +188,9 @@ class ListwiseTrainer(Trainer):
         """Return the loader of the whole run's batches, not prepared by accelerate, which would change their order."""
         budget = TOKENS_PER_PASS.get(self.args.device.type, TOKENS_PER_PASS["cpu"])
         collate = Collator(
-            self.encoder, min(budget, self.max_graph_tokens), self.hyperparameters.pairs_per_pass, self.threads
-        )
+            self.encoder, min(budget, self.max_graph_tokens), self.hyperparameters.pairs_per_pass, self.threads,
+            keeps_ids=self.train_dataset.groups.load is None,  # texts that are looked up may be too many
+        )  # fmt: skip
         return DataLoader(
             self.train_dataset,
             batch_sampler=self.schedule,

@@ -40,7 +40,7 @@ class Validation:
         """Return the model's score of each row of the results. Each rank scores its share of the pairs."""
         own = self.results.iloc[distributed.rank() :: distributed.world_size()]
         shares = distributed.gather_objects(
-            score_pairs(network, encoder, own["query"].tolist(), own["text"].tolist(), dtype=dtype)
+            score_pairs(network, encoder, own["query"].tolist(), own["text"].tolist(), dtype=dtype, keep_ids=True)
         )
         scores = np.empty(len(self.results))
         for rank, share in enumerate(shares):

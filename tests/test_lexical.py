@@ -1,0 +1,182 @@
+"""BM25 on an index in memory."""
+
+import math
+import pickle
+import re
+import sys
+
+import pandas as pd
+import pyterrier as pt
+import pytest
+
+from pyterrier_msft.lexical import BM25
+
+pytest.importorskip("bm25s")
+pytest.importorskip("Stemmer")
+
+TEXTS = {
+    "d1": "Sort an array, then sort another array.",
+    "d2": "Sorts the rows of a table.",
+    "d3": "Reads arrays from a file_name, and other things that have little to do with it.",
+    "d4": "An unrelated text.",
+    "d5": "An unrelated text.",
+    "d6": "...",
+}
+DOCUMENTS = [{"docno": docno, "text": text} for docno, text in TEXTS.items()]
+STEMS = {"sorts": "sort", "sorting": "sort", "arrays": "array", "rows": "row", "reads": "read", "things": "thing"}
+STOP_WORDS = {"an", "a", "and", "then", "the", "of", "that", "to", "with", "it", "from", "other", "have", "do"}
+
+
+@pytest.fixture
+def bm25():
+    return BM25(DOCUMENTS)
+
+
+def terms(text):
+    words = [word for word in re.findall("[a-z0-9]+", text.lower()) if word not in STOP_WORDS]
+    return [STEMS.get(word, word) for word in words]
+
+
+def score(query, docno, k1=0.9, b=0.4):
+    """Compute Lucene's BM25 from its formula."""
+    collection = {docno: terms(text) for docno, text in TEXTS.items()}
+    mean_length = sum(map(len, collection.values())) / len(collection)
+    document, total = collection[docno], 0.0
+    for term in terms(query):
+        df = sum(term in other for other in collection.values())
+        idf = math.log(1 + (len(collection) - df + 0.5) / (df + 0.5))
+        tf = document.count(term)
+        total += idf * tf / (tf + k1 * (1 - b + b * len(document) / mean_length))
+    return total
+
+
+@pytest.mark.parametrize(
+    "query", ["sorting an array", "array", "Sort the FILE name", "unrelated text", "sort sort rows"]
+)
+def test_scores_are_those_of_the_formula(bm25, query):
+    found = bm25.search(query)
+    scores = {docno: score(query, docno) for docno in TEXTS}
+    expected = sorted((docno for docno in TEXTS if scores[docno] > 0), key=lambda docno: -scores[docno])
+    assert found["docno"].tolist() == expected
+    assert found["score"].tolist() == pytest.approx([scores[docno] for docno in expected], rel=1e-5)
+    assert found["rank"].tolist() == [*range(len(expected))]
+
+
+def test_ties_are_in_the_order_of_the_documents(bm25):
+    assert bm25.search("unrelated text")["docno"].tolist() == ["d4", "d5"]
+    assert bm25.with_num_results(1).search("unrelated text")["docno"].tolist() == ["d4"]
+
+
+def test_columns_and_rows_of_several_queries(bm25):
+    topics = pd.DataFrame(
+        {"qid": ["7", "8", "9"], "query": ["sort", "the?", "arrays"], "turn": [1, 2, 3]}, index=[4, 4, 2]
+    )
+    found = bm25(topics)
+    assert found.columns.tolist() == ["qid", "query", "turn", "docno", "score", "rank"]
+    assert found.index.tolist() == [*range(len(found))]
+    assert found[["qid", "turn", "docno", "rank"]].to_numpy().tolist() == [
+        ["7", 1, "d1", 0], ["7", 1, "d2", 1], ["9", 3, "d1", 0], ["9", 3, "d3", 1],
+    ]  # fmt: skip
+    alone = pd.concat([bm25(topics.iloc[[row]]) for row in range(3)], ignore_index=True)
+    pd.testing.assert_frame_equal(found, alone)
+
+
+@pytest.mark.parametrize("query", ["the", "", "?!", "zebra"])
+def test_a_query_without_a_known_word_has_no_results(bm25, query):
+    found = bm25(pd.DataFrame({"qid": ["1"], "query": [query]}))
+    assert found.columns.tolist() == ["qid", "query", "docno", "score", "rank"]
+    assert found.empty
+
+
+def test_no_queries(bm25):
+    some, none = bm25.search("sort"), bm25(pd.DataFrame({"qid": [], "query": []}, dtype=str))
+    assert none.empty
+    assert none.dtypes.to_dict() == some.dtypes.to_dict()
+
+
+def test_a_cutoff_is_fused(bm25):
+    cut = (bm25 % 1).compile()
+    assert cut == bm25.with_num_results(1)
+    assert cut != bm25
+    topics = pd.DataFrame({"qid": ["1", "2"], "query": ["sort", "arrays"]})
+    pd.testing.assert_frame_equal(cut(topics), (bm25 % 1)(topics))
+    assert (bm25 % 500).compile() == bm25
+    assert len({bm25, bm25.with_num_results(100), bm25.with_num_results(5)}) == 2
+    assert bm25 != BM25(DOCUMENTS)
+
+
+def test_pyterrier_knows_its_columns(bm25):
+    pipeline = bm25 % 2 >> pt.apply.text(lambda row: TEXTS[row["docno"]])
+    assert pt.inspect.transformer_inputs(bm25) == [["qid", "query"]]
+    assert pt.inspect.transformer_outputs(pipeline, ["qid", "query"]) == [
+        "qid", "query", "docno", "score", "rank", "text",
+    ]  # fmt: skip
+    with pytest.raises(KeyError, match="query"):
+        bm25(pd.DataFrame({"qid": ["1"]}))
+    with pytest.raises(KeyError, match="docno"):
+        bm25(bm25.search("sort"))
+
+
+def test_saved_and_pickled_indexes_give_the_same_results(bm25, tmp_path):
+    bm25.save(tmp_path / "new" / "index")
+    topics = pd.DataFrame({"qid": ["1", "2"], "query": ["sorting", "arrays of files"]})
+    for copy in (BM25.load(tmp_path / "new" / "index"), pickle.loads(pickle.dumps(bm25))):
+        pd.testing.assert_frame_equal(copy(topics), bm25(topics))
+        assert repr(copy) == repr(bm25) == "BM25(<6 documents>, num_results=100)"
+    assert BM25.load(tmp_path / "new" / "index", num_results=1).search("sort")["docno"].tolist() == ["d1"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["index"]
+
+
+def test_a_saved_index_is_not_overwritten(bm25, tmp_path):
+    bm25.save(tmp_path / "index")
+    with pytest.raises(FileExistsError, match="folder must not exist yet"):
+        BM25(DOCUMENTS[:2]).save(tmp_path / "index")
+    assert repr(BM25.load(tmp_path / "index")) == repr(bm25)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_docnos_and_texts_of_any_language(tmp_path):
+    documents = [{"docno": "ü,#\t1", "text": "Größe und Straße"}, {"docno": "文档", "text": "naïve café"}]
+    BM25(iter(documents)).save(tmp_path / "index")
+    bm25 = BM25.load(tmp_path / "index")
+    assert bm25.search("GRÖSSE größe")["docno"].tolist() == ["ü,#\t1"]
+    assert bm25.search("café")["docno"].tolist() == ["文档"]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (
+            lambda: BM25([{"docno": "1", "body": "a text"}]),
+            r"documents must be dictionaries with docno and text; got \['docno'",
+        ),
+        (lambda: BM25(pd.DataFrame(DOCUMENTS)), "documents must be dictionaries with docno and text; got 'docno'"),
+        (lambda: BM25([{"docno": 1, "text": "a text"}]), "docno and text must be strings; got 1, 'a text'"),
+        (lambda: BM25([{"docno": "1", "text": None}]), "docno and text must be strings; got '1', None"),
+        (lambda: BM25([]), "documents must have at least one word; got 0 documents"),
+        (lambda: BM25([{"docno": "1", "text": "The?"}]), "documents must have at least one word; got 1 documents"),
+        (lambda: BM25(DOCUMENTS, num_results=0), "num_results must be at least 1; got 0"),
+        (
+            lambda: BM25(DOCUMENTS)(pd.DataFrame({"qid": ["1", "2"], "query": ["sort", None]})),
+            "query must be a string; 1 of 2 aren't",
+        ),
+    ],
+)
+def test_invalid_input_is_rejected(mistake, message):
+    with pytest.raises(ValueError, match=message):
+        mistake()
+
+
+def test_building_and_searching_print_and_log_nothing(tmp_path, capfd, caplog):
+    bm25 = BM25(DOCUMENTS)
+    bm25.save(tmp_path / "index")
+    BM25.load(tmp_path / "index").search("sort")
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["bm25s", "Stemmer"])
+def test_without_the_engine_an_error_names_the_extra(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r'pip install "pyterrier-msft\[demo\]"'):
+        BM25(DOCUMENTS)
