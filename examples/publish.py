@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pyterrier as pt
 from ir_measures import RR, nDCG
-from pyterrier_pisa import PisaIndex
 from quickstart import minilm
 
 from pyterrier_msft import Contrastive, MonoCE
@@ -22,7 +21,7 @@ def main() -> None:
     """Load or train, evaluate, and publish."""
     args = arguments()
     train, test = pt.get_dataset("pydocs:train"), pt.get_dataset("pydocs:test")
-    bm25 = PisaIndex.from_dataset(train).bm25() % args.depth
+    bm25 = train.bm25(num_results=args.depth)
     candidates = bm25 >> train.text_loader()
     ce = MonoCE.load(args.model) if args.model else train_small_model(args, candidates, train)
 
@@ -33,7 +32,7 @@ def main() -> None:
     card = {"license": args.license, "metrics": table, "language": "en"}
     if args.dry_run:
         ce.save(args.out, **card)
-        print((Path(args.out) / "README.md").read_text())
+        print((Path(args.out) / "README.md").read_text(encoding="utf-8"))
     else:
         print(ce.push_to_hub(args.repo, private=args.private, **card))
 

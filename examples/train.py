@@ -16,6 +16,7 @@ import pyterrier as pt
 from ir_measures import RR, nDCG
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE
+from pyterrier_msft.pydocs import PyDocs
 from pyterrier_msft.training.distributed import rank, run_on_rank_zero
 
 
@@ -51,7 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", default="pydocs:train", help="the dataset of training queries and documents")
     parser.add_argument("--dev", help="the dataset of validation queries; without it, the last weights are kept")
     parser.add_argument("--test", default="pydocs:test", help="the dataset of test queries")
-    parser.add_argument("--run", help="the training queries' results: a TREC run or Parquet; default: BM25's by PISA")
+    parser.add_argument("--run", help="the training queries' results: a TREC run or Parquet; default: BM25's")
     parser.add_argument("--model", default="google/electra-base-discriminator", help="a name on the hub, or a folder")
     parser.add_argument("--teacher", help="a run to distil, in place of training on the qrels")
     parser.add_argument(
@@ -76,11 +77,15 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def candidates(dataset: pt.datasets.Dataset, depth: int, queries: int | None) -> pd.DataFrame:
     """Retrieve BM25's results, with their texts, for the dataset's judged queries."""
-    from pyterrier_pisa import PisaIndex
-
     topics, qrels = dataset.get_topics(), dataset.get_qrels()
     topics = topics[topics["qid"].isin(qrels[qrels["label"] > 0]["qid"])]
-    pipeline = PisaIndex.from_dataset(dataset).bm25(num_results=depth) >> dataset.text_loader()
+    if isinstance(dataset, PyDocs):
+        bm25 = dataset.bm25(num_results=depth)
+    else:
+        from pyterrier_pisa import PisaIndex
+
+        bm25 = PisaIndex.from_dataset(dataset).bm25(num_results=depth)
+    pipeline = bm25 >> dataset.text_loader()
     return pipeline(topics.head(queries) if queries else topics)
 
 

@@ -48,7 +48,7 @@ def main() -> None:
     names = parser.parse_args().names or sorted(path.stem for path in FOLDER.glob("*.ipynb"))
     for name in names:
         path, started = FOLDER / f"{name}.ipynb", time.monotonic()
-        path.write_text(nbformat.writes(execute(path)) + "\n")
+        path.write_text(nbformat.writes(execute(path)) + "\n", encoding="utf-8")
         print(f"{name}: {time.monotonic() - started:.0f} s")
 
 

@@ -3,7 +3,7 @@
 Each function draws into `ax`, or into a new figure, and returns the Axes, so that titles, limits and saving are up to
 the caller: `learning_curve(ce.history).figure.savefig("curve.pdf")`. Colours are those of Okabe and Ito, which
 colour-blind readers can distinguish; line styles and markers distinguish the same in greyscale. No global setting is
-changed. Install matplotlib with `pip install pyterrier-msft[plot]`.
+changed. They need the extra [plot]: `pip install "pyterrier-msft[plot]"`.
 """
 
 import textwrap
@@ -199,7 +199,7 @@ def _axes(ax: "Axes | None", size: tuple[float, float]) -> "Axes":
     try:
         import matplotlib.pyplot as plt
     except ImportError as e:
-        raise ImportError("plots need matplotlib: pip install pyterrier-msft[plot]") from e
+        raise ImportError('plots need the extra [plot]: pip install "pyterrier-msft[plot]"') from e
     return plt.subplots(figsize=size, layout="constrained")[1]
 
 

@@ -9,13 +9,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
 import pyterrier as pt
 
+from pyterrier_msft.lexical import BM25
 from pyterrier_msft.pydocs_collection import (
     PARTS,
     RULES_VERSION,
@@ -29,6 +30,7 @@ from pyterrier_msft.pydocs_collection import (
 __all__ = ["PyDocs", "PyDocsProvider", "PyDocsTextLoader"]
 
 INDEX_VARIANT = "pisa_porter2"  # what PisaIndex.from_dataset asks for
+BM25_VARIANT = "bm25-1"  # changes with what BM25 does with texts
 
 
 def _cache_dir() -> Path:
@@ -47,6 +49,14 @@ def _load_or_build(path: Path, packages: tuple[Package, ...]) -> Collection:
     if not path.exists():
         build_collection(packages).save(path)
     return Collection.load(path)
+
+
+@lru_cache(maxsize=1)
+def _load_or_build_bm25(path: Path) -> BM25:
+    if not path.exists():
+        with suppress(FileExistsError):  # another process has built the same index
+            BM25(load_collection().documents[["docno", "text"]].to_dict("records")).save(path)
+    return BM25.load(path)
 
 
 @contextmanager
@@ -71,7 +81,7 @@ def build_index(collection: Collection, path: Path) -> None:
     try:
         from pyterrier_pisa import PisaIndex
     except ImportError as error:
-        raise ImportError("PyDocs' index needs PISA: pip install pyterrier-msft[demo]") from error
+        raise ImportError("get_index needs PISA, for Linux on x86-64: pip install pyterrier-pisa") from error
     # A list, as PISA silently ends an index where an iterator raises.
     documents = collection.documents[["docno", "text"]].to_dict("records")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as temporary:
@@ -132,6 +142,15 @@ class PyDocs(pt.datasets.Dataset):
         """Return the part's qrels: qid, docno and label."""
         qids, documents = self.get_topics(variant)["qid"], load_collection().documents
         return documents.loc[documents["qid"].isin(qids), ["qid", "docno"]].assign(label=1).reset_index(drop=True)
+
+    def bm25(self, *, num_results: int = 100) -> BM25:
+        """Return a transformer that retrieves the top `num_results` of the corpus with BM25.
+
+        It gives the same results on every platform. The index is built at its first use, which takes some seconds, and
+        kept in PyTerrier's home.
+        """
+        index = _load_or_build_bm25(_cache_dir() / f"{BM25_VARIANT}-{load_collection().digest}")
+        return index.with_num_results(num_results)
 
     def get_index(self, variant: str | None = None) -> str:
         """Return the path of a PISA index of the corpus, for `PisaIndex.from_dataset(dataset)`.

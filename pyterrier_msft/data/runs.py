@@ -202,7 +202,7 @@ def _scan(path: Path) -> "pl.LazyFrame":
         raise ValueError(f"results must be a data frame or the path of a run; there is no file {str(path)!r}")
     if path.suffix == ".parquet":
         return pl.scan_parquet(path)
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         line = file.readline()
     separator = "\t" if "\t" in line else " "
     if len(line.rstrip("\n").split(separator)) != len(TREC_COLUMNS):

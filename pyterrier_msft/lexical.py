@@ -1,0 +1,190 @@
+"""A first stage for every platform: BM25 with an index in memory, by bm25s."""
+
+import copy
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+
+if TYPE_CHECKING:
+    import bm25s
+
+__all__ = ["BM25"]
+
+K1, B = 0.9, 0.4  # the parameters of Anserini and of PISA
+WORD = re.compile(r"[^\W_]+")
+DOCNOS = "docnos.json"
+
+
+class BM25(pt.Transformer):
+    """A Transformer that retrieves documents with BM25.
+
+    Requires the columns qid and query; adds the columns docno, score and rank. Documents with equal scores are in the
+    order in which they were indexed. Documents without a word of the query aren't retrieved.
+
+    The scores are those of Lucene's BM25 with Anserini's parameters, k1 = 0.9 and b = 0.4. Words are sequences of
+    letters and digits in lower case, without bm25s' 179 English stop words ("english_plus"), and stemmed by Snowball's
+    English stemmer.
+
+    The index is in memory, for up to some hundred thousand documents. For more, use PISA or Terrier.
+
+    Args:
+        documents: Dictionaries with docno and text, such as `dataset.get_corpus_iter()` or `frame.to_dict("records")`.
+        num_results: The number of documents to retrieve per query.
+
+    Example:
+        >>> bm25 = BM25([{"docno": "a", "text": "Sorts an array."}, {"docno": "b", "text": "Reads a file."}])
+        >>> bm25.search("sorting arrays")["docno"].tolist()
+        ['a']
+    """
+
+    schematic = {"label": "BM25"}  # noqa: RUF012 - the form that PyTerrier reads
+
+    def __init__(self, documents: Iterable[Mapping[Any, Any]], *, num_results: int = 100) -> None:
+        self.num_results = _check_num_results(num_results)
+        engine, stem = _engine(), _stem()
+        docnos: list[str] = []
+        vocabulary: dict[str, int] = {}
+        ids = []
+        for document in documents:
+            docno, text = _fields(document)
+            docnos.append(docno)
+            ids.append([vocabulary.setdefault(stem(word), len(vocabulary)) for word in _words(text)])
+        if not vocabulary:
+            raise ValueError(f"documents must have at least one word; got {len(docnos):,} documents without any")
+        self._docnos = np.array(docnos, dtype=object)
+        self._index: bm25s.BM25 = engine.BM25(k1=K1, b=B, method="lucene")
+        self._index.index((ids, vocabulary), create_empty_token=False, show_progress=False)
+
+    def save(self, folder: str | Path) -> None:
+        """Save the index; it appears in the folder when it is complete.
+
+        Raises:
+            FileExistsError: If the folder exists.
+        """
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+            complete = Path(temporary) / "index"
+            self._index.save(complete)
+            (complete / DOCNOS).write_text(json.dumps(self._docnos.tolist()), encoding="utf-8")
+            try:
+                os.rename(complete, folder)
+            except OSError as error:
+                if folder.exists():
+                    raise FileExistsError(f"folder must not exist yet; got {str(folder)!r}") from error
+                raise
+
+    @classmethod
+    def load(cls, folder: str | Path, *, num_results: int = 100) -> "BM25":
+        """Load a saved index."""
+        loaded = cls.__new__(cls)
+        loaded.num_results = _check_num_results(num_results)
+        loaded._index = _engine().BM25.load(folder)
+        loaded._docnos = np.array(json.loads((Path(folder) / DOCNOS).read_text(encoding="utf-8")), dtype=object)
+        return loaded
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        """Retrieve documents for each query. Further columns of the queries are kept."""
+        pt.validate.query_frame(inp, extra_columns=["query"])
+        if wrong := [query for query in inp["query"] if not isinstance(query, str)]:
+            raise ValueError(f"query must be a string; {len(wrong)} of {len(inp)} aren't, e.g. {wrong[0]!r}")
+        found = [self._retrieve(query) for query in inp["query"]]
+        counts = [len(documents) for documents, _ in found]
+        documents, scores = (np.concatenate(column) for column in zip(_NOTHING, *found, strict=True))
+        results = inp.iloc[np.repeat(np.arange(len(inp)), counts)].reset_index(drop=True)
+        return results.assign(
+            docno=pd.Series(self._docnos[documents], dtype=str).array,
+            score=scores,
+            rank=np.concatenate([_NOTHING[0], *map(np.arange, counts)]),
+        )
+
+    def _retrieve(self, query: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positions and the scores of a query's best documents, best first."""
+        stem = _stem()
+        terms = self._index.get_tokens_ids([stem(word) for word in _words(query)])
+        scores = self._index.get_scores_from_ids(terms)
+        matches = np.flatnonzero(scores)
+        if len(matches) > self.num_results:
+            lowest = np.partition(scores[matches], -self.num_results)[-self.num_results]
+            matches = matches[scores[matches] >= lowest]
+        # Stable, so that ties have the same order on every machine.
+        best = matches[np.argsort(-scores[matches], kind="stable")][: self.num_results]
+        return best, scores[best].astype(np.float64)
+
+    def with_num_results(self, num_results: int) -> "BM25":
+        """Return a transformer with the same index and another number of results."""
+        other = copy.copy(self)
+        other.num_results = _check_num_results(num_results)
+        return other
+
+    def fuse_rank_cutoff(self, k: int) -> "BM25":
+        """Return the transformer that PyTerrier uses for `self % k`."""
+        return self if k >= self.num_results else self.with_num_results(k)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BM25) and (self._index is other._index) and self.num_results == other.num_results
+
+    def __hash__(self) -> int:
+        return hash((id(self._index), self.num_results))
+
+    def __repr__(self) -> str:
+        return f"BM25(<{len(self._docnos):,} documents>, num_results={self.num_results})"
+
+
+_NOTHING = np.zeros(0, dtype=np.int64), np.zeros(0)
+
+
+def _check_num_results(num_results: int) -> int:
+    if num_results < 1:
+        raise ValueError(f"num_results must be at least 1; got {num_results}")
+    return num_results
+
+
+def _fields(document: Mapping[Any, Any]) -> tuple[str, str]:
+    try:
+        docno, text = document["docno"], document["text"]
+    except (KeyError, TypeError) as error:
+        found = list(document) if isinstance(document, Mapping) else document
+        raise ValueError(f"documents must be dictionaries with docno and text; got {found!r}") from error
+    if not isinstance(docno, str) or not isinstance(text, str):
+        raise ValueError(f"docno and text must be strings; got {docno!r}, {text!r}. Fill in missing texts: fillna('')")
+    return docno, text
+
+
+def _words(text: str) -> list[str]:
+    stop_words = _stop_words()
+    return [word for word in WORD.findall(text.lower()) if word not in stop_words]
+
+
+def _engine() -> Any:
+    try:
+        import bm25s
+        import Stemmer  # noqa: F401
+    except ImportError as error:
+        raise ImportError('BM25 needs the extra [demo]: pip install "pyterrier-msft[demo]"') from error
+    logging.getLogger(bm25s.__name__).setLevel(logging.WARNING)  # bm25s sets DEBUG, which every handler would print
+    return bm25s
+
+
+@lru_cache(maxsize=1)
+def _stop_words() -> frozenset[str]:
+    from bm25s.stopwords import STOPWORDS_EN_PLUS
+
+    return frozenset(STOPWORDS_EN_PLUS)
+
+
+@lru_cache(maxsize=1)
+def _stem() -> Callable[[str], str]:
+    from Stemmer import Stemmer
+
+    return lru_cache(maxsize=2**17)(Stemmer("english").stemWord)
