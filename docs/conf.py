@@ -1,6 +1,10 @@
 """Sphinx configuration: `sphinx-build -W docs docs/_build` (extra `[docs]`). Needs no internet connection."""
 
 import os
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.util.inspect import signature, stringify_signature
 
 from pyterrier_msft import __version__
 
@@ -9,7 +13,11 @@ author = "The pyterrier_msft developers"
 project_copyright = author
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
+extensions = [
+    "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]  # fmt: skip
+myst_enable_extensions = ["dollarmath"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"pyterrier_msft {version}"
@@ -18,7 +26,8 @@ html_theme_options = {"source_repository": "https://github.com/terrierteam/pyter
 
 default_role = "code"  # `name` in docstrings is code, as in Markdown
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # they are in the signatures
+autodoc_typehints = "none"  # the docstrings describe the arguments
+maximum_signature_line_length = 76
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -34,3 +43,17 @@ if os.environ.get("DOCS_INTERSPHINX"):
         "transformers": ("https://huggingface.co/docs/transformers/main/en", None),
         "pyterrier": ("https://pyterrier.readthedocs.io/en/latest", None),
     }
+
+
+def init_signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, shown: str | None, returns: str | None
+) -> tuple[str, None] | None:
+    """Show the arguments of a transformer's `__init__`; autodoc finds those of PyTerrier's `__new__`."""
+    if what != "class" or shown != "(*args, **kwargs)":
+        return None
+    return stringify_signature(signature(obj.__init__, bound_method=True), show_annotation=False), None
+
+
+def setup(app: Sphinx) -> None:
+    """Register the handlers of this project."""
+    app.connect("autodoc-process-signature", init_signature)
