@@ -42,7 +42,8 @@ def format_value(value: Any) -> str:
     if isinstance(value, pd.DataFrame):
         return f"<{len(value):,} rows>"
     if inspect.isfunction(value):
-        return f"losses.{value.__name__}" if value.__module__ == losses.__name__ else value.__qualname__
+        is_loss = value.__module__ == losses.__name__ and _has_its_name(value)
+        return f"losses.{value.__name__}" if is_loss else value.__qualname__
     if type(value).__module__ == losses.__name__:
         return f"losses.{value!r}"
     if isinstance(value, Mapping):
@@ -209,7 +210,17 @@ def _is_library(module: Any) -> bool:
 
 def _is_library_name(value: FunctionType | type) -> bool:
     """Whether the name of a function or class says what it is: that of a library, and not made by a call."""
-    return _is_library(value.__module__) and "<locals>" not in value.__qualname__
+    if not _is_library(value.__module__) or "<locals>" in value.__qualname__:
+        return False
+    return isinstance(value, type) or _has_its_name(value)
+
+
+def _has_its_name(function: FunctionType) -> bool:
+    """Whether a function is what its name stands for; a wrapper by `functools.wraps` has the name of another one."""
+    named: Any = sys.modules.get(function.__module__)
+    for part in function.__qualname__.split("."):
+        named = getattr(named, part, None)
+    return named is function
 
 
 def _captured(cell: Any) -> Any:

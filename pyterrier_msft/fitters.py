@@ -150,7 +150,8 @@ class Fitter(Hyperparameters):
     def digest(self) -> str:
         """Digest the settings that affect the result, for cache keys; a ValueError if the teacher is a transformer."""
         names = [f.name for f in fields(self) if f.name not in MEMORY_SETTINGS]
-        return sha256_of([type(self).__name__, sorted((name, digestible(getattr(self, name), name)) for name in names)])
+        kind = digestible(type(self), "fitter")  # with the code of a user's subclass
+        return sha256_of([kind, sorted((name, digestible(getattr(self, name), name)) for name in names)])
 
     def readable_settings(self) -> dict[str, str]:
         """Return the settings by name, without the sources of labels, which the digest of the groups covers."""

@@ -59,6 +59,12 @@ class BM25(pt.Transformer):
             docno, text = _fields(document)
             docnos.append(docno)
             ids.append([vocabulary.setdefault(stem(word), len(vocabulary)) for word in _words(text)])
+        if len(set(docnos)) < len(docnos):
+            repeated = pd.Series(docnos).loc[lambda found: found.duplicated()]
+            raise ValueError(
+                f"documents must have distinct docnos; got {len(docnos):,} documents with {len(set(docnos)):,} docnos, "
+                f"e.g. {repeated.iloc[0]!r} repeatedly"
+            )
         if not vocabulary:
             raise ValueError(f"documents must have at least one word; got {len(docnos):,} documents without any")
         self._docnos = np.array(docnos, dtype=object)

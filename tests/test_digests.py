@@ -51,6 +51,10 @@ CHANGES = {
         "from functools import wraps\ndef twice(f):\n  @wraps(f)\n  def g(*args): return 2 * f(*args)\n  return g\n"
         "@twice\ndef loss(s, l, m): return s.sum()", "2 *", "3 *",
     ),
+    "a wrapper with a library's name": (
+        "from functools import wraps\nfrom pyterrier_msft.losses import ranknet\n@wraps(ranknet)\n"
+        "def loss(s, l, m): return ranknet(2 * s, l, m)", "2 *", "3 *",
+    ),
     "a library's decorator": (
         "import torch\n@torch.enable_grad()\ndef loss(s, l, m): return s.sum()", "s.sum", "s.mean",
     ),
@@ -203,6 +207,18 @@ def test_code_does_not_change_when_it_runs():
     for _ in range(100):
         loss(torch.ones(3), None, None)
     assert identity(loss) == before
+
+
+def test_a_digest_knows_a_subclass_of_a_fitter():
+    def fitter(factor):
+        class Own(Contrastive):
+            def scaled(self):
+                return factor
+
+        return Own()
+
+    assert fitter(1).digest() == fitter(1).digest()
+    assert len({fitter(1).digest(), fitter(2).digest(), Contrastive().digest()}) == 3
 
 
 def test_a_digest_changes_with_the_code_of_a_metric():

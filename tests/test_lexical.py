@@ -180,3 +180,9 @@ def test_without_the_engine_an_error_names_the_extra(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r'pip install "pyterrier-msft\[demo\]"'):
         BM25(DOCUMENTS)
+
+
+def test_a_repeated_docno_is_refused():
+    documents = [{"docno": "a", "text": "one"}, {"docno": "b", "text": "two"}, {"docno": "a", "text": "three"}]
+    with pytest.raises(ValueError, match="distinct docnos; got 3 documents with 2 docnos, e.g. 'a'"):
+        BM25(documents)

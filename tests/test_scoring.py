@@ -103,6 +103,7 @@ def test_a_gpus_blocks_grow():
     assert np.concatenate([range(30_000)[block] for block in blocks]).tolist() == list(range(30_000))
     assert split_blocks(9000, torch.device("cpu")) == [slice(0, 8192), slice(8192, 16384)]
     assert split_blocks(0, torch.device("cpu")) == []
+    assert split_blocks(1000, torch.device("cpu"), passages=16) == [slice(0, 512), slice(512, 1024)]
 
 
 def test_the_next_block_is_computed_while_the_last_is_used():

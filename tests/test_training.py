@@ -147,6 +147,12 @@ def validate_with(monkeypatch, model, values) -> list[torch.Tensor]:
     return seen
 
 
+def test_validation_refuses_scores_that_are_not_finite(model, groups, validation):
+    settings = dataclasses.replace(FAST, max_steps=1, learning_rate=1e38, warmup=0, eval_every=1)
+    with pytest.raises(ValueError, match="scores of the validation data must be finite; .* Try a lower learning_rate"):
+        run(model, groups, settings, validation=validation)
+
+
 def test_patience_stops_training(model, groups, validation):
     still = dataclasses.replace(FAST, learning_rate=1e-12, eval_every=1, patience=3)
     assert len(run(model, groups, still, validation=validation)) == 4
@@ -692,6 +698,9 @@ def test_constant_scores_raise_a_warning(model, groups, steps):
         ({"trainer_args": {"num_train_epochs": 1}}, "trainer_args must not set 'num_train_epochs'. Use epochs"),
         ({"trainer_args": {"bf16": True}}, "trainer_args must not set 'bf16'. Use MonoCE's dtype instead"),
         ({"trainer_args": {"save_only_model": True}}, "trainer_args must not set 'save_only_model', which isn't"),
+        ({"trainer_args": {"eval_steps": 5}}, "trainer_args must not set 'eval_steps'. Use eval_every"),
+        ({"trainer_args": {"label_smoothing_factor": 0.1}}, "'label_smoothing_factor', which isn't supported"),
+        ({"seed": 2**32}, r"seed must be below 2\*\*32; got 4294967296"),
         ({"trainer_args": {"fsdp": True}}, "trainer_args must not set 'fsdp', which isn't supported; .* torchrun"),
         ({"trainer_args": {"lr": 1}}, "trainer_args must be arguments of transformers.TrainingArguments; got 'lr'"),
         ({"trainer_args": ["fsdp"]}, "trainer_args must be a dictionary; got list"),

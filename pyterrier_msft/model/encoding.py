@@ -261,6 +261,7 @@ class PairEncoder:
                 max_length=self._max_text_tokens, stride=0, pad_to_multiple_of=None, padding_side=None,
             )  # fmt: skip
             found = self.tokenizer.backend_tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+            self.tokenizer.backend_tokenizer.no_truncation()  # or it would be saved
         return [np.array(encoding.ids, dtype=np.int32) for encoding in found]
 
     @cached_property

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # Pairs tokenized and sorted by length at a time: enough for little padding, few enough to bound memory.
 PAIRS_PER_BLOCK = 8192
+MIN_BLOCK = 256
 FIRST_BLOCK = 1024  # pairs that a GPU waits for
 # Tokens per forward pass: a CPU's caches are small, and a GPU needs much work per launch.
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 65536}
@@ -54,7 +55,7 @@ def score_pairs(
     try:
         # Entered once rather than in each thread, since both change state that threads share.
         with quiet_transformers(), first_token_only(model):
-            blocks = split_blocks(len(queries), scorer.device)
+            blocks = split_blocks(len(queries), scorer.device, passages=encoder.passages)
             encode = lambda block: encoder.windows(queries[block], texts[block], keep=keep_ids)  # noqa: E731
             for block, (encoded, pair) in zip(blocks, compute_ahead(encode, blocks), strict=True):
                 scorer.score(encoded, block.start + pair)
@@ -63,12 +64,13 @@ def score_pairs(
     return scorer.scores
 
 
-def split_blocks(n_pairs: int, device: torch.device) -> list[slice]:
-    """Split pairs into blocks. A GPU's grow from a small one, so that it starts early."""
-    blocks, start, size = [], 0, PAIRS_PER_BLOCK if device.type == "cpu" else FIRST_BLOCK
+def split_blocks(n_pairs: int, device: torch.device, *, passages: int = 1) -> list[slice]:
+    """Split pairs into blocks: fewer of those with several windows. A GPU's grow from a small one, to start early."""
+    largest = max(MIN_BLOCK, PAIRS_PER_BLOCK // passages)
+    blocks, start, size = [], 0, largest if device.type == "cpu" else min(FIRST_BLOCK, largest)
     while start < n_pairs:
         blocks.append(slice(start, start + size))
-        start, size = start + size, min(2 * size, PAIRS_PER_BLOCK)
+        start, size = start + size, min(2 * size, largest)
     return blocks
 
 
@@ -91,7 +93,7 @@ class _Scorer:
     ) -> None:  # fmt: skip
         self.scores = np.full(n_pairs, -np.inf, dtype=np.float32)
         self.model, self.encoder, self.dtype, self.batch_size = model, encoder, dtype, batch_size
-        self.device = next(model.parameters()).device
+        self.device = model.device
         budget = TOKENS_PER_PASS.get(self.device.type, TOKENS_PER_PASS["cpu"])
         self.max_tokens = budget if batch_size is None else UNLIMITED
         self.progress = progress

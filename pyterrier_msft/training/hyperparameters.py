@@ -12,6 +12,7 @@ from ir_measures import nDCG
 # Arguments of `transformers.TrainingArguments` that have another setting in this package, by argument.
 SET_ELSEWHERE = {
     "bf16": "MonoCE's dtype",
+    "eval_steps": "eval_every",
     "fp16": "MonoCE's dtype",
     "gradient_accumulation_steps": "gradient_accumulation",
     "learning_rate": "learning_rate",
@@ -28,9 +29,13 @@ SET_ELSEWHERE = {
 }
 # Arguments of `transformers.TrainingArguments` that this package doesn't support.
 UNSUPPORTED = (
-    "deepspeed", "disable_tqdm", "eval_on_start", "eval_strategy", "fsdp", "fsdp_config", "load_best_model_at_end",
-    "logging_nan_inf_filter", "logging_strategy", "remove_unused_columns", "restore_callback_states_from_checkpoint",
-    "save_only_model", "save_strategy",
+    "auto_find_batch_size", "bf16_full_eval", "data_seed", "dataloader_drop_last", "deepspeed", "disable_tqdm",
+    "do_eval", "do_predict", "do_train", "eval_accumulation_steps", "eval_delay", "eval_on_start", "eval_strategy",
+    "fp16_full_eval", "fsdp", "fsdp_config", "greater_is_better", "label_names", "label_smoothing_factor",
+    "load_best_model_at_end", "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy",
+    "metric_for_best_model", "per_device_eval_batch_size", "prediction_loss_only", "remove_unused_columns",
+    "restore_callback_states_from_checkpoint", "resume_from_checkpoint", "save_only_model", "save_steps",
+    "save_strategy", "train_sampling_strategy",
 )  # fmt: skip
 
 
@@ -97,6 +102,8 @@ class Hyperparameters:
             check_number(name, getattr(self, name), minimum_zero=True, required=True)
         check_number("dropout", self.dropout, minimum_zero=True)
         check_number("seed", self.seed, integer=True, minimum_zero=True, required=True)
+        if self.seed >= 2**32:  # numpy's limit
+            raise ValueError(f"seed must be below 2**32; got {self.seed!r}")
         if self.dropout is not None and self.dropout >= 1:
             raise ValueError(f"dropout must be at least 0 and below 1; got {self.dropout!r}")
         object.__setattr__(self, "metric", _parse_metric(self.metric))

@@ -45,6 +45,11 @@ class Validation:
         scores = np.empty(len(self.results))
         for rank, share in enumerate(shares):
             scores[rank :: len(shares)] = share
+        if bad := int(np.sum(~np.isfinite(scores))):
+            raise ValueError(
+                f"scores of the validation data must be finite; {bad:,} of {len(scores):,} aren't. Try a lower "
+                "learning_rate"
+            )
         return scores
 
     def measure(self, scores: np.ndarray) -> float:
