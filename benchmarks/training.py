@@ -32,6 +32,7 @@ from pyterrier_msft.data.groups import Group
 from pyterrier_msft.model.loading import quiet_transformers
 from pyterrier_msft.model.precision import resolve_dtype
 from pyterrier_msft.training.batches import BatchSchedule, GroupDataset
+from pyterrier_msft.training.plan import plan_training
 
 OURS = "MonoCE.fit"
 # Our loss, and sentence-transformers' for a size of mini-batches (None: its default).
@@ -67,8 +68,8 @@ def measure(folder: str, results: pd.DataFrame, args: Any) -> None:
 
     def steps(results: pd.DataFrame) -> list[list[Group]]:
         groups = fitter.groups(results, None)[0]
-        dataset = GroupDataset(groups, fitter.seed)
-        return [dataset.__getitems__(batch) for batch in BatchSchedule(groups, fitter)]
+        dataset, plan = GroupDataset(groups, fitter.seed), plan_training(fitter, groups, width=384, head_is_new=True)
+        return [dataset.__getitems__(batch) for batch in BatchSchedule(groups, plan, seed=fitter.seed)]
 
     def ours(results: pd.DataFrame) -> Callable[[], list[float]]:
         ce = MonoCE(folder, max_length=args.max_length, fitter=fitter)
