@@ -61,7 +61,7 @@ def measure(folder: str, results: pd.DataFrame, args: Any) -> None:
     """Time one epoch of each trainer."""
     fitter = Distillation(
         depth=args.depth, batch_size=args.batch_size, dropout=args.dropout, learning_rate=5e-5, warmup=0.1,
-        clip_norm=1.0, metric=None, loss=LOSSES[args.loss][0],
+        clip_norm=1.0, epochs=1, metric=None, loss=LOSSES[args.loss][0],
     )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype("auto", device)

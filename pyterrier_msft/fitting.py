@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import pandas as pd
 
 from pyterrier_msft.data.frames import frame_digest, require_columns
@@ -61,7 +63,7 @@ def prepare_stage(
             )
         results = texts.add_to(results.reset_index(drop=True))
     elif isinstance(results, str | Path):
-        topics = texts.topics()
+        topics = texts.topics(results)
     else:
         raise ValueError(f"training results must be a data frame or a run's path; got {type(results).__name__}")
     load_text = None if texts.source is None else texts.load
@@ -81,12 +83,22 @@ def fit_stages(
 ) -> None:  # fmt: skip
     """Train a model in place, stage after stage, and add the stages' records to `stages`."""
     for place, (data, encoder) in enumerate(zip(prepared, encoders, strict=True), 1):
-        folder = (
-            checkpoint_dir / f"stage-{place}" if checkpoint_dir is not None and len(prepared) > 1 else checkpoint_dir
-        )
+        folder = _stage_dir(checkpoint_dir, place, len(prepared))
         _train_stage(
             model, encoder, data, stages, place=place, validation=validation, checkpoint_dir=folder, verbose=verbose
         )
+
+
+def stages_to_resume(
+    stages: Sequence[StageRecord], checkpoint_dir: Path | None, n_stages: int
+) -> Sequence[StageRecord]:
+    """Return the records of an interrupted fit that one of `n_stages` stages would resume; empty if there is none."""
+    return _stages_to_resume(stages, _stage_dir(checkpoint_dir, 1, n_stages))
+
+
+def _stage_dir(checkpoint_dir: Path | None, place: int, n_stages: int) -> Path | None:
+    """Return the folder for the checkpoints of one stage."""
+    return checkpoint_dir / f"stage-{place}" if checkpoint_dir is not None and n_stages > 1 else checkpoint_dir
 
 
 def _train_stage(
@@ -143,7 +155,7 @@ def _train_stage(
             warn(f"{type(fitter).__name__} changed no weight in {record.updates} updates with {settings}")
 
 
-def _stages_to_resume(stages: list[StageRecord], checkpoint_dir: str | Path | None) -> list[StageRecord]:
+def _stages_to_resume(stages: Sequence[StageRecord], checkpoint_dir: str | Path | None) -> Sequence[StageRecord]:
     """Return the records of the interrupted fit that training resumes from its checkpoints; empty if there is none."""
     if stages and stages[-1].interrupted is not None:
         resumed = stages[-stages[-1].place :]
@@ -152,10 +164,30 @@ def _stages_to_resume(stages: list[StageRecord], checkpoint_dir: str | Path | No
     return []
 
 
+def _spread(documents: np.ndarray, n: int) -> np.ndarray:
+    """Return at most `n` documents, spread evenly over a list."""
+    return documents[:: max(1, -(-len(documents) // n))]
+
+
+def dropout_settings(model: CrossEncoder) -> dict[str, Any]:
+    """Return the fields of a model's configuration that set dropout, which its fingerprint leaves out."""
+
+    def find(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in sorted((str(key), settings[key]) for key in settings):
+            if isinstance(value, Mapping):
+                found |= find(value, f"{prefix}{name}.")
+            elif value is not None and re.search("dropout|pdrop|layerdrop", name):
+                found[f"{prefix}{name}"] = value
+        return found
+
+    return find(model.network.config.to_dict(), "")
+
+
 def _new_record(encoder: PairEncoder, data: StageData, plan: Plan, place: int, start: str) -> StageRecord:
     groups, fitter = data.groups, data.fitter
     step = max(1, len(groups) * 4 // TRUNCATION_SAMPLE)
-    sample = [(i, document) for i in range(0, len(groups), step) for document in groups.documents[i][:4]]
+    sample = [(i, document) for i in range(0, len(groups), step) for document in _spread(groups.documents[i], 4)]
     queries, texts = [groups.queries[i] for i, _ in sample], groups.text(document for _, document in sample)
     query_rate, text_rate = encoder.truncation_rates(queries, texts)
     report = dataclasses.replace(
@@ -180,6 +212,7 @@ def _identity(
         **data.fitter.readable_settings(),
         **{name: str(getattr(encoder, name)) for name in ("max_length", "max_query_length", "passages")},
         "dtype": str(model.dtype),
+        "the model's dropout": ", ".join(f"{name}={value}" for name, value in dropout_settings(model).items()),
         "data": data.digest[:16],
         "validation": sha256_of([*map(frame_digest, validation)])[:16] if validation else "none",
         "start weights": start,

@@ -12,7 +12,7 @@ from ir_measures import nDCG
 
 from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.data.validation import validation_frames
-from pyterrier_msft.fitting import StageData, ValidationFrames, fit_stages
+from pyterrier_msft.fitting import StageData, ValidationFrames, fit_stages, stages_to_resume
 from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import StageRecord
@@ -203,7 +203,8 @@ def fit_reranker(
         return Scored(data, data.score(model.network, scorer, model.dtype))
 
     if held_out is not None:
-        _warn_of_earlier_labels(stages)
+        resumed = stages_to_resume(stages, checkpoint_dir, len(prepared))
+        _warn_of_earlier_labels(stages[: len(stages) - len(resumed)])
         parts = [held_out.data(part, metric) for part in range(len(held_out.parts))]
         if len(parts) == 1:
             prepared = [data.without(held_out.parts[0]) for data in prepared]
@@ -239,7 +240,7 @@ def fit_reranker(
 
 
 def _warn_of_earlier_labels(stages: Sequence[StageRecord]) -> None:
-    if earlier := [stage.fitter for stage in stages if stage.interrupted is None and stage.objective == "Contrastive"]:
+    if earlier := [stage.fitter for stage in stages if stage.objective == "Contrastive"]:
         warn(
             f"the first stage's weight may be too small: an earlier fit, {earlier[-1]}, may have learned the labels of "
             "the queries that choose it. Pass validation results of other queries"

@@ -51,7 +51,7 @@ _MODULES = {"scikit-learn": "sklearn"}  # distributions that are imported by ano
 # A folder with a leading underscore is internal or vendored, except `_core`, where numpy keeps its public functions.
 _SKIPPED_FOLDERS = re.compile(r"_(?!core$).*|tests?|externals|idlelib|turtledemo|(site|dist)-packages|config-.*")
 _SKIPPED_FILES = re.compile(r"(test_.*|.*_test|conftest|setup)\.py")
-_PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError, OSError)  # the first four are from the parser
+_PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)  # the last is for code that is nested too deeply
 _MIN_WORDS, _MAX_WORDS = 3, 30  # of a summary
 _MIN_REST, _PREFIX = 200, 200  # characters
 
@@ -240,8 +240,11 @@ def build_collection(packages: Iterable[Package]) -> Collection:
     counts: Counter[str] = Counter()
     found: list[Docstring] = []
     for package, module, path in pt.tqdm(files, desc="PyDocs", unit="file"):
+        source = (
+            path.read_bytes()
+        )  # outside `try`: the cache must not keep a collection without a file that can't be read
         try:
-            contents = list(docstrings(path.read_bytes(), module))
+            contents = list(docstrings(source, module))
         except _PARSE_ERRORS as error:
             _logger.debug("skipped %s: %s", path, error)
             continue

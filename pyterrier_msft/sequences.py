@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from pyterrier_msft.data.frames import frame_digest
 from pyterrier_msft.digests import sha256_of
 from pyterrier_msft.fitters import Fitter, FitterSequence, check_fitter
-from pyterrier_msft.fitting import ValidationFrames
+from pyterrier_msft.fitting import ValidationFrames, dropout_settings
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import check_writable
@@ -44,6 +44,11 @@ class Stage:
 
     def __post_init__(self) -> None:
         check_fitter(self.fitter)
+
+    def added(self) -> pd.DataFrame | None:
+        """Return the qrels if documents of them may be added to the results, which then need a text."""
+        adds = any(getattr(fitter, "add_missing_positives", False) for fitter in self.fitter.stages)
+        return self.qrels if adds else None
 
     def digest(self) -> str:
         """Return a digest of the fitter and the data."""
@@ -139,9 +144,11 @@ class _Folders:
         self.save_dir = check_writable(save_dir, "save_dir")
         frames = [frame_digest(frame) for frame in validation or ()]
         settings = [reranker.scoring_settings(), reranker.interpolate]
-        self.context = [SEMANTICS_VERSION, torch.__version__, frames, settings]
+        looked_up = "" if validation is None else reranker.source_digest(validation[0])
+        dropout = dropout_settings(reranker.cross_encoder)
+        self.context = [SEMANTICS_VERSION, torch.__version__, frames, looked_up, settings, dropout]
         self.stages = {
-            name: [stages[name].digest(), reranker.source_digest(stages[name].results)]
+            name: [stages[name].digest(), reranker.source_digest(stages[name].results, stages[name].added())]
             for path in paths.values()
             for name in path
         }

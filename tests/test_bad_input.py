@@ -377,6 +377,9 @@ def test_text_loader_drops_rows(scorer):
     rejects("text loader must keep all 64 rows of the results; got 5", without, QRELS, text=IncompleteTexts())
     with pytest.raises(ValueError, match="text loader must keep all 64 rows"):
         scorer.apply_attributes(text=IncompleteTexts())(without)
+    with pytest.raises(ValueError, match="of the qrels with add_missing_positives=True"):
+        adding = Contrastive(n_negatives=3, add_missing_positives=True)
+        scorer.apply_attributes(text=IncompleteTexts()).fit(RESULTS, QRELS.assign(docno="nowhere"), fitter=adding)
 
 
 # ---- orders and labels
@@ -676,6 +679,10 @@ def test_invalid_template(backbone):
             MonoCE(backbone, template=template)
     with pytest.raises(ValueError, match="template is required with true='1', false='0'; got None"):
         MonoCE(backbone, true="1", false="0")
+    with pytest.raises(ValueError, match="true must be a word or None; got 1"):
+        MonoCE(backbone, template="{query} {text}", true=1, false=0)
+    with pytest.raises(ValueError, match="true is required with false='no'; got None"):
+        MonoCE(backbone, template="{query} {text}", false="no")
     unusable(
         backbone, "true and false are for a model that generates text; got 'a'", template="{query} {text}", true="a"
     )
@@ -740,6 +747,13 @@ def test_no_padding_token(tmp_path):
     saved = MonoCE.load(tmp_path / "saved", dtype="float32", device="cpu")
     np.testing.assert_allclose(saved(frame)["score"], ce(frame)["score"], atol=1e-6)
     unusable(write_decoder(tmp_path / "none", eos=None), "tokenizer must have a pad, eos or unk token")
+
+
+@row
+def test_int8_of_a_decoder(tmp_path):
+    pytest.importorskip("openvino")
+    with pytest.raises(ValueError, match=r"dtype must be 'float32' or .* GPT2ForSequenceClassification; got 'int8'"):
+        MonoCE(write_decoder(tmp_path, eos="<|end|>"), max_length=24, dtype="int8", device="cpu")(RESULTS)
 
 
 @row

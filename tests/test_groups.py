@@ -369,6 +369,17 @@ def test_order_key():
     assert order_key(pd.DataFrame({"rank": [0, 1], "score": ["2.5", "1"]})).tolist() == [2.5, 1]
 
 
+def test_passages_and_documents_that_do_not_match():
+    passages, documents = (pd.DataFrame({"qid": ["1"], "docno": [docno]}) for docno in ("d%p0", "d"))
+    other_query = pd.DataFrame({"qid": ["1", "2"], "docno": ["e%p0", "d%p0"]})
+    assert explain_mismatch(passages, documents, "the qrels").startswith("qids and docnos match")
+    assert explain_mismatch(passages, other_query, "the teacher", by_document=False).startswith("qids and docnos match")
+    why = explain_mismatch(passages, documents, "the teacher", by_document=False)
+    assert why.startswith("the docnos don't match, e.g. 'd%p0' in the results and 'd' in the teacher. A docno that")
+    assert why.endswith("the teacher must have passages where the results have them")
+    assert explain_mismatch(passages, passages, "the qrels").endswith("the qrels must have documents, not passages")
+
+
 def test_leading_zeros_that_were_lost():
     first, qrels = (pd.DataFrame({"qid": qids, "docno": "d"}) for qids in (["001", "016"], [1, 16]))
     assert explain_mismatch(first, qrels, "the qrels") == (

@@ -220,6 +220,19 @@ def test_training_with_a_weight_resumes(backbone, train, tmp_path, step):
     assert ce.first_stage_weight == pytest.approx(whole.first_stage_weight)
 
 
+@pytest.mark.parametrize("resumes", [True, False])
+def test_an_interrupted_fit_that_is_not_resumed_has_seen_the_labels(backbone, train, tmp_path, resumes):
+    fitter = replace(FITTER, loss=interruptible_lce)
+    ce = new(backbone)
+    with interrupted_at(45), pytest.raises(KeyboardInterrupt):  # after both halves
+        ce.fit(train.results, train.qrels, fitter=fitter, checkpoint_dir=tmp_path if resumes else None)
+    assert ce.stages[-1].interrupted
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ce.fit(train.results, train.qrels, fitter=fitter, checkpoint_dir=tmp_path if resumes else None)
+    assert any("an earlier fit" in str(warning.message) for warning in caught) != resumes
+
+
 # ---- what remembers the weight
 
 

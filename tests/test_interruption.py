@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -205,6 +206,17 @@ def test_a_checkpoint_of_another_run_names_what_differs(ce, data, tmp_path, chan
         )
 
 
+def test_a_model_with_another_dropout_is_another_run(ce, data, tmp_path, backbone):
+    with interrupted_at(1), pytest.raises(KeyboardInterrupt):
+        ce.fit(*data[:2], fitter=CL, checkpoint_dir=tmp_path / "checkpoints")
+    folder = shutil.copytree(backbone, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.3}))
+    other = MonoCE(folder, max_length=24, dtype="float32", device="cpu")
+    with pytest.raises(ValueError, match=r"model's dropout is .*hidden_dropout_prob=0\.1 there and .*=0\.3 here"):
+        other.fit(*data[:2], fitter=CL, checkpoint_dir=tmp_path / "checkpoints")
+
+
 def test_a_run_may_be_resumed_with_less_memory(ce, data, tmp_path):
     fitter = dataclasses.replace(CL, max_steps=4)
     with interrupted_at(3), pytest.raises(KeyboardInterrupt):
@@ -280,12 +292,34 @@ def test_all_complete_checkpoints_are_kept_if_asked_for(ce, data, tmp_path):
         ce.clone().fit(*data[:2], fitter=fitter, checkpoint_dir=tmp_path)
     with interrupted_at(0), pytest.raises(KeyboardInterrupt):
         ce.fit(*data[:2], fitter=fitter, checkpoint_dir=tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
 
 
-def test_another_programs_checkpoints_are_refused_and_kept(ce, data, tmp_path):
-    (tmp_path / "checkpoint-900").mkdir()
-    (tmp_path / "checkpoint-900" / "trainer_state.json").write_text('{"global_step": 900, "stateful_callbacks": {}}')
-    with pytest.raises(ValueError, match="holds a checkpoint of another training run"):
+FOREIGN_STATE = '{"global_step": 900, "stateful_callbacks": {}}'
+
+
+@pytest.mark.parametrize("is_used", [False, True], ids=["in a new folder", "beside ours"])
+@pytest.mark.parametrize(("name", "state"), [("900", FOREIGN_STATE), ("1", None), ("best", None), ("1", "{}")])
+def test_another_programs_checkpoints_are_refused_and_kept(ce, data, tmp_path, name, state, is_used):
+    if is_used:
+        with interrupted_at(1), pytest.raises(KeyboardInterrupt):
+            ce.clone().fit(*data[:2], fitter=CL, checkpoint_dir=tmp_path)
+        if name == "1" and state is None:
+            pytest.skip("it could be an incomplete one of ours")
+    foreign = tmp_path / f"checkpoint-{name}"
+    foreign.mkdir()
+    (foreign / "weights.bin").write_text("mine")
+    if state is not None:
+        (foreign / "trainer_state.json").write_text(state)
+    with pytest.raises(ValueError, match=f"must not have checkpoints of another program; got checkpoint-{name}. Use"):
         ce.fit(*data[:2], fitter=CL, checkpoint_dir=tmp_path)
-    assert (tmp_path / "checkpoint-900").is_dir()
+    assert (foreign / "weights.bin").read_text() == "mine"
+
+
+def test_a_first_checkpoint_that_was_killed_is_ours(ce, data, tmp_path):
+    fitter = dataclasses.replace(CL, max_steps=2)
+    with interrupted_at(0), pytest.raises(KeyboardInterrupt):
+        ce.clone().fit(*data[:2], fitter=fitter, checkpoint_dir=tmp_path)
+    (tmp_path / "checkpoint-0" / "trainer_state.json").unlink()
+    ce.fit(*data[:2], fitter=fitter, checkpoint_dir=tmp_path)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]

@@ -173,6 +173,18 @@ def test_files_that_cannot_be_parsed_are_left_out(library):
     assert gc.isenabled()
 
 
+@pytest.mark.parametrize("error", [OSError, MemoryError])
+def test_a_file_that_cannot_be_read_ends_the_build(library, monkeypatch, error):
+    library.write("good.py", function("sort", "Sort the whole array."))
+
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(error):
+        library.build()
+
+
 def test_sources_are_neither_imported_nor_run(library, tmp_path):
     mark = tmp_path / "executed"
     library.write("__init__.py", f"open({str(mark)!r}, 'w')\n" + function("sort", "Sort the whole array."))

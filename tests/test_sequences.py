@@ -1,5 +1,7 @@
 import dataclasses
+import json
 import logging
+import shutil
 
 import pandas as pd
 import pytest
@@ -73,6 +75,43 @@ def test_a_changed_stage_is_trained_again(ce, stages, batches, tmp_path, dev_par
     longer.max_length = 32
     fit_sequences(longer, stages, ["CL"], save_dir=tmp_path)
     assert len(batches) == 4 * 10
+
+
+class Texts:
+    """A source of one text for all documents; only docnos in `changed` have another one."""
+
+    def __init__(self, changed: frozenset[str] = frozenset()) -> None:
+        self.changed = changed
+
+    def text_loader(self, fields):
+        texts = {True: "w1 w2", False: "w3 w4"}
+        return lambda frame: frame.assign(text=[texts[docno in self.changed] for docno in frame["docno"]])
+
+
+@pytest.mark.parametrize("what", ["missing positives", "validation"])
+def test_texts_that_are_looked_up_are_part_of_the_key(ce, stages, batches, tmp_path, dev_part, what):
+    stage, validation = stages["CL"], None
+    if what == "validation":
+        validation = (dev_part.results.drop(columns="text"), dev_part.qrels)
+        changed = frozenset(dev_part.results["docno"])
+    else:
+        added = dev_part.results.tail(1).assign(qid=stage.results["qid"].iloc[0], label=1)[["qid", "docno", "label"]]
+        qrels = pd.concat([stage.qrels, added])
+        stage = Stage(dataclasses.replace(CL, add_missing_positives=True), stage.results, qrels)
+        changed = frozenset(qrels["docno"])
+    for texts in (Texts(), Texts(), Texts(changed)):
+        fit_sequences(ce.apply_attributes(text=texts), {"CL": stage}, ["CL"], validation=validation, save_dir=tmp_path)
+    assert len(batches) == 2 * 4
+
+
+def test_a_model_with_another_dropout_is_trained_again(backbone, stages, batches, tmp_path):
+    folder = shutil.copytree(backbone, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    for probability in (0.1, 0.3, 0.3):
+        (folder / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": probability}))
+        ce = MonoCE(folder, max_length=24, dtype="float32", device="cpu")
+        fit_sequences(ce, stages, ["CL-KD"], save_dir=tmp_path / "saved")
+    assert len(batches) == 2 * 2 * 4
 
 
 def test_a_damaged_model_is_trained_again(ce, stages, batches, tmp_path, caplog):

@@ -6,20 +6,31 @@ from pyterrier_msft.data.frames import PASSAGE_SUFFIX, as_ids
 from pyterrier_msft.data.report import DataReport
 
 
-def explain_mismatch(results: pd.DataFrame, other: pd.DataFrame, what: str) -> str:
-    """Explain why results and `other`, qrels or a teacher's ranking, have no document in common."""
+def explain_mismatch(results: pd.DataFrame, other: pd.DataFrame, what: str, *, by_document: bool = True) -> str:
+    """Explain why results and `other`, called `what`, have no document in common.
+
+    `by_document` says that `other` has documents and not passages, as qrels do.
+    """
     if not len(other):
         return f"there are no rows in {what}"
     for column in ("qid", "docno"):
         here, there = as_ids(results[column]), as_ids(other[column])
-        if column == "docno":
-            here = here.str.replace(PASSAGE_SUFFIX, "", regex=True)
-        if not here.isin(there).any():
-            zeros = here.str.lstrip("0").isin(there.str.lstrip("0")).any()
-            hint = ". Leading zeros are lost when ids are read as numbers: read them with dtype=str" if zeros else ""
+        compared = _parents(here) if column == "docno" and by_document else here
+        if not compared.isin(there).any():
+            hint = ""
+            if here.str.lstrip("0").isin(there.str.lstrip("0")).any() and not here.isin(there).any():
+                hint = ". Leading zeros are lost when ids are read as numbers: read them with dtype=str"
+            elif column == "docno" and _parents(here).isin(_parents(there)).any():
+                needed = "documents, not passages" if by_document else "passages where the results have them"
+                hint = f". A docno that ends in '%p' and a number is a passage: {what} must have {needed}"
             pair = f"{here.iloc[0]!r} in the results and {there.iloc[0]!r} in {what}"
             return f"the {column}s don't match, e.g. {pair}{hint}"
     return f"qids and docnos match, but no document of a query's results is in {what} for that query"
+
+
+def _parents(docnos: pd.Series) -> pd.Series:
+    """Return the documents of passages; other docnos are left as they are."""
+    return docnos.str.replace(PASSAGE_SUFFIX, "", regex=True)
 
 
 def explain_no_positives(report: DataReport, results: pd.DataFrame, grades: pd.Series, min_relevance: float) -> str:

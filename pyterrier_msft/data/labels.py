@@ -175,7 +175,7 @@ def from_teacher(
         )
     report = DataReport.total(reports)
     if ranking is not None and len(unmatched_sample) and report.without_teacher == report.queries:
-        why = explain_mismatch(unmatched_sample, ranking, "the teacher's ranking")
+        why = explain_mismatch(unmatched_sample, ranking, "the teacher's ranking", by_document=False)
         raise ValueError(f"teacher must rank documents of the results; got none in common: {why}")
     return builder.build(), replace(report, tied_labels=n_tied / max(1, n_pairs))
 

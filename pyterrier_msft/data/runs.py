@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from pyterrier_msft.data.diagnosis import explain_mismatch
 from pyterrier_msft.data.frames import PASSAGE_SUFFIX, as_ids, as_texts, order_column, require, require_columns
 from pyterrier_msft.data.rankings import (
     Rankings,
@@ -41,13 +42,15 @@ def read_run(
             query must be contiguous.
         depth: Documents to keep per query, from the top. None: all.
         relevant: qid and docno (strings) of documents to keep at any rank.
-        topics: qid and query, for a file without queries; queries that aren't here are dropped.
+        topics: qid and query, for a file without queries. Queries that aren't here are dropped and counted, as those
+            with an empty text are.
 
     Yields:
         Rankings with docnos in place of texts; all share one numbering of documents.
 
     Raises:
-        ValueError: If the file is missing or has another format, or the rows of a query aren't contiguous.
+        ValueError: If the file is missing or has another format, the rows of a query aren't contiguous, or none of its
+            queries is in the topics.
         ImportError: If polars isn't installed.
     """
     rows = _scan(Path(path))
@@ -65,11 +68,23 @@ def read_run(
     converter = _Converter(path, key, depth, None if relevant is None else RowsByQuery(relevant), queries)
     needed = [name for name in ("qid", "query", "docno", key) if name in columns]
     yield from map(converter.rankings, _whole_queries(rows.select(needed), path))
+    if queries is not None and topics is not None and converter.seen and converter.seen.isdisjoint(queries):
+        why = explain_mismatch(pd.DataFrame({"qid": sorted(converter.seen)}), topics, "the topics")
+        raise ValueError(f"topics must have the queries of {path}: {why}")
 
 
-def first_docnos(path: str | Path, n: int) -> list[str]:
-    """Return the docnos of a run's first rows."""
-    return _as_ids(_scan(Path(path)).head(n).collect()["docno"]).to_list()
+def has_queries(path: str | Path) -> bool:
+    """Whether a file of results has the text of its queries."""
+    return "query" in _scan(Path(path)).collect_schema().names()
+
+
+def sample_docnos(path: str | Path, n: int) -> list[str]:
+    """Return the docnos of at most `n` rows, spread evenly over a run."""
+    import polars as pl
+
+    docnos = _scan(Path(path)).select("docno")
+    rows = int(docnos.select(pl.len()).collect().item())
+    return _as_ids(docnos.gather_every(max(1, -(-rows // n))).collect()["docno"]).to_list()
 
 
 @dataclass
@@ -121,7 +136,7 @@ class _Converter:
         )
 
     def _sort(self, batch: "pl.DataFrame") -> tuple["pl.DataFrame", list[str]]:
-        """Sort rows by query and descending key, and drop unknown queries; add the columns query, query_id and key."""
+        """Sort rows by query and descending key, and add the columns query, query_id and key."""
         import polars as pl
 
         runs = batch["qid"].rle().struct.unnest()
@@ -132,18 +147,18 @@ class _Converter:
                 "the file by qid"
             )
         self.seen.update(in_file)
-        qids = [qid for qid in dict.fromkeys(in_file) if self.queries is None or qid in self.queries]
+        qids = list(dict.fromkeys(in_file))
         query_ids = {qid: i for i, qid in enumerate(qids)}
-        ids = np.array([query_ids.get(qid, -1) for qid in in_file], dtype=np.int64)
+        ids = np.array([query_ids[qid] for qid in in_file], dtype=np.int64)
         query, key = np.repeat(ids, runs["len"].to_numpy()), batch[self.key].to_numpy()
         require(~np.isnan(key), key, f"{self.key}s must be numeric")
         key = key if self.key == "score" else -key
         order = best_first(query, key)
         if (order[1:] < order[:-1]).any():
             batch, query, key = batch[order], query[order], key[order]
-        batch = batch.with_columns(query_id=pl.Series(query), key=pl.Series(key)).filter(pl.Series(query >= 0))
+        batch = batch.with_columns(query_id=pl.Series(query), key=pl.Series(key))
         if self.queries is not None:
-            texts = pl.Series([self.queries[qid] for qid in qids], dtype=pl.String)
+            texts = pl.Series([self.queries.get(qid, "") for qid in qids], dtype=pl.String)
             batch = batch.with_columns(query=texts.gather(batch["query_id"]))
         return batch, qids
 

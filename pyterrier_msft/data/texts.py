@@ -13,10 +13,11 @@ import pyterrier as pt
 
 from pyterrier_msft.data.frames import as_ids, as_texts, frame_digest, is_blank, require_columns, require_ids
 from pyterrier_msft.data.groups import DIGEST_SAMPLE
-from pyterrier_msft.data.runs import first_docnos
+from pyterrier_msft.data.runs import has_queries, sample_docnos
 from pyterrier_msft.notices import warn
 
 MIN_LOOKUPS_FOR_CHECK = 32  # if none of so many documents has a text, the source must be wrong
+NEEDED_TEXTS = "text source must have all documents of the results, and of the qrels with add_missing_positives=True"
 
 
 @dataclass(frozen=True)
@@ -68,30 +69,47 @@ class TextSource:
         try:
             loaded: pd.DataFrame = self.source.text_loader(fields=[self.field])(results)
         except KeyError as error:  # from PyTerrier's loader for irds: datasets
-            raise ValueError(f"text source must have all documents of the results; not found: {error}") from error
+            raise ValueError(f"{NEEDED_TEXTS}; not found: {error}") from error
         require_columns(loaded, [self.field], "text loader's results")
         if len(loaded) != len(results):
-            raise ValueError(f"text loader must keep all {len(results):,} rows of the results; got {len(loaded):,}")
+            rows = f"all {len(results):,} rows of the results; got {len(loaded):,}"
+            raise ValueError(f"text loader must keep {rows}. The {NEEDED_TEXTS}")
         return loaded
 
-    def topics(self) -> pd.DataFrame | None:
-        """The source's topics; None if it has none."""
+    def topics(self, path: str | Path) -> pd.DataFrame | None:
+        """Return the source's topics for a file of results; None if the file has queries, or the source no topics."""
+        if self.source is None or has_queries(path):
+            return None
         with contextlib.suppress(AttributeError, NotImplementedError):  # e.g. an index
             return self.source.get_topics()
         return None
 
-    def digest(self, results: pd.DataFrame | str | Path) -> str:
-        """Digest a sample of the texts (and, for a run file, the queries) that the source adds; empty if none."""
-        if self.source is None or (isinstance(results, pd.DataFrame) and self.field in results.columns):
+    def digest(self, results: pd.DataFrame | str | Path, added: pd.DataFrame | None = None) -> str:
+        """Digest a sample of what the source adds to results: texts and, for a file, queries; empty if nothing.
+
+        `added` are qrels whose documents may be added to the results; those that the source lacks are skipped.
+        """
+        if self.source is None:
             return ""
-        topics = None
-        if isinstance(results, pd.DataFrame):
-            docnos = as_ids(results["docno"].iloc[:: max(1, len(results) // DIGEST_SAMPLE)]).tolist()
-        else:
-            docnos, topics = first_docnos(results, DIGEST_SAMPLE), self.topics()
-        texts = self.load(pd.DataFrame({"docno": list(dict.fromkeys(docnos))}))
-        frames = [texts[["docno", self.field]], *([] if topics is None else [topics[["qid", "query"]]])]
-        return hashlib.sha256(json.dumps([*map(frame_digest, frames)]).encode()).hexdigest()[:16]
+        frames = []
+        if not isinstance(results, pd.DataFrame):
+            topics = self.topics(results)
+            frames += [self._texts(sample_docnos(results, DIGEST_SAMPLE))]
+            frames += [] if topics is None else [topics[["qid", "query"]]]
+        elif self.field not in results.columns:
+            frames += [self._texts(_sample(results))]
+        for docno in [] if added is None else _sample(added):
+            with contextlib.suppress(ValueError):  # training may not need it
+                frames += [self._texts([docno])]
+        return hashlib.sha256(json.dumps([*map(frame_digest, frames)]).encode()).hexdigest()[:16] if frames else ""
+
+    def _texts(self, docnos: list[str]) -> pd.DataFrame:
+        return self.load(pd.DataFrame({"docno": list(dict.fromkeys(docnos))}))[["docno", self.field]]
+
+
+def _sample(frame: pd.DataFrame) -> list[str]:
+    """Return the docnos of at most `DIGEST_SAMPLE` rows, spread evenly over a frame."""
+    return as_ids(frame["docno"].iloc[:: max(1, -(-len(frame) // DIGEST_SAMPLE))]).tolist()
 
 
 class TextLookup:

@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from pyterrier_msft.training import distributed
 
 BEST_WEIGHTS_NAME = "best.safetensors"
+MARKER_NAME = ".pyterrier_msft"  # in a folder for checkpoints: those without a state are ours, and may be deleted
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,17 @@ def checkpoint_to_resume(folder: Path, identity: Mapping[str, str]) -> Checkpoin
     """Find the checkpoint to resume from, the same one on all ranks, and delete incomplete ones beside it.
 
     Raises:
-        ValueError: If it belongs to another training run; the message names what differs.
+        ValueError: If it belongs to another training run; the message names what differs. Or if the folder has
+            checkpoints of another program, which training would delete.
     """
 
     def find() -> Checkpoint | None:
+        if foreign := sorted(path.name for path in folder.glob("checkpoint-*") if _is_foreign(path)):
+            raise ValueError(
+                f"checkpoint_dir {folder} must not have checkpoints of another program; got {', '.join(foreign)}. Use "
+                "another checkpoint_dir"
+            )
+        (folder / MARKER_NAME).touch()  # before the first checkpoint, which may be interrupted
         newest = newest_checkpoint(folder)
         if newest is None:
             return None
@@ -125,6 +133,17 @@ def check_writable(folder: str | Path, name: str) -> Path:
     except OSError as error:
         raise ValueError(f"{name} must be a folder that can be written to; got {path}: {error}") from error
     return path
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether another program wrote a checkpoint. One without a state, in a folder of ours, is ours but incomplete."""
+    if not path.is_dir():
+        return False  # never deleted
+    try:
+        state = json.loads((path / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return _step(path) < 0 or not (path.parent / MARKER_NAME).is_file()
+    return not isinstance(state, dict) or "CheckpointCallback" not in state.get("stateful_callbacks", {})
 
 
 def _step(checkpoint: Path) -> int:
