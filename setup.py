@@ -15,6 +15,7 @@ README = re.sub(r"(?<=\]\()(?!https?:|#)", f"{REPOSITORY}/blob/main/", (HERE / "
 README = re.sub(r"(!\[[^]]*\]\(\S+)/blob/", r"\1/raw/", README)
 CACHE = ["pyterrier-caching>=0.5"]
 PLOT = ["matplotlib>=3.8"]
+INT8 = ["openvino>=2026.0"]
 LORA = ["peft>=0.18"]
 RUNS = ["polars>=1.34"]
 # Backends of .parallel(N): joblib and Ray.
@@ -77,8 +78,9 @@ setup(
     ],
     extras_require={
         "cache": CACHE,
-        "bench": [*DEMO, *PISA, "psutil>=5.9", "sentence-transformers>=5.2", "datasets>=3"],
+        "bench": [*DEMO, *INT8, *PISA, "psutil>=5.9", "sentence-transformers>=5.2", "datasets>=3"],
         "demo": DEMO,
+        "int8": INT8,
         "lora": LORA,
         "docs": ["sphinx>=8", "furo>=2024.8", "myst-parser>=4", "sphinx-copybutton>=0.5"],
         "notebooks": NOTEBOOKS,
@@ -87,6 +89,7 @@ setup(
         "plot": PLOT,
         "runs": RUNS,
         "test": [
+            *INT8,
             *LORA,
             *NOTEBOOKS,
             *PISA,

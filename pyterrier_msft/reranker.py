@@ -19,7 +19,7 @@ from pyterrier_msft.data.validation import validation_frames, warn_of_shared_que
 from pyterrier_msft.fitters import Contrastive, Fitter, FitterSequence, check_fitter
 from pyterrier_msft.fitting import prepare_stage
 from pyterrier_msft.interpolation import HeldOut, candidates_of, fit_reranker
-from pyterrier_msft.model.cross_encoder import CrossEncoder
+from pyterrier_msft.model.cross_encoder import SOURCE_SETTINGS, CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import StageRecord, history_frame
 from pyterrier_msft.notices import warn
@@ -30,17 +30,7 @@ from pyterrier_msft.training.run import check_training_device
 
 RESULT_COLUMNS = {"qid", "query", "docno", "score", "rank"}
 # They determine the weights, and how a score follows from them.
-WEIGHTS_SETTINGS = {
-    "model",
-    "adapter",
-    "seed",
-    "revision",
-    "trust_remote_code",
-    "relevant",
-    "template",
-    "true",
-    "false",
-}
+WEIGHTS_SETTINGS = {"model", "adapter", "revision", "trust_remote_code", *SOURCE_SETTINGS}
 
 
 class MonoCE(SavingMixin, pt.Estimator):
@@ -78,7 +68,8 @@ class MonoCE(SavingMixin, pt.Estimator):
             the second of two.
         template: How a model reads a pair: a text with `{query}` and `{text}`. None: as the model's configuration says,
             or `[CLS] query [SEP] document [SEP]`.
-        true: With `template`, for a model that generates text: the word that means *relevant*.
+        true: With `template`, for a model that generates text: the word that means *relevant*. None: the two words of
+            the model's configuration, or "yes" and "no".
         false: The word that means the opposite. The score is the difference of their logits. None: that of `true`.
         verbose: Whether to show progress bars.
 
@@ -110,7 +101,7 @@ class MonoCE(SavingMixin, pt.Estimator):
         passages: int = 1, batch_size: int | None = None, dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None, seed: int = 42, revision: str | None = None,
         trust_remote_code: bool = False, relevant: int | str | None = None, template: str | None = None,
-        true: str = "yes", false: str | None = "no", verbose: bool = False,
+        true: str | None = None, false: str | None = None, verbose: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         check_number("max_length", max_length, integer=True, required=True)
@@ -281,9 +272,9 @@ class MonoCE(SavingMixin, pt.Estimator):
         settings = {name: getattr(self, name) for name in ("text_field", "max_length", "max_query_length", "passages")}
         return {**settings, "dtype": str(self.cross_encoder.dtype)}
 
-    def source_digest(self, results: pd.DataFrame | str | Path) -> str:
-        """Digest what `text=` adds to training results; empty if it adds nothing."""
-        return self._texts.digest(results)
+    def source_digest(self, results: pd.DataFrame | str | Path, added: pd.DataFrame | None = None) -> str:
+        """Digest a sample of what `text=` adds to results, or to the documents of qrels that `fit` adds to them."""
+        return self._texts.digest(results, added)
 
     def __repr__(self) -> str:
         parts = [repr(self._model)]

@@ -1,5 +1,6 @@
 """Save a re-ranker to a folder or the Hugging Face hub, and load it again."""
 
+import contextlib
 import json
 import os
 import tempfile
@@ -8,10 +9,12 @@ from typing import Any, Self
 
 import pandas as pd
 from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
 from pyterrier_msft.model import adapters, hub, storage
 from pyterrier_msft.model.card import model_card
 from pyterrier_msft.model.cross_encoder import CrossEncoder
+from pyterrier_msft.model.files import MODULES
 from pyterrier_msft.model.record import RECORD, ModelRecord, StageRecord, library_versions
 from pyterrier_msft.training import distributed
 
@@ -56,7 +59,7 @@ class SavingMixin:
         if backbone is not None and backbone.resolve() == folder.resolve():
             raise ValueError(f"path must be another folder than that of the adapter's backbone; got {str(folder)!r}")
         if distributed.rank() == 0:
-            storage.check_target(folder)
+            storage.check_target(folder, self.cross_encoder.module_folders if merged else [])
             with storage.replace_model(folder) as partial:
                 self._write(partial, name=folder.name, merged=merged, license=license, metrics=metrics, **card)
             self.cross_encoder.mark_saved(folder)
@@ -87,7 +90,10 @@ class SavingMixin:
         with tempfile.TemporaryDirectory(prefix="pyterrier_msft_") as folder:
             self._write(Path(folder), name=repo, merged=merged, license=license, metrics=metrics, **card)
             message = f"{len(self.stages)} stages, weights {self.cross_encoder.fingerprint}"
-            old = [*storage.MODEL_FILES, *(f"{name}/*" for name in storage.MODEL_FOLDERS)]
+            modules: list[dict[str, Any]] = []
+            with contextlib.suppress(EntryNotFoundError, RevisionNotFoundError):  # a new repository
+                modules = json.loads(Path(api.hf_hub_download(repo, MODULES)).read_text(encoding="utf-8"))
+            old = [*storage.MODEL_FILES, *storage.module_files(modules)]
             commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, delete_patterns=old)
         return str(commit.commit_url)
 
@@ -113,7 +119,10 @@ class SavingMixin:
         storage.finish_save(folder)
         record = ModelRecord.read(folder)
         # Only what `save` writes: a record from the hub must not enable trust_remote_code.
-        settings = {key: value for key, value in record.settings.items() if key in SAVED_SETTINGS} | settings
+        saved = {key: value for key, value in record.settings.items() if key in SAVED_SETTINGS}
+        if saved.get("template") is None:  # older records have the words' defaults
+            saved |= {"true": None, "false": None}
+        settings = saved | settings
         adapter_folder = None
         if (folder / adapters.CONFIG).is_file():
             adapter_folder = str(folder.absolute())

@@ -2,11 +2,14 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
 
+import tiny_models
 import torch
 from conftest import make_part
 from interruptions import interrupted_at, interruptible_lce
@@ -28,6 +31,9 @@ CASES = {
     "alone": Contrastive(n_negatives=3, trainer_args=SGD, **{**FIT, "batch_size": 1, "epochs": 1}),
     "adamw": Contrastive(n_negatives=3, **{**FIT, "learning_rate": 1e-2, "clip_norm": 10.0}),
 }
+NETWORKS = {"decoder": tiny_models.write_qwen_reranker}  # of other kinds
+if importlib.util.find_spec("sentence_transformers"):
+    NETWORKS["modular"] = tiny_models.write_modular
 
 
 class Stopped(BaseException):
@@ -40,6 +46,9 @@ def main(backbone: str, out: Path) -> None:
     uneven = part.results[(part.results["rank"] < 5) | (part.results["qid"].str[-1] < "5")]
     uneven = uneven.assign(score=uneven["quality"] * 10.0 + uneven["score"])
     ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu")
+    folders = {name: out / f"{name}-{os.environ.get('RANK')}" for name in NETWORKS}
+    for name, write_network in NETWORKS.items():  # before there is a process group, in which only rank 0 would write
+        write_network(folders[name], backbone)
 
     def data(fitter):
         return (uneven, None) if isinstance(fitter, Distillation) else (part.results, part.qrels)
@@ -60,6 +69,11 @@ def main(backbone: str, out: Path) -> None:
 
     for name, fitter in CASES.items():
         write(name, ce.clone().fit(*data(fitter), fitter=fitter))
+
+    brief = dataclasses.replace(CASES["lce"], max_steps=3, learning_rate=0.1)
+    for name in NETWORKS:
+        network = MonoCE(folders[name], max_length=192 if name == "decoder" else 24, dtype="float32", device="cpu")
+        write(name, network.fit(part.results, part.qrels, fitter=brief))
 
     # Several passes per step, a different number on each rank
     batches.TOKENS_PER_PASS["cpu"], before = 100, batches.TOKENS_PER_PASS["cpu"]

@@ -1,6 +1,5 @@
 """Decoders that score with the logits of words after a prompt, such as Qwen3-Reranker."""
 
-import json
 import pickle
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ import tiny_models
 import torch
 from conftest import WORDS
 from interruptions import interrupted_at, interruptible_lce
-from tiny_models import GEMMA_TEMPLATE, MXBAI_TEMPLATE, QWEN_TEMPLATE
+from tiny_models import CHAT_TEMPLATE, GEMMA_TEMPLATE, MXBAI_TEMPLATE, QWEN_TEMPLATE
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Qwen3Config
 
 from pyterrier_msft import Contrastive, MonoCE, Stage, fit_sequences
@@ -134,7 +133,7 @@ def test_half_precision_rounds_no_difference(qwen, train_part):
     assert 0 < np.abs(half - exact).max() < 0.2
 
 
-def test_copies_pickles_and_int8(qwen, frame, train_part):
+def test_copies_and_pickles(qwen, frame, train_part):
     ce = new(qwen)
     assert pickle.loads(pickle.dumps(ce)).fingerprint == ce.fingerprint
     ce.fit(train_part.results, train_part.qrels, fitter=BRIEF)
@@ -142,15 +141,13 @@ def test_copies_pickles_and_int8(qwen, frame, train_part):
     for copy in (ce.clone(), pickle.loads(pickle.dumps(ce)), pickle.loads(pickle.dumps(ce.clone()))):
         assert copy.fingerprint == ce.fingerprint
         np.testing.assert_array_equal(copy(frame)["score"], expected)
-    rounded = ce.apply_attributes(dtype="int8")(frame)["score"]
-    assert 0 < np.abs(rounded - expected).max() < 0.5 * np.ptp(expected)
 
 
 def test_the_prompt_is_part_of_the_fingerprint(qwen):
     found = [
         new(qwen, template, **words).fingerprint
         for template in (QWEN_TEMPLATE, SHORT)
-        for words in ({}, {"true": "no", "false": "yes"}, {"false": None})
+        for words in ({}, {"true": "no", "false": "yes"}, {"true": "yes"})
     ]
     assert len({*found}) == 6
     assert new(qwen).fingerprint == found[0]
@@ -163,7 +160,7 @@ def test_training_is_resumed_and_reused(qwen, train_part, tmp_path):
     with interrupted_at(5), pytest.raises(KeyboardInterrupt):
         new(qwen, SHORT).fit(*data, fitter=fitter, checkpoint_dir=tmp_path / "ck")
     with pytest.raises(ValueError, match=r"another training run: .*start weights"):
-        new(qwen, SHORT, false=None).fit(*data, fitter=fitter, checkpoint_dir=tmp_path / "ck")
+        new(qwen, SHORT, true="yes").fit(*data, fitter=fitter, checkpoint_dir=tmp_path / "ck")
     assert new(qwen, SHORT).fit(*data, fitter=fitter, checkpoint_dir=tmp_path / "ck").fingerprint == whole.fingerprint
     stages = {"CL": Stage(BRIEF, *data)}
     first, again = (fit_sequences(new(qwen, SHORT), stages, ["CL"], save_dir=tmp_path / "runs") for _ in range(2))
@@ -195,6 +192,14 @@ def test_lora(qwen, frame, train_part, tmp_path):
     np.testing.assert_allclose(of_folder(tmp_path / "merged", frame, QWEN_TEMPLATE), scores, atol=1e-5)
     np.testing.assert_allclose(of_sentence_transformers(tmp_path / "merged", frame), scores, atol=1e-5)
     assert "AutoModel" not in (tmp_path / "adapter/README.md").read_text() + (tmp_path / "merged/README.md").read_text()
+
+
+def test_the_layer_of_the_words_has_no_adapter(qwen):
+    peft = pytest.importorskip("peft")
+    for targets in (["q_proj", "lm_head"], "lm_head|.*q_proj"):
+        lora = peft.LoraConfig(r=4, target_modules=targets)
+        unusable(qwen, "adapter must not have target_modules with 'lm_head', the layer that scores words", adapter=lora)
+    assert new(qwen, adapter=peft.LoraConfig(r=4, target_modules="all-linear")).cross_encoder.has_adapter
 
 
 # ---- truncation
@@ -283,53 +288,15 @@ def test_passages(qwen):
 # ---- templates from the files of sentence-transformers
 
 
-CHAT_TEMPLATE = """\
-{%- set instruction = messages | selectattr("role", "eq", "system") | map(attribute="content") | first \
-| default("Find answers") -%}
-<|im_start|>system
-Answer "yes" or "no".<|im_end|>
-<|im_start|>user
-<Instruct>: {{ instruction }}
-<Query>: {{ messages | selectattr("role", "eq", "query") | map(attribute="content") | first }}
-<Document>: {{ messages | selectattr("role", "eq", "document") | map(attribute="content") | first }}<|im_end|>
-{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 STRUCTURED = """\
 {% for message in messages %}<|im_start|>{{ message.role }}
 {% for part in message.content %}{{ part.text }}{% endfor %}<|im_end|>
 {% endfor %}"""
 
 
-def published(folder: Path, model: str, chat_template: str, *, false: int | None = 5, prompt: str | None = None) -> str:
-    """A decoder with the files of its integration with sentence-transformers, e.g. of zeroentropy/zerank-2."""
+def published(folder: Path, model: str, chat_template: str, **options) -> str:
     shutil.copytree(model, folder)
-    (folder / "chat_template.jinja").write_text(chat_template)
-    output = {"method": "forward", "method_output_name": "logits"}
-    message = {**output, "format": "structured" if "part.text" in chat_template else "flat"}
-    contents = {
-        "modules.json": [
-            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
-            {
-                "idx": 1, "name": "1", "path": "1_LogitScore",
-                "type": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore",
-            },
-        ],
-        "1_LogitScore/config.json": {"true_token_id": 9, "false_token_id": false},
-        "config_sentence_transformers.json": {
-            "model_type": "CrossEncoder", "__version__": {"sentence_transformers": "5.4.0"},
-            "prompts": {} if prompt is None else {"search": prompt, "code": "Find code"},
-            "default_prompt_name": None if prompt is None else "search",
-            "activation_fn": "torch.nn.modules.linear.Identity",
-        },
-        "sentence_bert_config.json": {
-            "transformer_task": "text-generation", "modality_config": {"text": output, "message": message},
-            "module_output_name": "causal_logits",
-            "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
-        },
-    }  # fmt: skip
-    for name, content in contents.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(content))
+    tiny_models.write_integration(folder, chat_template, **options)
     return str(folder)
 
 
@@ -350,17 +317,17 @@ def test_the_template_of_a_published_reranker(chat_template, options, qwen, fram
     ce.save(tmp_path / "saved")
     np.testing.assert_allclose(of_sentence_transformers(tmp_path / "saved", frame), ce(frame)["score"], atol=1e-5)
     assert new(tmp_path / "saved", None).fingerprint == ce.fingerprint
-    own = new(folder, SHORT)  # instead of the folder's
-    np.testing.assert_allclose(own(frame)["score"], of_folder(folder, frame, SHORT), atol=1e-5)
+    # Another template, with the folder's words or others
+    true, false = AutoTokenizer.from_pretrained(qwen).convert_ids_to_tokens([9, 5])
+    own = of_folder(folder, frame, SHORT, true, None if options.get("false", 5) is None else false)
+    np.testing.assert_allclose(new(folder, SHORT)(frame)["score"], own, atol=1e-5)
+    others = new(folder, SHORT, true="yes", false="no")
+    np.testing.assert_allclose(others(frame)["score"], of_folder(folder, frame, SHORT), atol=1e-5)
 
 
 def test_a_classifier_with_a_prompt(frame, train_part, tmp_path):
     """Such as the conversions of Qwen3-Reranker to a classifier with one label."""
-    size = tiny_models.write_bpe(tmp_path / "model", WORDS)
-    config = Qwen3Config.from_dict({**tiny_models.decoder_config("qwen3", size).to_dict(), "num_labels": 1})
-    torch.manual_seed(0)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
-    ce = new(tmp_path / "model")
+    ce = new(write_classifier(tmp_path / "model"))
     ce.fit(train_part.results, train_part.qrels, fitter=BRIEF)
     ce.save(tmp_path / "saved")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
@@ -373,6 +340,59 @@ def test_a_classifier_with_a_prompt(frame, train_part, tmp_path):
     np.testing.assert_allclose(ce(frame)["score"], torch.cat(expected)[:, 0], atol=1e-5)
     np.testing.assert_allclose(of_sentence_transformers(tmp_path / "saved", frame), ce(frame)["score"], atol=1e-5)
     assert new(tmp_path / "saved", None).fingerprint == ce.fingerprint
+    assert "longer than 256 tokens, template included" in (tmp_path / "saved/README.md").read_text()
+
+
+def write_classifier(folder: Path, *, labels: int = 1) -> Path:
+    size = tiny_models.write_bpe(folder, WORDS)
+    config = Qwen3Config.from_dict({**tiny_models.decoder_config("qwen3", size).to_dict(), "num_labels": labels})
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_prompt_and_several_labels(frame, train_part, tmp_path):
+    ce = new(write_classifier(tmp_path / "model", labels=3), SHORT, relevant=1)
+    ce.fit(train_part.results, train_part.qrels, fitter=BRIEF)
+    ce.save(tmp_path / "saved")
+    loaded = MonoCE.load(tmp_path / "saved", dtype="float32", device="cpu")
+    assert (loaded.relevant, loaded.template, loaded.fingerprint) == (1, SHORT, ce.fingerprint)
+    np.testing.assert_array_equal(loaded(frame)["score"], ce(frame)["score"])
+    assert "log-odds of the label 1" in (tmp_path / "saved/README.md").read_text()
+
+
+def test_a_classifier_does_not_keep_an_ordinary_chat_template(frame, train_part, tmp_path):
+    """Otherwise, sentence-transformers would apply it."""
+    folder = write_classifier(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}")
+    ce = new(folder, None).fit(train_part.results, train_part.qrels, fitter=BRIEF)
+    ce.save(tmp_path / "saved")
+    np.testing.assert_allclose(of_sentence_transformers(tmp_path / "saved", frame), ce(frame)["score"], atol=1e-5)
+
+
+def test_a_classifier_in_memory_keeps_its_prompt(frame, tmp_path):
+    """Several re-rankers may share a network."""
+    model = AutoModelForSequenceClassification.from_pretrained(write_classifier(tmp_path / "model"))
+    rerankers = {template: new(model, template) for template in (SHORT, QWEN_TEMPLATE, None)}
+    scores = {template: ce(frame)["score"].to_numpy() for template, ce in rerankers.items()}
+    for template, found in scores.items():
+        np.testing.assert_array_equal(new(tmp_path / "model", template)(frame)["score"], found)
+    assert not hasattr(model, "prompt")
+
+
+def test_shared_weights_are_pickled_with_their_prompt(tmp_path):
+    folder = write_classifier(tmp_path / "model")
+    short, long = new(folder, SHORT), new(folder)
+    long.take_weights(short)
+    assert pickle.loads(pickle.dumps(long)).fingerprint == short.fingerprint
+
+
+def test_only_the_last_token_is_scored(qwen, frame):
+    ce, sizes = new(qwen), []
+    layer = ce.cross_encoder.network.get_output_embeddings()
+    layer.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[1:]))
+    ce(frame)
+    assert {*sizes} == {(1, 2)}
 
 
 # ---- errors
@@ -381,10 +401,11 @@ def test_a_classifier_with_a_prompt(frame, train_part, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"true": "no"}, "true and false must be different words; got 'no' twice"),
-        ({"true": ""}, "true must be a word; got ''"),
-        ({"true": None}, "true must be a word; got None"),
-        ({"false": 0.5}, "false must be a word; got 0.5"),
+        ({"true": "no", "false": "no"}, "true and false must be different words; got 'no' twice"),
+        ({"true": ""}, "true must be a word or None; got ''"),
+        ({"true": 1, "false": 0}, "true must be a word or None; got 1"),  # not the ids of tokens
+        ({"true": "yes", "false": 0.5}, "false must be a word or None; got 0.5"),
+        ({"false": "no"}, "true is required with false='no'; got None"),
     ],
 )
 def test_invalid_prompts(qwen, settings, message):
@@ -400,11 +421,20 @@ def unusable(model, match: str, **settings) -> None:
 def test_prompts_that_do_not_suit_the_model(qwen, tmp_path):
     unusable(qwen, r"template is required for '.*', which generates text \(Qwen3ForCausalLM\); got None", template=None)
     unusable(qwen, "true must be a single token of the model; got 'yes indeed', which has", true="yes indeed")
+    unusable(published(tmp_path / "ids", qwen, CHAT_TEMPLATE, false=10**6), "must have token ids below .*, not 1000000")
+    with pytest.raises(ValueError, match=r"got Qwen3ForCausalLM\. Save .* and give MonoCE the folder"):
+        new(AutoModelForCausalLM.from_pretrained(qwen))
     unusable(qwen, "max_length must be at least .*, since the template has .* tokens; got 16", max_length=16)
     broken = published(tmp_path / "broken", qwen, "{{ raise_exception('no pairs') }}")
+    unusable(broken, "its chat template fails: no pairs. Pass template= to MonoCE", template=None)
+    (tmp_path / "broken/chat_template.jinja").write_text("{{ messages[0].content }}")
     unusable(
         broken, "its chat template doesn't have a query and a document once. Pass template= to MonoCE", template=None
     )
+    for change in ("trim", "lower", "truncate(9000)", "escape"):
+        changed = CHAT_TEMPLATE.replace("| first }}<|im_end|>", f"| first | {change} }}}}<|im_end|>")
+        (tmp_path / "broken/chat_template.jinja").write_text(changed)
+        unusable(broken, "its chat template changes the text. Pass template= to MonoCE", template=None)
     (tmp_path / "broken/chat_template.jinja").unlink()
     unusable(broken, "its configuration has no chat template for pairs. Pass template= to MonoCE", template=None)
     assert len(new(broken).fingerprint) == 16

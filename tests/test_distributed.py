@@ -75,6 +75,15 @@ def test_two_processes_give_the_weights_of_one(one, two, untrained, name):
     assert not together["head_is_new"]
 
 
+@pytest.mark.parametrize("name", distributed_cases.NETWORKS)
+def test_other_kinds_of_networks(one, two, name):
+    alone, together = result(one, name), result(two, name)
+    expected, scores = centred(alone["scores"]), centred(together["scores"])
+    assert np.abs(scores - expected).max() < 1e-4 * np.ptp(expected)
+    np.testing.assert_allclose(together["loss"], alone["loss"], rtol=1e-4)
+    assert together["fingerprint"] == result(two, name, 1)["fingerprint"]
+
+
 def test_early_stopping_ends_all_processes_together(two):
     rows = [result(two, "stopping", rank)["metric"] for rank in (0, 1)]
     assert rows[0] == rows[1]

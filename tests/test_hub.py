@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
+import tiny_models
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
@@ -106,6 +107,14 @@ def test_pushed_and_loaded_by_name(trained, online, test_part):
     start = MonoCE("user/model", max_length=12, device="cpu")
     assert start.fingerprint == trained.fingerprint
     assert not len(start.history)
+
+
+def test_only_modules_of_the_old_model_are_deleted(backbone, trained, online, tmp_path):
+    tiny_models.write_qwen_reranker(tmp_path / "decoder", backbone)
+    files = ["1_LogitScore/config.json", "1_LogitScore/notes.txt", "2_Dense/config.json"]
+    for model, deleted in ((MonoCE(tmp_path / "decoder", device="cpu"), []), (trained, files[:1]), (trained, [])):
+        model.push_to_hub("user/model")
+        assert [*filter_repo_objects(files, allow_patterns=online.deletes)] == deleted
 
 
 def test_a_record_cannot_allow_remote_code(trained, online):

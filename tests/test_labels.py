@@ -167,8 +167,19 @@ def test_more_labels(tmp_path, train_part):
     card = (tmp_path / "saved/README.md").read_text()
     assert "log-odds of the label 'exact'" in card
     assert "from transformers" not in card
-    rounded = ce.apply_attributes(dtype="int8")(frame)["score"]
-    assert 0 < np.abs(rounded - expected).max() < 0.5 * np.ptp(expected)
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_independent_labels(labels, tmp_path, train_part):
+    """The log-odds of one of them are its logit, whatever the others are."""
+    frame = train_part.results.head(16)
+    folder = write(tmp_path / "model", labels=labels)
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "problem_type": "multi_label_classification"}))
+    ce = new(folder, relevant=1)
+    np.testing.assert_allclose(ce(frame)["score"], logits(folder, frame)[:, 1], atol=1e-5)
+    ce.save(tmp_path / "saved")
+    np.testing.assert_allclose(logits(tmp_path / "saved", frame)[:, 0], ce(frame)["score"], atol=1e-5)
 
 
 def test_an_adapter(tmp_path, train_part):
@@ -206,6 +217,6 @@ def test_an_unknown_head_is_refused(tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(write(tmp_path))
     model.classifier = torch.nn.Sequential(torch.nn.Linear(16, 2), torch.nn.Linear(2, 2))
     with pytest.raises(
-        ValueError, match=r"must end in a linear layer with its two labels; got BertForSeq.* with 2 such"
+        ValueError, match=r"must end in a linear layer with 2 rows; got BertForSequenceClassification with 2 of"
     ):
         new(model)

@@ -184,5 +184,5 @@ def test_without_the_engine_an_error_names_the_extra(name, monkeypatch):
 
 def test_a_repeated_docno_is_refused():
     documents = [{"docno": "a", "text": "one"}, {"docno": "b", "text": "two"}, {"docno": "a", "text": "three"}]
-    with pytest.raises(ValueError, match="distinct docnos; got 3 documents with 2 docnos, e.g. 'a'"):
+    with pytest.raises(ValueError, match=r"distinct docnos; got 3 documents with 2 docnos, e.g. 'a'"):
         BM25(documents)

@@ -107,7 +107,7 @@ def test_peft_loads_a_saved_adapter(backbone, trained, test_part, tmp_path):
     assert "CrossEncoder" not in card
 
 
-def test_clones_pickles_and_int8(trained, train_part, test_part):
+def test_clones_and_pickles(trained, train_part, test_part):
     expected = trained(test_part.results)
     other = trained.clone()
     other.fit(train_part.results, train_part.qrels, fitter=Contrastive(**BRIEF))
@@ -116,8 +116,6 @@ def test_clones_pickles_and_int8(trained, train_part, test_part):
     again = pickle.loads(pickle.dumps(trained))
     pd.testing.assert_frame_equal(again(test_part.results), expected)
     assert again.fingerprint == trained.fingerprint
-    rounded = trained.apply_attributes(dtype="int8")(test_part.results)["score"]
-    assert 0 < np.abs(rounded - expected["score"]).max() < 0.1 * np.ptp(expected["score"])
 
 
 def test_a_last_layer_with_an_adapter_is_not_patched(trained, test_part):

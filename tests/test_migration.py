@@ -22,7 +22,7 @@ from sentence_transformers.cross_encoder.losses import LambdaRankScheme
 from pyterrier_msft import Distillation, MonoCE, losses
 
 PAGE = (Path(__file__).parents[1] / "docs/migration.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[1:]  # without the set-up
 
 
 def page_settings(name: str, *, block: int) -> dict[str, Any]:

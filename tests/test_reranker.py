@@ -76,18 +76,6 @@ def test_order_and_batches_do_not_matter(silent, test_part, batch_size):
     assert_frame_equal(silent(shuffled).sort_index(), expected, atol=1e-5)
 
 
-def test_int8_scores_are_close_and_follow_the_weights(trained, test_part, train_part):
-    int8 = trained.apply_attributes(dtype="int8")
-    assert int8.scoring_settings() != trained.scoring_settings()
-    for _ in range(2):
-        exact, rounded = (ce(test_part.results)["score"] for ce in (trained, int8))
-        assert 0 < np.abs(rounded - exact).max() < 0.1 * np.ptp(exact)
-        for ce in (trained, int8):  # both in float32
-            ce.fit(train_part.results, train_part.qrels, fitter=CL)
-    assert int8.fingerprint == trained.fingerprint
-    assert_frame_equal(pickle.loads(pickle.dumps(int8))(test_part.results), int8(test_part.results))
-
-
 def test_a_loaded_model_in_half_precision_becomes_float32(backbone, test_part):
     network = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1, dtype=torch.bfloat16)
     ce = MonoCE(network, max_length=24, dtype="float32", device="cpu")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from pyterrier_msft import MonoCE
 from pyterrier_msft.model.batching import balance_batches, length_batches
 from pyterrier_msft.model.first_token import first_token_only
 from pyterrier_msft.model.loading import load_model, token_limit
@@ -307,9 +308,13 @@ def test_dtypes(monkeypatch):
         resolve_dtype("int4", cpu)
     with pytest.raises(ValueError, match="only emulates"):
         resolve_dtype("float16", cpu)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     assert resolve_dtype("int8", cpu) == torch.int8
     with pytest.raises(ValueError, match="dtype 'int8' needs a CPU"):
         resolve_dtype("int8", torch.device("cuda"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'int8.*pip install "pyterrier-msft\[int8\]"'):
+        MonoCE("never-loaded", dtype="int8", device="cpu")
 
 
 def test_the_default_device(monkeypatch):

@@ -149,7 +149,7 @@ def validate_with(monkeypatch, model, values) -> list[torch.Tensor]:
 
 def test_validation_refuses_scores_that_are_not_finite(model, groups, validation):
     settings = dataclasses.replace(FAST, max_steps=1, learning_rate=1e38, warmup=0, eval_every=1)
-    with pytest.raises(ValueError, match="scores of the validation data must be finite; .* Try a lower learning_rate"):
+    with pytest.raises(ValueError, match=r"scores of the validation data must be finite; .* Try a lower learning_rate"):
         run(model, groups, settings, validation=validation)
 
 

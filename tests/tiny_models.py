@@ -1,5 +1,6 @@
 """Tiny random models in the forms of published re-rankers."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from transformers import (
     Qwen3Config,
 )
 
-from pyterrier_msft import MonoCE
 from pyterrier_msft.model.loading import quiet_transformers
 
 
@@ -108,10 +108,57 @@ def write_decoder(folder: Path, words: Sequence[str], family: str = "qwen3") -> 
         AutoModelForCausalLM.from_config(decoder_config(family, size)).save_pretrained(folder)
 
 
+CHAT_TEMPLATE = """\
+{%- set instruction = messages | selectattr("role", "eq", "system") | map(attribute="content") | first \
+| default("Find answers") -%}
+<|im_start|>system
+Answer "yes" or "no".<|im_end|>
+<|im_start|>user
+<Instruct>: {{ instruction }}
+<Query>: {{ messages | selectattr("role", "eq", "query") | map(attribute="content") | first }}
+<Document>: {{ messages | selectattr("role", "eq", "document") | map(attribute="content") | first }}<|im_end|>
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def write_integration(
+    folder: Path, chat_template: str, *, true: int = 9, false: int | None = 5, prompt: str | None = None
+) -> None:
+    """Add the files of a decoder's integration with sentence-transformers, e.g. of zeroentropy/zerank-2."""
+    (folder / "chat_template.jinja").write_text(chat_template)
+    output = {"method": "forward", "method_output_name": "logits"}
+    message = {**output, "format": "structured" if "part.text" in chat_template else "flat"}
+    contents = {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+            {
+                "idx": 1, "name": "1", "path": "1_LogitScore",
+                "type": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore",
+            },
+        ],
+        "1_LogitScore/config.json": {"true_token_id": true, "false_token_id": false},
+        "config_sentence_transformers.json": {
+            "model_type": "CrossEncoder", "__version__": {"sentence_transformers": "5.4.0"},
+            "prompts": {} if prompt is None else {"search": prompt, "code": "Find code"},
+            "default_prompt_name": None if prompt is None else "search",
+            "activation_fn": "torch.nn.modules.linear.Identity",
+        },
+        "sentence_bert_config.json": {
+            "transformer_task": "text-generation", "modality_config": {"text": output, "message": message},
+            "module_output_name": "causal_logits",
+            "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
+        },
+    }  # fmt: skip
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+
+
 def write_qwen_reranker(folder: Path, backbone: str) -> None:
     """Write a decoder with its prompt in the files of sentence-transformers."""
     write_decoder(folder, [*AutoTokenizer.from_pretrained(backbone).get_vocab()])
-    MonoCE(folder, template=QWEN_TEMPLATE, device="cpu").save(folder)
+    true, false = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(["yes", "no"])
+    write_integration(folder, CHAT_TEMPLATE, true=true, false=false)
 
 
 def write_gemma(folder: Path, backbone: str) -> None:

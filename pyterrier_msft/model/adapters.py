@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from pyterrier_msft.model.decoders import words_of
+from pyterrier_msft.model.decoders import WordLayer, words_of
 from pyterrier_msft.model.loading import isolated_rng
 
 CONFIG = "adapter_config.json"
@@ -25,14 +25,18 @@ def check(adapter: Any) -> None:
 def add(network: PreTrainedModel, adapter: Any, *, base: str, revision: str | None, seed: int) -> Any:
     """Add a new adapter to a network, in place, and return the `PeftModel` around the same modules.
 
-    The head and, if there is one, the pooler are trained and saved with the adapter, since they may be new; a decoder
-    that scores with words has no new head. The
-    backbone's name (or folder) and revision are recorded, so that the adapter can be loaded.
+    The head and, if there is one, the pooler are trained and saved with the adapter, since they may be new. A decoder
+    that scores with words has no head to train. The backbone's name (or folder) and revision are recorded, so that the
+    adapter can be loaded.
     """
     config = copy.deepcopy(adapter)
     is_decoder = words_of(network) is not None
     config.task_type = "CAUSAL_LM" if is_decoder else "SEQ_CLS"
     config.base_model_name_or_path, config.revision = base, revision
+    is_target = _peft().tuners.tuners_utils.check_target_module_exists
+    for name in [name for name, module in network.named_modules() if isinstance(module, WordLayer)]:
+        if getattr(config, "target_modules", None) and is_target(config, name):
+            raise ValueError(f"adapter must not have target_modules with {name!r}, the layer that scores words")
     if config.modules_to_save is None and not is_decoder:
         config.modules_to_save = _head_modules(network)
     with isolated_rng(seed), _ignore_future_warnings():

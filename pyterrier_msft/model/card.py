@@ -101,6 +101,8 @@ def _usage(settings: Mapping[str, Any], name: str, interpolation: str, *, is_ada
             f'scores = CrossEncoder("{name}").predict([(query, document)])'
         )
     notes = f"The score is the model's raw output. Query and document are truncated to {length} tokens together."
+    if kind == "prompt":
+        notes += f" Pairs longer than {length} tokens, template included, score differently in sentence-transformers."
     if kind == "several labels":
         notes += f" It is the log-odds of the label {settings['relevant']!r}: other libraries give one for each label."
     if settings.get("max_query_length"):

@@ -1,41 +1,35 @@
 """`CrossEncoder`: network, tokenizer and adapter in one object."""
 
 import copy
-import hashlib
-import json
 import os
-import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyterrier_msft.model import adapters
 from pyterrier_msft.model.card import Kind
-from pyterrier_msft.model.decoders import WordScore, prompt_of, words_of
+from pyterrier_msft.model.decoders import prompt_of, words_of
 from pyterrier_msft.model.encoding import PairEncoder
-from pyterrier_msft.model.labels import LogOdds
+from pyterrier_msft.model.files import LOGIT_SCORE
+from pyterrier_msft.model.fingerprint import fingerprint_of
 from pyterrier_msft.model.loading import as_single_score, load_model, load_tokenizer, quiet_transformers, token_limit
 from pyterrier_msft.model.modular import ModularNetwork
-from pyterrier_msft.model.precision import parse_device, quantize, resolve_device, resolve_dtype
+from pyterrier_msft.model.precision import parse_device, resolve_device, resolve_dtype
 from pyterrier_msft.model.prompt_encoding import PromptEncoder
 from pyterrier_msft.model.prompts import check_prompt
+from pyterrier_msft.model.quantized import QuantizedNetwork
 from pyterrier_msft.model.record import ModelRecord
 from pyterrier_msft.model.scoring import score_pairs
 from pyterrier_msft.model.storage import check_source
 from pyterrier_msft.notices import warn
 
-# Fields of a network's configuration that don't affect its scores: names, token ids, the precision, training settings.
-UNSCORED_FIELDS = re.compile(
-    "architectures|auto_map|finetuning_task|id2label|initializer_.*|label2id|output_.*|problem_type|reference_compile|"
-    "return_dict|sbert_ce_.*|sentence_transformers|task_specific_params|transformers_version|use_cache|_?name_or_path|"
-    ".*dropout.*|.*dtype|.*layerdrop|.*pdrop|.*_token_ids?"
-)
-
+# They determine what is loaded from a folder or the hub.
+SOURCE_SETTINGS = ("seed", "relevant", "template", "true", "false")
 # Loading seeds torch's global generator, and two threads may need the same cross-encoder.
 _LOADING = threading.RLock()
 
@@ -51,7 +45,7 @@ class CrossEncoder:
         self, model: str | Path | PreTrainedModel, *, adapter: Any = None, dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None, seed: int = 42, revision: str | None = None,
         trust_remote_code: bool = False, relevant: int | str | None = None, template: str | None = None,
-        true: str = "yes", false: str | None = "no",
+        true: str | None = None, false: str | None = None,
     ) -> None:  # fmt: skip
         self._network: PreTrainedModel | None = None
         self.hub_name: str | None = None  # of the backbone
@@ -83,7 +77,7 @@ class CrossEncoder:
         self.was_saved_untrained = False  # according to the record of a saved re-ranker
         self._source: str | None = None  # folder or name to load the present weights from
         self._expected_fingerprint: str | None = None  # of weights still to be loaded
-        self._int8: tuple[str, PreTrainedModel] | None = None  # the weights' fingerprint, and their quantized copy
+        self._int8: tuple[str, QuantizedNetwork] | None = None  # the weights' fingerprint, and their quantized copy
         self._warned_encoders: frozenset[tuple[int, int | None]] = frozenset()  # whose truncated queries were reported
 
     @property
@@ -102,9 +96,16 @@ class CrossEncoder:
         """The kind of the model, which decides what other libraries can load it. Loads the model."""
         if isinstance(self.network, ModularNetwork):
             return "modular"
-        if prompt_of(self.network) is not None:
-            return "prompt"
-        return "one label" if self.network.config.num_labels == 1 else "several labels"
+        if words_of(self.network) is None and self.network.config.num_labels > 1:
+            return "several labels"
+        return "one label" if prompt_of(self.network) is None else "prompt"
+
+    @property
+    def module_folders(self) -> list[str]:
+        """The folders that `write` makes for the modules of a sentence-transformers CrossEncoder. Loads the model."""
+        if isinstance(self.network, ModularNetwork):
+            return self.network.files.folders[1:]
+        return [] if words_of(self.network) is None else [f"1_{LOGIT_SCORE}"]
 
     @property
     def network(self) -> PreTrainedModel:
@@ -198,7 +199,7 @@ class CrossEncoder:
         prompt = prompt_of(self.network)
         if prompt is None:
             return PairEncoder(self.tokenizer, max_length, max_query_length, passages)
-        return PromptEncoder(self.tokenizer, max_length, max_query_length, passages, prompt)
+        return PromptEncoder(self.tokenizer, max_length, max_query_length, passages, prompt=prompt)
 
     def score(
         self, encoder: PairEncoder, queries: Sequence[Any], texts: Sequence[Any], *, batch_size: int | None = None,
@@ -210,7 +211,7 @@ class CrossEncoder:
         """
         self._warn_of_truncated_queries(encoder, queries, texts)
         dtype = self.dtype
-        network = self._int8_copy() if dtype == torch.int8 else self.network
+        network = self._quantized(encoder) if dtype == torch.int8 else self.network
         scores = score_pairs(network, encoder, queries, texts, dtype=dtype, batch_size=batch_size, progress=progress)
         if bad := int(np.sum(~np.isfinite(scores))):
             raise ValueError(f"scores must be finite; {bad:,} of {len(scores):,} aren't. Check the model's weights")
@@ -242,9 +243,8 @@ class CrossEncoder:
     def take_weights(self, other: "CrossEncoder") -> None:
         """Share the weights of another cross-encoder; keep this one's settings."""
         self._network, self._tokenizer, self._peft_model = other.network, other.tokenizer, other._peft_model
-        # A new head that is loaded again gets the same random weights only with the same seed, and a saved classifier
-        # with one label has no other.
-        is_same = (self.seed, self.relevant) == (other.seed, other.relevant)
+        # With other settings, loading the source again would give another model, e.g. other random weights.
+        is_same = all(getattr(self, name) == getattr(other, name) for name in SOURCE_SETTINGS)
         self._source = other._source if is_same else None
         self.adapter_folder, self._head_is_new = other.adapter_folder, other._head_is_new
 
@@ -270,9 +270,12 @@ class CrossEncoder:
         network.config.sentence_transformers = {**getattr(network.config, "sentence_transformers", {}), **activation}
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.model_max_length = max_length  # where sentence-transformers truncates
-        if (prompt := prompt_of(network)) is not None and peft_model is None:
-            tokenizer.chat_template = prompt.chat_template
-            prompt.write(folder, words_of(network))
+        if peft_model is None:
+            # sentence-transformers would also apply an ordinary chat template.
+            prompt = prompt_of(network)
+            tokenizer.chat_template = None if prompt is None else prompt.chat_template
+            if prompt is not None:
+                prompt.write(folder, words_of(network))
         with quiet_transformers():
             if peft_model is not None:
                 peft_model.save_pretrained(folder, save_embedding_layers=False)
@@ -295,51 +298,13 @@ class CrossEncoder:
             network.cpu()
         return {**state, "_tokenizer": self.tokenizer, "_network": network, "_peft_model": peft_model}
 
-    def _int8_copy(self) -> PreTrainedModel:
+    def _quantized(self, encoder: PairEncoder) -> QuantizedNetwork:
         fingerprint = self.fingerprint
-        if self._int8 is None or self._int8[0] != fingerprint:
-            network = adapters.merge(self._peft_model) if self.has_adapter else self.network
-            self._int8 = fingerprint, quantize(network)
-        return self._int8[1]
-
-
-def fingerprint_of(network: PreTrainedModel, peft_model: Any) -> str:
-    """Digest a network's weights, and what affects its scores in its configuration and in that of its adapter.
-
-    This takes a third of a second for BERT-base.
-    """
-    state, digest = network.state_dict(), hashlib.sha256()
-    hooks = [repr(hook) for hook in network._forward_hooks.values() if isinstance(hook, LogOdds | WordScore)]
-    prompt = prompt_of(network)
-    digest.update("".join([*hooks, *([] if prompt is None else [prompt.template])]).encode())
-    digest.update(json.dumps(_digestible_config(network.config), sort_keys=True, default=str).encode())
-    if peft_model is not None:
-        config = adapters.digestible_config(peft_model)
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _digestible_config(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the fields of a network's configuration that affect its scores and aren't its class's defaults."""
-    try:
-        defaults = type(config)().to_dict()
-    except (TypeError, ValueError):  # a class without defaults
-        defaults = {}
-    return _scored_fields(config.to_diff_dict(), defaults)
-
-
-def _scored_fields(fields: Mapping[str, Any], defaults: Any) -> dict[str, Any]:
-    defaults, found = defaults if isinstance(defaults, Mapping) else {}, {}
-    for name, value in fields.items():
-        if not UNSCORED_FIELDS.fullmatch(str(name)) and (name not in defaults or value != defaults[name]):
-            scored = _scored_fields(value, defaults.get(name)) if isinstance(value, Mapping) else value
-            if scored != {}:
-                found[name] = scored
-    return found
+        with _LOADING:
+            if self._int8 is None or self._int8[0] != fingerprint:
+                network = adapters.merge(self._peft_model) if self.has_adapter else self.network
+                self._int8 = fingerprint, QuantizedNetwork(network, encoder)
+            return self._int8[1]
 
 
 def _absolute(name: str) -> str:

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyterrier_msft.model.prompts import Prompt
 
+WORDS = "yes", "no"  # of a prompt without words
+
 
 class WordLayer(nn.Linear):
     """A language model's last layer, for some words only: their logits, in float32 also in mixed precision.
@@ -40,25 +42,26 @@ class WordScore:
         return output
 
 
-def add_inputs(module: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Count positions from the first token that isn't padding, so that a pair's score doesn't depend on its batch."""
+def set_positions(module: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Count positions from the first token that isn't padding, so that a pair's score doesn't depend on its batch.
+
+    Only the last token's logits are computed.
+    """
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     known = inspect.signature(type(module).forward).parameters
-    added = {"position_ids": positions, "use_cache": False}
+    added = {"position_ids": positions, "use_cache": False, "logits_to_keep": 1}
     return args, {**{name: value for name, value in added.items() if name in known}, **inputs}
 
 
-def set_prompt(model: PreTrainedModel, prompt: Prompt | None, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def set_prompt(model: PreTrainedModel, prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Make a model read pairs in a prompt; one that generates text then has a single score, that of the prompt's words.
 
     Its weights stay as they are, so that it is saved as the language model that it was.
     """
     model.prompt = prompt
     layer = model.get_output_embeddings()
-    if prompt is None:
-        return
     if layer is None or tokenizer is None:  # a classifier
-        if (prompt.true, prompt.false) != (Prompt.true, Prompt.false):
+        if prompt.true is not None:
             raise ValueError(
                 f"true and false are for a model that generates text; got {prompt.true!r} and {prompt.false!r} with "
                 f"{type(model).__name__}"
@@ -69,7 +72,7 @@ def set_prompt(model: PreTrainedModel, prompt: Prompt | None, tokenizer: PreTrai
     words = word_ids(tokenizer, prompt)
     layer.__class__ = WordLayer
     layer.words = words  # type: ignore[assignment]
-    model.register_forward_pre_hook(add_inputs, with_kwargs=True)
+    model.register_forward_pre_hook(set_positions, with_kwargs=True)
     model.register_forward_hook(WordScore(words))
     tokenizer.padding_side = "left"
 
@@ -77,14 +80,16 @@ def set_prompt(model: PreTrainedModel, prompt: Prompt | None, tokenizer: PreTrai
 def word_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, ...]:
     """Return the ids of a prompt's words; a ValueError if a word isn't a single token."""
     ids = []
-    for name, word in (("true", prompt.true), ("false", prompt.false)):
+    words = WORDS if prompt.true is None else (prompt.true, prompt.false)
+    for name, word in zip(("true", "false"), words, strict=True):
         if isinstance(word, str):
             found = tokenizer(word, add_special_tokens=False)["input_ids"]
             if len(found) != 1 or found[0] == tokenizer.unk_token_id:
-                raise ValueError(f"{name} must be a single token of the model; got {word!r}, which has {len(found)}")
+                problem = "isn't in its vocabulary" if len(found) == 1 else f"has {len(found)}"
+                raise ValueError(f"{name} must be a single token of the model; got {word!r}, which {problem}")
             ids.append(int(found[0]))
         elif word is not None:
-            ids.append(int(word))
+            ids.append(word)
     return tuple(ids)
 
 

@@ -1,20 +1,42 @@
-"""Single files of a model, in its folder or on the Hugging Face hub."""
+"""Files of a model, in its folder or on the Hugging Face hub, and those of a sentence-transformers CrossEncoder."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+MODULES = "modules.json"
+SETTINGS = "config_sentence_transformers.json"
+TRANSFORMER = "sentence_bert_config.json"
+CROSS_ENCODER_FILES = (MODULES, SETTINGS, TRANSFORMER)
+PACKAGE = "sentence_transformers."
+LOGIT_SCORE = "LogitScore"  # the module that scores with the probability of a word
+IDENTITY = "torch.nn.modules.linear.Identity"
+# Arguments of a tokenizer that don't affect the tokens of a pair that isn't truncated.
+FORMAT_ARGUMENTS = {"logits_to_keep", "max_length", "padding", "restore_suffix", "return_tensors", "truncation"}
 
 
 def find_file(name: str, file: str, revision: str | None = None) -> Path | None:
-    """Return the path of a model's file, downloaded if the model is on the hub; None if there is no such file."""
+    """Return the path of a model's file, downloaded if the model is on the hub; None if there is no such file.
+
+    Offline, a file that isn't in the hub's cache counts as missing. Without a connection otherwise, it is an error.
+    """
+    if Path(name).is_dir():
+        return path if (path := Path(name, file)).is_file() else None
     try:
-        path = Path(name, file) if Path(name).is_dir() else Path(hf_hub_download(name, file, revision=revision))
-    except EntryNotFoundError:  # also offline, for a file that isn't in the hub's cache
+        return Path(hf_hub_download(name, file, revision=revision))
+    except LocalEntryNotFoundError:
+        # Unless the cache knows that there is no such file, it returns a path or None.
+        is_unknown = isinstance(try_to_load_from_cache(name, file, revision=revision), str | None)
+        if is_unknown and not constants.HF_HUB_OFFLINE:
+            raise
         return None
-    return path if path.is_file() else None
+    except EntryNotFoundError:
+        return None
 
 
 def read_json(name: str, file: str, revision: str | None = None) -> Any:
@@ -27,3 +49,89 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, and its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class CrossEncoderFiles:
+    """What the files of a sentence-transformers CrossEncoder configure."""
+
+    modules: Sequence[Mapping[str, Any]]  # each with its class ("type") and folder ("path"), in order
+    transformer: Mapping[str, Any]  # how the first module computes its output
+    settings: Mapping[str, Any]  # of the whole model
+
+    @classmethod
+    def read(cls, name: str, revision: str | None) -> Self | None:
+        """Read the files of a model; None if it isn't a CrossEncoder with such files."""
+        modules = read_json(name, MODULES, revision)
+        # Bi-encoders have modules too. Without their head, they are backbones.
+        if not modules or (settings := read_json(name, SETTINGS, revision)).get("model_type") != "CrossEncoder":
+            return None
+        return cls(modules, read_json(name, TRANSFORMER, revision), settings)
+
+    @property
+    def module_names(self) -> list[str]:
+        """The modules' classes; without their package if that is sentence-transformers."""
+        types = [str(module["type"]) for module in self.modules]
+        return [name.rpartition(".")[2] if name.startswith(PACKAGE) else name for name in types]
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether pairs are read in a chat template, as in all decoders."""
+        return LOGIT_SCORE in self.module_names or "message" in (self.transformer.get("modality_config") or {})
+
+    @property
+    def default_prompt(self) -> str | None:
+        """The text before queries or, in a chat template, the message of the system."""
+        return (self.settings.get("prompts") or {}).get(self.settings.get("default_prompt_name"))
+
+    @property
+    def folders(self) -> list[str]:
+        """The modules' folders as they are written; the first module is in the model's own."""
+        return ["", *(f"{number}_{name}" for number, name in enumerate(self.module_names[1:], 1))]
+
+    def check(self, task: str, *, has_prompt: bool) -> None:
+        """Raise a ValueError unless the first module computes what a task of transformers does, for a pair as it is.
+
+        With `has_prompt`, the pair is in a prompt.
+        """
+        names, transformer = self.module_names, self.transformer
+        if names[0] != "Transformer":
+            raise ValueError(f"its first module must be Transformer, not {names[0]}")
+        if LOGIT_SCORE in names and len(names) > 2:
+            raise ValueError(f"its modules must be Transformer and {LOGIT_SCORE}, not {', '.join(names)}")
+        modalities = transformer.get("modality_config") or {}
+        modality = modalities.get("message" if has_prompt and "message" in modalities else "text") or {}
+        output = "last_hidden_state" if task == "feature-extraction" else "logits"
+        processing = transformer.get("processing_kwargs") or {}
+        arguments = {key for part in ("common", "text") for key in processing.get(part) or {}}
+        unsupported = {
+            "transformer_task": transformer.get("transformer_task", task) != task,
+            "modality_config": ("message" in modalities and not has_prompt)
+            or modality.get("method_output_name", output) not in (output, [output]),
+            "do_lower_case": transformer.get("do_lower_case", False),
+            "processing_kwargs": arguments - FORMAT_ARGUMENTS,
+            "tokenizer_name_or_path": transformer.get("tokenizer_name_or_path"),
+        }
+        others = {key: value for key, value in transformer.items() if key.endswith(("_args", "_kwargs"))}
+        if found := [name for name, is_unsupported in {**others, **unsupported}.items() if is_unsupported]:
+            raise ValueError(f"its {TRANSFORMER} sets {found[0]} to {transformer[found[0]]!r}")
+        if self.default_prompt and not has_prompt:
+            raise ValueError(f"it puts the prompt {self.default_prompt!r} before queries")
+
+    def write(self, folder: Path) -> None:
+        """Write the files, with scores that aren't passed through an activation function.
+
+        The tokenizer alone limits the number of tokens.
+        """
+        write_json(
+            folder / MODULES,
+            [{**module, "path": path} for module, path in zip(self.modules, self.folders, strict=True)],
+        )
+        transformer = {key: value for key, value in self.transformer.items() if key != "max_seq_length"}
+        if processing := transformer.get("processing_kwargs"):
+            transformer["processing_kwargs"] = {
+                part: {key: value for key, value in (arguments or {}).items() if key != "max_length"}
+                for part, arguments in processing.items()
+            }
+        write_json(folder / TRANSFORMER, transformer)
+        write_json(folder / SETTINGS, {**self.settings, "activation_fn": IDENTITY})

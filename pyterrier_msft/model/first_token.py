@@ -51,7 +51,7 @@ def first_token_only(model: PreTrainedModel) -> Iterator[None]:
         by_head = (attention.num_attention_heads, attention.attention_head_size)
         key, value = (part.weight.unflatten(0, by_head) for part in (attention.key, attention.value))  # (h, d, H)
         query = attention.query(first).squeeze(1).unflatten(-1, by_head) * attention.scaling  # (B, h, d)
-        weights = torch.einsum("bhd,hde->bhe", query, key) @ states.mT  # (B, h, T)
+        weights = torch.einsum("bhd,hde->bhe", query, key) @ states.transpose(1, 2)  # (B, h, T)
         # Equal for all tokens, so without effect on the softmax; but DDP needs a gradient for every parameter.
         weights = weights + (query * attention.key.bias.unflatten(0, by_head)).sum(-1, keepdim=True)
         if attention_mask is not None:

@@ -53,25 +53,25 @@ def score_label(model: PreTrainedModel, label: int) -> None:
     """Turn a classifier, in place, into a model with a single score: the log-odds of one label.
 
     The log-odds of one of two labels are a linear function, too, so such a model becomes one with one label, which any
-    library can use. A model with more labels keeps them.
+    library can use. So does a model of independent labels, whose log-odds are their logits. Others keep their labels.
     """
-    if model.config.num_labels > 2:
+    count, is_independent = model.config.num_labels, model.config.problem_type == "multi_label_classification"
+    if count > 2 and not is_independent:
         model.register_forward_hook(LogOdds(label))
         return
     backbone = {*model.base_model.modules()} if model.base_model is not model else set()
     found = [
         module for module in model.modules()
-        if isinstance(module, nn.Linear) and module.out_features == 2 and module not in backbone
+        if isinstance(module, nn.Linear) and module.out_features == count and module not in backbone
     ]  # fmt: skip
     if len(found) != 1:
         raise ValueError(
-            f"model must end in a linear layer with its two labels; got {type(model).__name__} with {len(found)} such "
-            "layers"
+            f"model must end in a linear layer with {count} rows; got {type(model).__name__} with {len(found)} of them"
         )
     layer = found[0]
     with torch.no_grad():
-        layer.weight = nn.Parameter(layer.weight[[label]] - layer.weight[[1 - label]])
-        if layer.bias is not None:
-            layer.bias = nn.Parameter(layer.bias[[label]] - layer.bias[[1 - label]])
+        for name, rows in [*layer.named_parameters()]:
+            row = rows[[label]]
+            setattr(layer, name, nn.Parameter(row if is_independent else row - rows[[1 - label]]))
     layer.out_features = model.config.num_labels = model.num_labels = 1
     model.config.problem_type = None

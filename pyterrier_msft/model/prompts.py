@@ -2,20 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from pyterrier_msft.model.files import read_json, write_json
-from pyterrier_msft.model.modular import CrossEncoderFiles
+from pyterrier_msft.model.files import FORMAT_ARGUMENTS, LOGIT_SCORE, PACKAGE, CrossEncoderFiles, read_json, write_json
 
 QUERY, TEXT = "{query}", "{text}"
-LOGIT_SCORE = "LogitScore"  # the module of sentence-transformers that scores with the probability of a word
 # Stand for query and text while a chat template is read.
 MARKERS = {QUERY: "\ue000query\ue001", TEXT: "\ue000text\ue001"}
-# Arguments of a tokenizer in the settings of a chat template, and one of sentence-transformers'.
-OTHER_ARGUMENTS = {"max_length", "padding", "restore_suffix", "return_tensors", "truncation"}
+# A pair that a chat template must not change, e.g. strip, cut or escape.
+PROBES = {QUERY: " \nA b <&'\"> " * 1000, TEXT: "\tC d <&'\"> \n" * 3000}
 
 
 @dataclass(frozen=True)
@@ -24,54 +23,41 @@ class Prompt:
 
     Attributes:
         template: A text with `{query}` and `{text}`, and special tokens where the model needs them.
-        true: The word that means *relevant*, or its id.
-        false: The word that means the opposite. None: the score is the logit of `true` alone.
+        true: The word that means *relevant*, or its id. None: no words are given.
+        false: The word that means the opposite, or its id. None: the score is the logit of `true` alone.
     """
 
     template: str
-    true: str | int = "yes"
-    false: str | int | None = "no"
+    true: str | int | None = None
+    false: str | int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.template, str) or any(self.template.count(part) != 1 for part in (QUERY, TEXT)):
             raise ValueError(f"template must be a string with one {QUERY} and one {TEXT}; got {self.template!r}")
-        for name, word in (("true", self.true), ("false", self.false)):
-            is_optional = name == "false" and word is None
-            if not is_optional and (word == "" or not isinstance(word, str | int)):
-                raise ValueError(f"{name} must be a word; got {word!r}")
-        if self.true == self.false:
-            raise ValueError(f"true and false must be different words; got {self.true!r} twice")
 
     @classmethod
     def read(
-        cls, name: str, revision: str | None, files: CrossEncoderFiles, tokenizer: PreTrainedTokenizerBase
-    ) -> Self:
-        """Read the prompt of a sentence-transformers CrossEncoder, whose template is a chat template.
+        cls, name: str, revision: str | None, files: CrossEncoderFiles, tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+    ) -> Self:  # fmt: skip
+        """Read the prompt of a sentence-transformers CrossEncoder: its chat template, and the words of its LogitScore.
+
+        With `template`, read the words only.
 
         Raises:
-            ValueError: If the template can't be read as a text with a query and a document in it.
+            ValueError: If the chat template can't be read as a text with a query and a document in it.
         """
-        message = (files.transformer.get("modality_config") or {}).get("message")
-        if message is None or not tokenizer.chat_template:
-            raise ValueError("its configuration has no chat template for pairs. Pass template= to MonoCE")
-        chat = (files.transformer.get("processing_kwargs") or {}).get("chat_template") or {}
-        options = {key: value for key, value in chat.items() if key not in OTHER_ARGUMENTS}
-        system = (files.settings.get("prompts") or {}).get(files.settings.get("default_prompt_name"))
-        contents = [("query", MARKERS[QUERY]), ("document", MARKERS[TEXT])]
-        if system:
-            contents.insert(0, ("system", system))
-        formats = {"flat": [False], "structured": [True]}.get(message.get("format"), [False, True])
-        rendered = [_render(tokenizer, contents, options, is_structured=structured) for structured in formats]
-        found = [text for text in rendered if text is not None and all(text.count(m) == 1 for m in MARKERS.values())]
-        if not found:
-            raise ValueError("its chat template doesn't have a query and a document once. Pass template= to MonoCE")
-        template = found[0]
-        for part, marker in MARKERS.items():
-            template = template.replace(marker, part)
-        if LOGIT_SCORE not in files.kinds:
+        if template is None:
+            template = _read_template(files, tokenizer)
+        if LOGIT_SCORE not in files.module_names:
             return cls(template)
-        words = read_json(name, f"{files.modules[-1]['path']}/config.json", revision)
-        return cls(template, words["true_token_id"], words.get("false_token_id"))
+        file = f"{files.modules[-1]['path']}/config.json"
+        words = read_json(name, file, revision)
+        true, false = words.get("true_token_id"), words.get("false_token_id")
+        for word in (true, *([] if false is None else [false])):
+            if type(word) is not int or not 0 <= word < len(tokenizer):
+                raise ValueError(f"its {file} must have token ids below {len(tokenizer)}, not {word!r}")
+        return cls(template, true, false)
 
     def write(self, folder: Path, words: tuple[int, ...] | None) -> None:
         """Write the files of a CrossEncoder around a saved model: with a LogitScore if the score is that of words."""
@@ -81,7 +67,7 @@ class Prompt:
         if words is not None:
             modules.append(f"cross_encoder.modules.logit_score.{LOGIT_SCORE}")
         files = CrossEncoderFiles(
-            [{"idx": i, "name": str(i), "type": f"sentence_transformers.{kind}"} for i, kind in enumerate(modules)],
+            [{"idx": i, "name": str(i), "type": f"{PACKAGE}{kind}"} for i, kind in enumerate(modules)],
             {
                 "transformer_task": task,
                 "modality_config": {"text": output, "message": {**output, "format": "flat"}},
@@ -114,25 +100,57 @@ class Prompt:
 def check_prompt(template: Any, true: Any, false: Any) -> Prompt | None:
     """Return the prompt of MonoCE's arguments; None without a template. A ValueError says what is wrong."""
     if template is None:
-        if (true, false) != (Prompt.true, Prompt.false):
+        if (true, false) != (None, None):
             raise ValueError(f"template is required with true={true!r}, false={false!r}; got None")
         return None
+    for name, word in (("true", true), ("false", false)):
+        if word is not None and (not isinstance(word, str) or not word):
+            raise ValueError(f"{name} must be a word or None; got {word!r}")
+    if true is None and false is not None:
+        raise ValueError(f"true is required with false={false!r}; got None")
+    if true is not None and true == false:
+        raise ValueError(f"true and false must be different words; got {true!r} twice")
     return Prompt(template, true, false)
 
 
+def _read_template(files: CrossEncoderFiles, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Turn the chat template of a CrossEncoder into a text with `{query}` and `{text}`."""
+    message = (files.transformer.get("modality_config") or {}).get("message")
+    if message is None or not tokenizer.chat_template:
+        raise ValueError("its configuration has no chat template for pairs. Pass template= to MonoCE")
+    chat = (files.transformer.get("processing_kwargs") or {}).get("chat_template") or {}
+    options = {key: value for key, value in chat.items() if key not in FORMAT_ARGUMENTS}
+    formats = {"flat": [False], "structured": [True]}.get(message.get("format"), [False, True])
+    problem = "doesn't have a query and a document once"
+    for is_structured in formats:
+        render = partial(_render, tokenizer, files.default_prompt, options=options, is_structured=is_structured)
+        try:
+            template, probe = render(MARKERS), render(PROBES)
+        except Exception as error:  # of any kind: the template is a program, and may expect contents in the other form
+            problem = f"fails: {str(error).strip().partition(chr(10))[0]}"
+            continue
+        if all(template.count(marker) == 1 for marker in MARKERS.values()):
+            for part, marker in MARKERS.items():
+                template = template.replace(marker, part)
+            if template.replace(QUERY, PROBES[QUERY]).replace(TEXT, PROBES[TEXT]) == probe:
+                return template
+            problem = "changes the text"
+            break
+    raise ValueError(f"its chat template {problem}. Pass template= to MonoCE")
+
+
 def _render(
-    tokenizer: PreTrainedTokenizerBase, contents: list[tuple[str, str]], options: Mapping[str, Any], *,
+    tokenizer: PreTrainedTokenizerBase, system: str | None, pair: Mapping[str, str], *, options: Mapping[str, Any],
     is_structured: bool,
-) -> str | None:  # fmt: skip
-    """Render a chat; None if the template fails, e.g. because it expects contents in the other form."""
+) -> str:  # fmt: skip
+    """Render a pair in a chat template."""
+    contents = {"system": system, "query": pair[QUERY], "document": pair[TEXT]}
     messages = [
         {"role": role, "content": [{"type": "text", "text": content}] if is_structured else content}
-        for role, content in contents
+        for role, content in contents.items()
+        if content
     ]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except Exception:  # of any kind: the template is a program
-        return None
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 def _message(role: str) -> str:

@@ -3,11 +3,14 @@
 import contextlib
 import fnmatch
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from pyterrier_msft.model import adapters, modular
+from pyterrier_msft.model import adapters
+from pyterrier_msft.model.files import CROSS_ENCODER_FILES, MODULES, read_json
 from pyterrier_msft.model.record import RECORD
 
 FIRST = "pt_meta.json"  # the file that `finish_save` moves first
@@ -17,10 +20,9 @@ MODEL_FILES = (
     "model.safetensors.index.json", adapters.CONFIG, "adapter_model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "tokenizer.model", "spiece.model", "spm.model",
-    "sentencepiece.bpe.model", *modular.FILES, RECORD, FIRST, "README.md",
+    "sentencepiece.bpe.model", *CROSS_ENCODER_FILES, RECORD, FIRST, "README.md",
 )  # fmt: skip
-# Folders that it may write, with the modules of a sentence-transformers CrossEncoder.
-MODEL_FOLDERS = tuple(f"{number}_{kind}" for kind in modular.KINDS for number in ("[0-9]", "[0-9][0-9]"))
+MODULE_FILES = ("config.json", "model.safetensors")  # in the folder of each module of a CrossEncoder
 PARTIAL = ".saving"  # the sub-folder in which a model is written before its files are moved into place
 
 
@@ -37,13 +39,26 @@ def check_source(model: str) -> None:
         raise ValueError(f"model must be a model's folder or a name on the Hugging Face hub; got {model!r}")
 
 
-def check_target(folder: Path) -> None:
-    """Raise a ValueError unless a folder is new, a model's, or without files (except hidden ones)."""
+def check_target(folder: Path, module_folders: Sequence[str] = ()) -> None:
+    """Raise a ValueError unless a folder is new, a model's, or without files (except hidden ones).
+
+    The names of `module_folders` must be free, or those of the old model's modules.
+    """
     found = [folder.name] if folder.is_file() else []
     if folder.is_dir():
         found = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     if found and "config.json" not in found and adapters.CONFIG not in found:
         raise ValueError(f"path must be a new folder or a model's; got {str(folder)!r} with the file {found[0]!r}")
+    old = {folder / name for name in module_files(_read_modules(folder))}
+    for path in (folder / name for name in module_folders):
+        if path.is_file() or (path.is_dir() and set(path.iterdir()) - old):
+            raise ValueError(f"path must have no files of your own in {path.name!r}; got {str(folder)!r}. Move them")
+
+
+def module_files(modules: Sequence[Mapping[str, Any]]) -> list[str]:
+    """List the files that a model has in the folders of its modules, given the content of its modules.json."""
+    folders = [str(module.get("path")) for module in modules]
+    return [f"{name}/{file}" for name in folders if re.fullmatch(r"\d+_\w+", name) for file in MODULE_FILES]
 
 
 @contextlib.contextmanager
@@ -71,15 +86,27 @@ def finish_save(folder: Path) -> None:
         return
     names = {path.name for path in partial.iterdir()}
     if FIRST in names:  # no file has been moved: the folder's files are those of the old model
+        # Even if the new model has a module's folder of this name, which couldn't replace it. Before modules.json.
+        for path in [folder / name for name in module_files(_read_modules(folder))]:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it has other files, or has been removed
+                path.parent.rmdir()
         for path in [*folder.iterdir()]:
-            if path.is_dir() and _matches(path, MODEL_FOLDERS):
-                shutil.rmtree(path)  # even if the new model has one of this name, which couldn't replace it
-            elif path.is_file() and _matches(path, MODEL_FILES) and path.name not in names:
+            if path.is_file() and _matches(path, MODEL_FILES) and path.name not in names:
                 path.unlink()
     for name in sorted(names, key=lambda name: (name == RECORD, name != FIRST)):  # the record last
         with contextlib.suppress(FileNotFoundError):  # moved by another process that loads the model
             os.replace(partial / name, folder / name)
     partial.rmdir()
+
+
+def _read_modules(folder: Path) -> list[dict[str, Any]]:
+    """Read the modules.json of the model in a folder; an empty list if there is none that can be read."""
+    modules = None
+    if folder.is_dir():
+        with contextlib.suppress(ValueError):
+            modules = read_json(str(folder), MODULES)
+    return [module for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
 
 
 def _matches(path: Path, patterns: Sequence[str]) -> bool:
