@@ -40,18 +40,29 @@ if os.environ.get("DOCS_INTERSPHINX"):
         "python": ("https://docs.python.org/3", None),
         "pandas": ("https://pandas.pydata.org/docs", None),
         "torch": ("https://pytorch.org/docs/stable", None),
-        "transformers": ("https://huggingface.co/docs/transformers/main/en", None),
+        "transformers": (
+            "https://huggingface.co/docs/transformers/main/en",
+            None,
+        ),
         "pyterrier": ("https://pyterrier.readthedocs.io/en/latest", None),
     }
 
 
 def init_signature(
-    app: Sphinx, what: str, name: str, obj: Any, options: Any, shown: str | None, returns: str | None
+    app: Sphinx,
+    what: str,
+    name: str,
+    obj: Any,
+    options: Any,
+    shown: str | None,
+    returns: str | None,
 ) -> tuple[str, None] | None:
     """Show the arguments of a transformer's `__init__`; autodoc finds those of PyTerrier's `__new__`."""
     if what != "class" or shown != "(*args, **kwargs)":
         return None
-    return stringify_signature(signature(obj.__init__, bound_method=True), show_annotation=False), None
+    return stringify_signature(
+        signature(obj.__init__, bound_method=True), show_annotation=False
+    ), None
 
 
 def setup(app: Sphinx) -> None:

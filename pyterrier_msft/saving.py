@@ -90,10 +90,9 @@ class SavingMixin:
         with tempfile.TemporaryDirectory(prefix="pyterrier_msft_") as folder:
             self._write(Path(folder), name=repo, merged=merged, license=license, metrics=metrics, **card)
             message = f"{len(self.stages)} stages, weights {self.cross_encoder.fingerprint}"
-            modules: list[dict[str, Any]] = []
-            with contextlib.suppress(EntryNotFoundError, RevisionNotFoundError):  # a new repository
-                modules = json.loads(Path(api.hf_hub_download(repo, MODULES)).read_text(encoding="utf-8"))
-            old = [*storage.MODEL_FILES, *storage.module_files(modules)]
+            old = [*storage.MODEL_FILES]
+            with contextlib.suppress(EntryNotFoundError, RevisionNotFoundError):  # the old model has no modules
+                old += storage.module_files(Path(api.hf_hub_download(repo, MODULES)).parent)
             commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, delete_patterns=old)
         return str(commit.commit_url)
 

@@ -70,8 +70,8 @@ MODULES = sorted(ROOT.glob("pyterrier_msft/**/*.py"))
 # Pages that show parts of programs, whose names come from elsewhere.
 WITH_NAMES = {path.relative_to(ROOT).as_posix() for path in PAGES if path.suffix == ".rst"}
 # Pages whose code may be wider than the column of the HTML pages.
-WIDE = {"docs/development.md", "docs/how-much-data.md", "docs/quickstart.md"}
-MAX_WIDTH = 76
+WIDE = {"docs/development.md", "docs/how-much-data.md"}
+MAX_WIDTH = 76  # docs/ruff.toml
 MAX_SKIPPED = 5  # blocks that need other packages or several processes
 MIN_LITERAL_WORDS = 3  # in a message of errors.md, so that it can't match just any message
 
@@ -272,12 +272,6 @@ def test_all_code_is_visible() -> None:
     assert not hidden, f"pages with code that readers don't see: {hidden}"
 
 
-def test_code_fits_into_the_page() -> None:
-    pages = [path for path in PAGES if "docs" in path.parts and path.relative_to(ROOT).as_posix() not in WIDE]
-    wide = [f"{path.name}: {line}" for path in pages for line in code_lines(path.read_text()) if len(line) > MAX_WIDTH]
-    assert not wide, f"code of more than {MAX_WIDTH} columns:\n" + "\n".join(wide)
-
-
 def code_lines(text: str) -> list[str]:
     """Return the lines of the blocks of code."""
     blocks = re.findall(r"^```(.*)\n((?:(?!```).*\n)*)```$", text, re.MULTILINE)
@@ -436,7 +430,9 @@ def test_documented_messages_are_whole() -> None:
 
 
 def is_whole(row: str, message: str) -> bool:
-    """Return whether a row is a message or its first sentences."""
+    """Return whether a row is a message, its first sentences, or the part of it that is a literal."""
+    if message.endswith(" "):
+        return row == message + "…"
     rest = message.removeprefix(row.removesuffix("."))
     return rest != message and rest[:1] in ("", ".", "\n")
 

@@ -71,7 +71,7 @@ class CrossEncoderFiles:
     @property
     def module_names(self) -> list[str]:
         """The modules' classes; without their package if that is sentence-transformers."""
-        types = [str(module["type"]) for module in self.modules]
+        types = [str(module.get("type")) for module in self.modules]
         return [name.rpartition(".")[2] if name.startswith(PACKAGE) else name for name in types]
 
     @property

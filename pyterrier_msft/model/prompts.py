@@ -127,7 +127,8 @@ def _read_template(files: CrossEncoderFiles, tokenizer: PreTrainedTokenizerBase)
         try:
             template, probe = render(MARKERS), render(PROBES)
         except Exception as error:  # of any kind: the template is a program, and may expect contents in the other form
-            problem = f"fails: {str(error).strip().partition(chr(10))[0]}"
+            line = str(error).strip().partition("\n")[0]
+            problem = f"fails: {line}"
             continue
         if all(template.count(marker) == 1 for marker in MARKERS.values()):
             for part, marker in MARKERS.items():

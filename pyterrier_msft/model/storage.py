@@ -5,9 +5,8 @@ import fnmatch
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from pyterrier_msft.model import adapters
 from pyterrier_msft.model.files import CROSS_ENCODER_FILES, MODULES, read_json
@@ -49,16 +48,19 @@ def check_target(folder: Path, module_folders: Sequence[str] = ()) -> None:
         found = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     if found and "config.json" not in found and adapters.CONFIG not in found:
         raise ValueError(f"path must be a new folder or a model's; got {str(folder)!r} with the file {found[0]!r}")
-    old = {folder / name for name in module_files(_read_modules(folder))}
+    old = {folder / name for name in module_files(folder)}
     for path in (folder / name for name in module_folders):
         if path.is_file() or (path.is_dir() and set(path.iterdir()) - old):
             raise ValueError(f"path must have no files of your own in {path.name!r}; got {str(folder)!r}. Move them")
 
 
-def module_files(modules: Sequence[Mapping[str, Any]]) -> list[str]:
-    """List the files that a model has in the folders of its modules, given the content of its modules.json."""
-    folders = [str(module.get("path")) for module in modules]
-    return [f"{name}/{file}" for name in folders if re.fullmatch(r"\d+_\w+", name) for file in MODULE_FILES]
+def module_files(folder: Path) -> list[str]:
+    """List the files that a model may have in the folders of the modules that its modules.json names."""
+    modules = None
+    with contextlib.suppress(ValueError):  # a broken file
+        modules = read_json(str(folder), MODULES) if folder.is_dir() else None
+    names = [str(module.get("path")) for module in modules or [] if isinstance(module, dict)]
+    return [f"{name}/{file}" for name in names if re.fullmatch(r"\d+_\w+", name) for file in MODULE_FILES]
 
 
 @contextlib.contextmanager
@@ -87,26 +89,21 @@ def finish_save(folder: Path) -> None:
     names = {path.name for path in partial.iterdir()}
     if FIRST in names:  # no file has been moved: the folder's files are those of the old model
         # Even if the new model has a module's folder of this name, which couldn't replace it. Before modules.json.
-        for path in [folder / name for name in module_files(_read_modules(folder))]:
-            path.unlink(missing_ok=True)
+        for path in [folder / name for name in module_files(folder)]:
+            if path.is_file():
+                path.unlink()
             with contextlib.suppress(OSError):  # it has other files, or has been removed
                 path.parent.rmdir()
         for path in [*folder.iterdir()]:
             if path.is_file() and _matches(path, MODEL_FILES) and path.name not in names:
                 path.unlink()
     for name in sorted(names, key=lambda name: (name == RECORD, name != FIRST)):  # the record last
+        if (partial / name).is_dir():
+            with contextlib.suppress(OSError):  # there is none
+                (folder / name).rmdir()
         with contextlib.suppress(FileNotFoundError):  # moved by another process that loads the model
             os.replace(partial / name, folder / name)
     partial.rmdir()
-
-
-def _read_modules(folder: Path) -> list[dict[str, Any]]:
-    """Read the modules.json of the model in a folder; an empty list if there is none that can be read."""
-    modules = None
-    if folder.is_dir():
-        with contextlib.suppress(ValueError):
-            modules = read_json(str(folder), MODULES)
-    return [module for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
 
 
 def _matches(path: Path, patterns: Sequence[str]) -> bool:
