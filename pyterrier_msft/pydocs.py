@@ -172,7 +172,7 @@ class PyDocs(pt.datasets.Dataset):
 
     def info_url(self) -> str:
         """Return the page that describes PyDocs."""
-        return "https://github.com/terrierteam/pyterrier_msft#pydocs"
+        return "https://github.com/terrierteam/pyterrier_msft/blob/main/docs/pydocs.md"
 
     def describe(self) -> pd.DataFrame:
         """Describe the sources of the whole collection.
