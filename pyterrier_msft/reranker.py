@@ -59,7 +59,7 @@ class MonoCE(SavingMixin, pt.Estimator):
             the best window's, in scoring and in training (MaxP: Dai and Callan, SIGIR 2019).
         batch_size: Pairs per forward pass in scoring. None: as many as fit the token budget of the device.
         dtype: "auto" (bfloat16 where the hardware supports it, else float32), "float32", "bfloat16", "float16", or
-            "int8" (CPUs only: training in float32, scoring with a quantized copy).
+            "int8" (CPUs only, extra `[int8]`: training in float32, scoring with a quantized copy).
         device: E.g. "cpu" or "cuda:1". None: a GPU if there is one.
         seed: Seed of the random weights of a new head.
         revision: Branch, tag or commit of a model on the hub.

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.first_token import first_token_only
-from pyterrier_msft.model.loading import first_line, quiet_transformers, token_limit
+from pyterrier_msft.model.loading import quiet_transformers, token_limit
 
 GROUP_SIZE = 32  # consecutive numbers of a token's vector with a scale of their own: larger is faster and less precise
 # With this multiple of tokens per pair, sums of numbers have the same order in every batch. In another order, they
@@ -44,11 +44,19 @@ class QuantizedNetwork(nn.Module):
             for texts in (["b", "c d"], ["a", "b " * 20, "c " * 80])
         )
         self._names = [*short]
-        with _eval_mode(network), quiet_transformers(), first_token_only(network), torch.inference_mode():
-            model = _convert(network, short, long)
-        _quantize_weights(model)
-        self._compiled = _compile(model, torch.get_num_threads())
         self._thread = threading.local()  # each thread needs a request of its own
+        try:
+            with _eval_mode(network), quiet_transformers(), first_token_only(network), torch.inference_mode():
+                model = _convert(network, short, long)
+            _quantize_weights(model)
+            self._compiled = _compile(model, torch.get_num_threads())
+            self(**long)
+        except Exception as error:
+            cause = str(error).strip().rpartition("\n")[2]  # OpenVINO names it in the last line
+            raise ValueError(
+                f"dtype must be 'float32' or 'bfloat16' for {type(network).__name__}; got 'int8', which OpenVINO can't "
+                f"compute: {cause}"
+            ) from error
 
     def forward(self, **batch: torch.Tensor) -> SequenceClassifierOutput:
         """Compute the logits, [pairs, 1]."""
@@ -83,18 +91,14 @@ class _Ordered(nn.Module):
 def _convert(network: PreTrainedModel, example: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> Any:
     """Convert a network to a model of OpenVINO with copies of its weights.
 
-    The conversion traces the network with an example. A ValueError unless the result is right for another batch, too.
+    The network is traced with an example, so check that the result is right for another batch, too.
     """
-    unsupported = f"dtype must be 'float32' or 'bfloat16' for {type(network).__name__}; got 'int8'. OpenVINO "
     ordered = _Ordered(network, [*example])
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of tracing
-            model = _openvino().convert_model(ordered, example_input=tuple(example.values()), share_weights=False)
-        found = _compile(model, 1)([values.numpy() for values in other.values()])[0]
-    except Exception as error:
-        raise ValueError(f"{unsupported}can't convert it: {first_line(error)}") from error
+    with warnings.catch_warnings(action="ignore"):  # of tracing
+        model = _openvino().convert_model(ordered, example_input=tuple(example.values()), share_weights=False)
+    found = _compile(model, 1)([values.numpy() for values in other.values()])[0]
     if not np.allclose(found, ordered(*other.values()), rtol=1e-3, atol=1e-3):
-        raise ValueError(f"{unsupported}computes other scores")
+        raise RuntimeError("its scores differ from PyTorch's")
     return model
 
 
@@ -118,7 +122,8 @@ def _quantize_weights(model: Any) -> None:
         if node.get_type_name() != "MatMul":
             continue
         shape, weight = node.input_value(0).get_partial_shape(), node.input_value(1).get_node()
-        is_of_tokens = shape.rank.is_static and len(shape) == 3 and shape[1].is_dynamic  # [pairs, tokens, width]
+        # [pairs, tokens, width]; -1 is any number
+        is_of_tokens = shape.rank.is_static and len(shape) == 3 and shape[1].get_max_length() == -1
         if weight.get_type_name() != "Constant" or not is_of_tokens:
             continue
         values = np.asarray(weight.data, dtype=np.float32)
