@@ -1,6 +1,7 @@
 """Score in int8 on a CPU, with OpenVINO."""
 
 import contextlib
+import logging
 import sys
 import threading
 import warnings
@@ -17,6 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.first_token import first_token_only
 from pyterrier_msft.model.loading import quiet_transformers, token_limit
+from pyterrier_msft.model.scoring import evaluation_mode
 
 GROUP_SIZE = 32  # consecutive numbers of a token's vector with a scale of their own: larger is faster and less precise
 # With this multiple of tokens per pair, sums of numbers have the same order in every batch. In another order, they
@@ -46,7 +48,7 @@ class QuantizedNetwork(nn.Module):
         self._names = [*short]
         self._thread = threading.local()  # each thread needs a request of its own
         try:
-            with _eval_mode(network), quiet_transformers(), first_token_only(network), torch.inference_mode():
+            with evaluation_mode(network), quiet_transformers(), first_token_only(network), torch.inference_mode():
                 model = _convert(network, short, long)
             _quantize_weights(model)
             self._compiled = _compile(model, torch.get_num_threads())
@@ -94,7 +96,7 @@ def _convert(network: PreTrainedModel, example: dict[str, torch.Tensor], other: 
     The network is traced with an example, so check that the result is right for another batch, too.
     """
     ordered = _Ordered(network, [*example])
-    with warnings.catch_warnings(action="ignore"):  # of tracing
+    with warnings.catch_warnings(action="ignore"), _restored_logging():  # of tracing
         model = _openvino().convert_model(ordered, example_input=tuple(example.values()), share_weights=False)
     found = _compile(model, 1)([values.numpy() for values in other.values()])[0]
     if not np.allclose(found, ordered(*other.values()), rtol=1e-3, atol=1e-3):
@@ -103,13 +105,15 @@ def _convert(network: PreTrainedModel, example: dict[str, torch.Tensor], other: 
 
 
 @contextlib.contextmanager
-def _eval_mode(network: PreTrainedModel) -> Iterator[None]:
-    was_training = network.training
-    network.eval()
+def _restored_logging() -> Iterator[None]:
+    """Restore the root logger's settings, which OpenVINO changes, and leaves changed if a conversion fails."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, [*root.filters], [*root.handlers]
     try:
         yield
     finally:
-        network.train(was_training)
+        root.setLevel(level)
+        root.filters, root.handlers = filters, handlers
 
 
 def _quantize_weights(model: Any) -> None:

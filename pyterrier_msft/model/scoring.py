@@ -50,18 +50,24 @@ def score_pairs(
     the last call. With `keep_ids`, the encoder keeps the token ids for later calls.
     """
     scorer = _Scorer(model, encoder, len(queries), dtype=dtype, batch_size=batch_size, progress=progress)
+    # Entered once rather than in each thread, since they change state that threads share.
+    with evaluation_mode(model), quiet_transformers(), first_token_only(model):
+        blocks = split_blocks(len(queries), scorer.device, passages=encoder.passages)
+        encode = lambda block: encoder.windows(queries[block], texts[block], keep=keep_ids)  # noqa: E731
+        for block, (encoded, pair) in zip(blocks, compute_ahead(encode, blocks), strict=True):
+            scorer.score(encoded, block.start + pair)
+    return scorer.scores
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and then back into the mode it was in."""
     was_training = model.training
     model.eval()
     try:
-        # Entered once rather than in each thread, since both change state that threads share.
-        with quiet_transformers(), first_token_only(model):
-            blocks = split_blocks(len(queries), scorer.device, passages=encoder.passages)
-            encode = lambda block: encoder.windows(queries[block], texts[block], keep=keep_ids)  # noqa: E731
-            for block, (encoded, pair) in zip(blocks, compute_ahead(encode, blocks), strict=True):
-                scorer.score(encoded, block.start + pair)
+        yield
     finally:
         model.train(was_training)
-    return scorer.scores
 
 
 def split_blocks(n_pairs: int, device: torch.device, *, passages: int = 1) -> list[slice]:
