@@ -769,7 +769,7 @@ def test_a_checkpoint_of_another_run_is_refused(model, groups, tmp_path):
     content = json.loads(state.read_text())
     del content["stateful_callbacks"]["CheckpointCallback"]
     state.write_text(json.dumps(content))  # as if another program's Trainer had written it
-    with pytest.raises(ValueError, match="another training run: fitter is unknown there"):
+    with pytest.raises(ValueError, match=r"must not have checkpoints of another program; got checkpoint-24. Use"):
         run(model, groups, checkpoint_dir=tmp_path, identity={"fitter": "a", "data": "b"})
 
 

@@ -21,7 +21,7 @@ MARKER_NAME = ".pyterrier_msft"  # in a folder for checkpoints: those without a 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint."""
+    """A complete checkpoint of ours."""
 
     path: Path
     callbacks: Mapping[str, dict[str, Any]]  # what each of our callbacks exported, by the name of its class
@@ -29,13 +29,13 @@ class Checkpoint:
     @property
     def identity(self) -> dict[str, str]:
         """What determined the result of the training run, by name."""
-        identity: dict[str, str] = self.callbacks.get("CheckpointCallback", {}).get("identity", {})
+        identity: dict[str, str] = self.callbacks["CheckpointCallback"]["identity"]
         return identity
 
     @property
     def world_size(self) -> int:
         """The number of processes that wrote it."""
-        return int(self.callbacks.get("CheckpointCallback", {}).get("world_size", 1))
+        return int(self.callbacks["CheckpointCallback"]["world_size"])
 
     def best_weights(self) -> dict[str, torch.Tensor] | None:
         """Load the best weights so far; None without validation."""
@@ -50,7 +50,7 @@ def newest_checkpoint(folder: str | Path) -> Checkpoint | None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
-    """Read a checkpoint; None if writing it was interrupted.
+    """Read a checkpoint; None if writing it was interrupted, or if another program wrote it.
 
     Trainer writes its state last, so a checkpoint with a state is complete, except perhaps for the random states of
     other ranks.
@@ -61,14 +61,13 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     except (OSError, ValueError, KeyError):
         return None
     callbacks = {name: content["attributes"] for name, content in exported if isinstance(content, dict)}
+    if "CheckpointCallback" not in callbacks:
+        return None
     checkpoint = Checkpoint(path, callbacks)
-    if "CheckpointCallback" in callbacks:  # else another program's: complete or not, it isn't ours to delete
-        ranks = [""] if checkpoint.world_size == 1 else [f"_{rank}" for rank in range(checkpoint.world_size)]
-        random_states = [f"rng_state{rank}.pth" for rank in ranks]
-        needed = (SAFE_WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, *random_states)
-        if not all((path / name).is_file() for name in needed):
-            return None
-    return checkpoint
+    ranks = [""] if checkpoint.world_size == 1 else [f"_{rank}" for rank in range(checkpoint.world_size)]
+    random_states = [f"rng_state{rank}.pth" for rank in ranks]
+    needed = (SAFE_WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, *random_states)
+    return checkpoint if all((path / name).is_file() for name in needed) else None
 
 
 def checkpoint_identity(checkpoint_dir: str | Path | None) -> dict[str, str]:
