@@ -272,6 +272,12 @@ def test_all_code_is_visible() -> None:
     assert not hidden, f"pages with code that readers don't see: {hidden}"
 
 
+def test_code_fits_into_the_page() -> None:
+    pages = [path for path in PAGES if "docs" in path.parts and path.relative_to(ROOT).as_posix() not in WIDE]
+    wide = [f"{path.name}: {line}" for path in pages for line in code_lines(path.read_text()) if len(line) > MAX_WIDTH]
+    assert not wide, f"code of more than {MAX_WIDTH} columns:\n" + "\n".join(wide)
+
+
 def code_lines(text: str) -> list[str]:
     """Return the lines of the blocks of code."""
     blocks = re.findall(r"^```(.*)\n((?:(?!```).*\n)*)```$", text, re.MULTILINE)
