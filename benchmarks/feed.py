@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import torch
-from common import candidates, minilm
+from common import System, candidates, interleaved, minilm
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from pyterrier_msft import MonoCE
@@ -40,31 +40,30 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     frame = pairs(args)
-    queries, texts = frame["query"].tolist(), frame["text"].tolist()
     with tempfile.TemporaryDirectory() as folder:
         ce = tiny_model(folder, args.max_length)
-        ce(frame.head(500))
         tokenizer = ce.cross_encoder.tokenizer
 
-        def tokenize() -> int:
-            encoded = tokenizer(queries, texts, truncation="only_second", max_length=args.max_length)
-            return sum(map(len, encoded["input_ids"]))
+        def tokenize(results: pd.DataFrame) -> Callable[[], int]:
+            queries, texts = results["query"].tolist(), results["text"].tolist()
 
-        systems: dict[str, Callable[[], object]] = {"tokenizer": tokenize, "transform": lambda: ce(frame)}
-        seconds: dict[str, list[float]] = {name: [] for name in systems}
-        for _ in range(args.repeats):
-            for name, call in systems.items():
-                start = time.perf_counter()
-                call()
-                seconds[name].append(time.perf_counter() - start)
-        ratios = np.divide(seconds["tokenizer"], seconds["transform"])
+            def call() -> int:
+                encoded = tokenizer(queries, texts, truncation="only_second", max_length=args.max_length)
+                return sum(map(len, encoded["input_ids"]))
+
+            return call
+
+        systems: dict[str, System] = {"tokenizer": tokenize, "transform": lambda results: lambda: ce(results)}
+        runs, values = interleaved(systems, frame, frame.head(500), repeats=args.repeats)
+        seconds = {name: runs.loc[runs["system"] == name, "seconds"].to_numpy() for name in systems}
+        ratios = seconds["tokenizer"] / seconds["transform"]
         figures = {
             "pairs": len(frame),
-            "tokens per pair": tokenize() / len(frame),
-            "distinct queries": len(set(queries)),
-            "distinct texts": len(set(texts)),
+            "tokens per pair": values["tokenizer"] / len(frame),
+            "distinct queries": frame["query"].nunique(),
+            "distinct texts": frame["text"].nunique(),
             "threads": args.threads,
-            **{f"{name}, pairs/s": len(frame) / np.median(values) for name, values in seconds.items()},
+            **{f"{name}, pairs/s": len(frame) / np.median(each) for name, each in seconds.items()},
             "ratio": float(np.median(ratios)),
             "ratio, lowest and highest": [float(ratios.min()), float(ratios.max())],
             "microseconds of Python per pair": min(python_seconds(ce, frame) for _ in range(3)) / len(frame) * 1e6,
