@@ -2,16 +2,14 @@
 
 import contextlib
 import dataclasses
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
 import pandas as pd
 
-from pyterrier_msft.data.frames import frame_digest, require_columns
+from pyterrier_msft.data.frames import even_step, frame_digest, require_columns
 from pyterrier_msft.data.groups import Groups
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.texts import TextSource
@@ -19,6 +17,7 @@ from pyterrier_msft.digests import format_value, sha256_of
 from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
+from pyterrier_msft.model.fingerprint import dropout_settings
 from pyterrier_msft.model.record import StageRecord, library_versions
 from pyterrier_msft.notices import warn
 from pyterrier_msft.training import distributed
@@ -164,30 +163,11 @@ def _stages_to_resume(stages: Sequence[StageRecord], checkpoint_dir: str | Path 
     return []
 
 
-def _spread(documents: np.ndarray, n: int) -> np.ndarray:
-    """Return at most `n` documents, spread evenly over a list."""
-    return documents[:: max(1, -(-len(documents) // n))]
-
-
-def dropout_settings(model: CrossEncoder) -> dict[str, Any]:
-    """Return the fields of a model's configuration that set dropout, which its fingerprint leaves out."""
-
-    def find(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in sorted((str(key), settings[key]) for key in settings):
-            if isinstance(value, Mapping):
-                found |= find(value, f"{prefix}{name}.")
-            elif value is not None and re.search("dropout|pdrop|layerdrop", name):
-                found[f"{prefix}{name}"] = value
-        return found
-
-    return find(model.network.config.to_dict(), "")
-
-
 def _new_record(encoder: PairEncoder, data: StageData, plan: Plan, place: int, start: str) -> StageRecord:
     groups, fitter = data.groups, data.fitter
     step = max(1, len(groups) * 4 // TRUNCATION_SAMPLE)
-    sample = [(i, document) for i in range(0, len(groups), step) for document in _spread(groups.documents[i], 4)]
+    lists = [(i, groups.documents[i]) for i in range(0, len(groups), step)]
+    sample = [(i, document) for i, documents in lists for document in documents[:: even_step(len(documents), 4)]]
     queries, texts = [groups.queries[i] for i, _ in sample], groups.text(document for _, document in sample)
     query_rate, text_rate = encoder.truncation_rates(queries, texts)
     report = dataclasses.replace(
@@ -208,11 +188,12 @@ def _identity(
     model: CrossEncoder, encoder: PairEncoder, data: StageData, validation: ValidationFrames | None, start: str
 ) -> dict[str, str]:
     """Return what determines the result of training, by name. A checkpoint with another identity is refused."""
+    dropout = dropout_settings(model.network.config)
     return {
         **data.fitter.readable_settings(),
         **{name: str(getattr(encoder, name)) for name in ("max_length", "max_query_length", "passages")},
         "dtype": str(model.dtype),
-        "the model's dropout": ", ".join(f"{name}={value}" for name, value in dropout_settings(model).items()),
+        "the model's dropout": ", ".join(f"{name}={value}" for name, value in dropout.items()),
         "data": data.digest[:16],
         "validation": sha256_of([*map(frame_digest, validation)])[:16] if validation else "none",
         "start weights": start,

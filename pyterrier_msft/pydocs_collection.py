@@ -240,9 +240,8 @@ def build_collection(packages: Iterable[Package]) -> Collection:
     counts: Counter[str] = Counter()
     found: list[Docstring] = []
     for package, module, path in pt.tqdm(files, desc="PyDocs", unit="file"):
-        source = (
-            path.read_bytes()
-        )  # outside `try`: the cache must not keep a collection without a file that can't be read
+        # Outside of `try`, as a collection without a file that can't be read must not be kept.
+        source = path.read_bytes()
         try:
             contents = list(docstrings(source, module))
         except _PARSE_ERRORS as error:

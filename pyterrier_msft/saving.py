@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
 from pyterrier_msft.model import adapters, hub, storage
 from pyterrier_msft.model.card import model_card
-from pyterrier_msft.model.cross_encoder import CrossEncoder
+from pyterrier_msft.model.cross_encoder import SOURCE_SETTINGS, CrossEncoder
 from pyterrier_msft.model.files import MODULES
 from pyterrier_msft.model.record import RECORD, ModelRecord, StageRecord, library_versions
 from pyterrier_msft.training import distributed
@@ -23,10 +23,7 @@ ARTIFACT = {"type": "cross_encoder", "format": "hf", "package_hint": "pyterrier-
 
 # Arguments of the re-ranker that a model's record holds and `load` restores. The seed is one of them, as weights that
 # neither the backbone nor an adapter's folder has, e.g. a pooler's, are drawn again.
-SAVED_SETTINGS = (
-    "text_field", "max_length", "max_query_length", "interpolate", "passages", "seed", "relevant", "template", "true",
-    "false",
-)  # fmt: skip
+SAVED_SETTINGS = ("text_field", "max_length", "max_query_length", "interpolate", "passages", *SOURCE_SETTINGS)
 
 
 class SavingMixin:

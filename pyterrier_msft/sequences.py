@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from pyterrier_msft.data.frames import frame_digest
 from pyterrier_msft.digests import sha256_of
 from pyterrier_msft.fitters import Fitter, FitterSequence, check_fitter
-from pyterrier_msft.fitting import ValidationFrames, dropout_settings
+from pyterrier_msft.fitting import ValidationFrames
+from pyterrier_msft.model.fingerprint import dropout_settings
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import check_writable
@@ -145,7 +146,7 @@ class _Folders:
         frames = [frame_digest(frame) for frame in validation or ()]
         settings = [reranker.scoring_settings(), reranker.interpolate]
         looked_up = "" if validation is None else reranker.source_digest(validation[0])
-        dropout = dropout_settings(reranker.cross_encoder)
+        dropout = dropout_settings(reranker.cross_encoder.network.config)
         self.context = [SEMANTICS_VERSION, torch.__version__, frames, looked_up, settings, dropout]
         self.stages = {
             name: [stages[name].digest(), reranker.source_digest(stages[name].results, stages[name].added())]

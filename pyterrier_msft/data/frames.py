@@ -22,6 +22,11 @@ COLUMN_ALIASES = {
 }
 
 
+def even_step(length: int, n: int) -> int:
+    """Return the step that visits at most `n` of `length` items, spread evenly."""
+    return max(1, -(-length // n))
+
+
 # The column in which a re-ranker that interpolates keeps the scores that it replaces.
 FIRST_STAGE_SCORE = "first_stage_score"
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
+from pyterrier_msft.data.frames import even_step
 from pyterrier_msft.data.rankings import Rankings, query_offsets
 
 DIGEST_SAMPLE = 64  # documents in a digest of a text source
@@ -150,7 +151,7 @@ class Groups:
                 digest.update(np.array([len(chunk), *map(len, chunk)], dtype="<i8").data)
                 digest.update("".join(chunk).encode("utf-8", "surrogatepass"))
         if self.load is not None and self.texts:
-            sample = self.load(self.texts[:: -(-len(self.texts) // DIGEST_SAMPLE)])
+            sample = self.load(self.texts[:: even_step(len(self.texts), DIGEST_SAMPLE)])
             digest.update("\0".join(sample).encode("utf-8", "surrogatepass"))
         digest.update(self.documents.offsets.astype("<i8", copy=False).data)
         digest.update(self.documents.values.astype("<i4", copy=False).data)

@@ -13,7 +13,15 @@ import numpy as np
 import pandas as pd
 
 from pyterrier_msft.data.diagnosis import explain_mismatch
-from pyterrier_msft.data.frames import PASSAGE_SUFFIX, as_ids, as_texts, order_column, require, require_columns
+from pyterrier_msft.data.frames import (
+    PASSAGE_SUFFIX,
+    as_ids,
+    as_texts,
+    even_step,
+    order_column,
+    require,
+    require_columns,
+)
 from pyterrier_msft.data.rankings import (
     Rankings,
     RowsByQuery,
@@ -84,7 +92,7 @@ def sample_docnos(path: str | Path, n: int) -> list[str]:
 
     docnos = _scan(Path(path)).select("docno")
     rows = int(docnos.select(pl.len()).collect().item())
-    return _as_ids(docnos.gather_every(max(1, -(-rows // n))).collect()["docno"]).to_list()
+    return _as_ids(docnos.gather_every(even_step(rows, n)).collect()["docno"]).to_list()
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_msft.data.frames import as_ids, as_texts, frame_digest, is_blank, require_columns, require_ids
+from pyterrier_msft.data.frames import as_ids, as_texts, even_step, frame_digest, is_blank, require_columns, require_ids
 from pyterrier_msft.data.groups import DIGEST_SAMPLE
 from pyterrier_msft.data.runs import has_queries, sample_docnos
 from pyterrier_msft.notices import warn
@@ -109,7 +109,7 @@ class TextSource:
 
 def _sample(frame: pd.DataFrame) -> list[str]:
     """Return the docnos of at most `DIGEST_SAMPLE` rows, spread evenly over a frame."""
-    return as_ids(frame["docno"].iloc[:: max(1, -(-len(frame) // DIGEST_SAMPLE))]).tolist()
+    return as_ids(frame["docno"].iloc[:: even_step(len(frame), DIGEST_SAMPLE)]).tolist()
 
 
 class TextLookup:

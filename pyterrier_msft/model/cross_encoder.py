@@ -15,7 +15,7 @@ from pyterrier_msft.model import adapters
 from pyterrier_msft.model.card import Kind
 from pyterrier_msft.model.decoders import prompt_of, words_of
 from pyterrier_msft.model.encoding import PairEncoder
-from pyterrier_msft.model.files import LOGIT_SCORE
+from pyterrier_msft.model.files import IDENTITY, LOGIT_SCORE
 from pyterrier_msft.model.fingerprint import fingerprint_of
 from pyterrier_msft.model.loading import as_single_score, load_model, load_tokenizer, quiet_transformers, token_limit
 from pyterrier_msft.model.modular import ModularNetwork
@@ -266,7 +266,7 @@ class CrossEncoder:
         if peft_model is not None and merged:
             network, peft_model = adapters.merge(peft_model), None
         # sentence-transformers applies a sigmoid to a single label unless it is told not to.
-        activation = {"activation_fn": "torch.nn.modules.linear.Identity"}
+        activation = {"activation_fn": IDENTITY}
         network.config.sentence_transformers = {**getattr(network.config, "sentence_transformers", {}), **activation}
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.model_max_length = max_length  # where sentence-transformers truncates

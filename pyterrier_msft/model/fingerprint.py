@@ -14,11 +14,12 @@ from pyterrier_msft.model.decoders import WordScore, prompt_of
 from pyterrier_msft.model.labels import LogOdds
 from pyterrier_msft.model.modular import ModularNetwork
 
+DROPOUT_FIELDS = re.compile(".*dropout.*|.*layerdrop|.*pdrop")  # of a network's configuration
 # Fields of a network's configuration that don't affect its scores: names, token ids, the precision, training settings.
 UNSCORED_FIELDS = re.compile(
     "architectures|auto_map|finetuning_task|id2label|initializer_.*|label2id|output_.*|problem_type|reference_compile|"
     "return_dict|sbert_ce_.*|sentence_transformers|task_specific_params|transformers_version|use_cache|_?name_or_path|"
-    ".*dropout.*|.*dtype|.*layerdrop|.*pdrop|.*_token_ids?"
+    f".*dtype|.*_token_ids?|{DROPOUT_FIELDS.pattern}"
 )
 
 
@@ -62,3 +63,18 @@ def _scored_fields(fields: Mapping[str, Any], defaults: Any) -> dict[str, Any]:
             if scored != {}:
                 found[name] = scored
     return found
+
+
+def dropout_settings(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the fields of a network's configuration that set dropout, which the fingerprint leaves out."""
+
+    def find(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in sorted((str(key), settings[key]) for key in settings):
+            if isinstance(value, Mapping):
+                found |= find(value, f"{prefix}{name}.")
+            elif value is not None and DROPOUT_FIELDS.fullmatch(name):
+                found[f"{prefix}{name}"] = value
+        return found
+
+    return find(config.to_dict(), "")
