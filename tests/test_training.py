@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 import pickle
 import random
 import shutil
@@ -15,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import record_calls
 from interruptions import interrupted_at, interruptible_lce
 from ir_measures import RR
@@ -251,10 +253,25 @@ def test_equal_seeds_give_equal_weights_and_leave_the_global_random_states(new, 
 
 
 def test_training_leaves_the_state_of_accelerate(new, groups):
+    AcceleratorState._reset_state()  # of earlier tests
     mine = Accelerator(cpu=True, gradient_accumulation_steps=4)
     run(new(dtype="bfloat16"), groups, dataclasses.replace(FAST, max_steps=1))
     assert mine.gradient_state.num_steps == 4
     assert Accelerator(cpu=True).mixed_precision == "no"
+
+
+def test_dtype_decides_the_precision(new, groups, monkeypatch):
+    brief = dataclasses.replace(FAST, max_steps=2)
+    expected = new(dtype="float32")
+    run(expected, groups, brief)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # e.g. by `accelerate launch`, or another Trainer
+    AcceleratorState._reset_state()
+    Accelerator(cpu=True, mixed_precision="bf16")
+    found = new(dtype="float32")
+    run(found, groups, brief)
+    assert weights(found).equal(weights(expected))
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    AcceleratorState._reset_state()
 
 
 def test_gradient_checkpointing_ends_with_the_run(model, groups):

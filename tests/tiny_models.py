@@ -156,11 +156,11 @@ def write_integration(
 
 def write_qwen_reranker(folder: Path, backbone: str) -> None:
     """Write a decoder with its prompt in the files of sentence-transformers."""
-    write_decoder(folder, [*AutoTokenizer.from_pretrained(backbone).get_vocab()])
+    write_decoder(folder, sorted(AutoTokenizer.from_pretrained(backbone).get_vocab()))
     true, false = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(["yes", "no"])
     write_integration(folder, CHAT_TEMPLATE, true=true, false=false)
 
 
 def write_gemma(folder: Path, backbone: str) -> None:
     """Write a decoder without a prompt."""
-    write_decoder(folder, [*AutoTokenizer.from_pretrained(backbone).get_vocab()], "gemma")
+    write_decoder(folder, sorted(AutoTokenizer.from_pretrained(backbone).get_vocab()), "gemma")

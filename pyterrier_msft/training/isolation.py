@@ -27,6 +27,7 @@ def preserve_global_state() -> Iterator[None]:
     environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     with torch.random.fork_rng():
         try:
+            os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # Trainer would follow it; the re-ranker's dtype decides
             yield
         finally:
             random.setstate(python_state)
