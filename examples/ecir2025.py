@@ -208,7 +208,7 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
 def with_settings(fitter: Any, changes: Mapping[str, Any]) -> Any:
     """Change the settings that a fitter has; `depth` and `max_length` are those of the re-ranker."""
     names = {f.name for f in dataclasses.fields(fitter)} - SCALE_SETTINGS.keys()
-    return dataclasses.replace(fitter, **{name: value for name, value in changes.items() if name in names})
+    return fitter.replace(**{name: value for name, value in changes.items() if name in names})
 
 
 # ---- data
@@ -380,7 +380,7 @@ def second_stage_rates(args: argparse.Namespace, scale: Scale) -> list[float]:
 
 def at_rate(stage: Stage, rate: float) -> Stage:
     """Change a stage's learning rate."""
-    return dataclasses.replace(stage, fitter=dataclasses.replace(stage.fitter, learning_rate=rate))
+    return dataclasses.replace(stage, fitter=stage.fitter.replace(learning_rate=rate))
 
 
 def evaluate(test: Test, name: str, system: pt.Transformer | None, depth: int = DEPTH) -> pd.DataFrame:

@@ -17,7 +17,7 @@ import pandas as pd
 import pyterrier as pt
 from ir_measures import AP, RR, R, nDCG
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots, unlabelled
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots, report, unlabelled
 from pyterrier_msft.lexical import BM25
 from pyterrier_msft.pydocs import PyDocs
 
@@ -27,7 +27,7 @@ DEPTH = 20  # documents to re-rank; the rest of BM25's 100 follow unchanged
 
 
 def main() -> None:
-    """Train, compare, and write results, plots and models to --out."""
+    """Train, compare, and write results, plots, a report and models to --out."""
     args = arguments()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -62,10 +62,11 @@ def main() -> None:
     scores = Scores(test, first_stage)
     scores.add("BM25", first_stage)
     scores.add("teacher", candidates >> teacher)
-    history = []
+    history, rerankers = [], {}
     for sequence in SEQUENCES:  # one at a time, to print each row of the table when it is ready
         ce = fit_sequences(backbone, stages, [sequence], validation=validation, save_dir=out / "models")[sequence]
         history.append(ce.history.assign(system=sequence))
+        rerankers[sequence] = ce
         scores.add(sequence, candidates >> ce.cached(out / "scores"))
 
     # Results
@@ -78,6 +79,11 @@ def main() -> None:
     save(differences, out / "query-differences.png")
     brief = [column for column in table.columns if not column.endswith((" +", " -"))]
     print(table[brief].round(4).to_string(index=False))
+    page = report(
+        scores.results, test[1], test[2], MEASURES, baseline="CL", rerankers=rerankers, path=out / "report.html",
+        title="Labels, a teacher's rankings, or both?",
+    )  # fmt: skip
+    print(f"The report: {page}")
 
 
 def arguments() -> argparse.Namespace:

@@ -12,7 +12,9 @@ _MODULE_OF = {
     "Distillation": "fitters",
     "MonoCE": "reranker",
     "Stage": "sequences",
+    "fit_grid": "grid",
     "fit_sequences": "sequences",
+    "report": "study_report",
     "tost": "significance",
 }
 _MODULES = ("losses", "plots", "significance", "teachers", "unlabelled")
@@ -20,13 +22,15 @@ _MODULES = ("losses", "plots", "significance", "teachers", "unlabelled")
 if TYPE_CHECKING:
     from pyterrier_msft import losses, plots, significance, teachers, unlabelled
     from pyterrier_msft.fitters import Contrastive, Distillation
+    from pyterrier_msft.grid import fit_grid
     from pyterrier_msft.reranker import MonoCE
     from pyterrier_msft.sequences import Stage, fit_sequences
     from pyterrier_msft.significance import tost
+    from pyterrier_msft.study_report import report
 
 __all__ = [
-    "Contrastive", "Distillation", "MonoCE", "Stage", "fit_sequences", "losses", "plots", "significance", "teachers",
-    "tost", "unlabelled",
+    "Contrastive", "Distillation", "MonoCE", "Stage", "fit_grid", "fit_sequences", "losses", "plots", "report",
+    "significance", "teachers", "tost", "unlabelled",
 ]  # fmt: skip
 
 

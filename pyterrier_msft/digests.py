@@ -23,6 +23,7 @@ from pyterrier_msft import losses
 from pyterrier_msft.data.frames import frame_digest
 from pyterrier_msft.notices import INTERNAL_PACKAGES
 
+TEACHERS = {"teacher", "judge"}  # settings that may be the path of a ranking
 LIBRARY_FOLDERS = {"site-packages", "dist-packages"}
 GLOBAL_LOADS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}  # instructions that read a global
 # What a class has besides behaviour; some of it differs between processes.
@@ -80,9 +81,9 @@ def digestible(value: Any, name: str) -> Any:
             f"{name} must not be a transformer where a digest is needed; got {format_value(value)}. Apply it to the "
             f"results first, and pass its output: {name}=transformer(results)"
         )
-    if name == "teacher" and isinstance(value, Mapping):
+    if name in TEACHERS and isinstance(value, Mapping):
         return sorted((str(key), digestible(item, name)) for key, item in value.items())
-    if name == "teacher" and isinstance(value, str | Path):
+    if name in TEACHERS and isinstance(value, str | Path):
         return hashlib.sha256(Path(value).read_bytes()).hexdigest()
     return _Converter(name).convert(value)
 

@@ -1,26 +1,31 @@
-"""A fitter declares a stage of fine-tuning: `Contrastive` or `Distillation`. `>>` joins them to sequences."""
+"""A fitter declares a stage of fine-tuning: `Contrastive` or `Distillation`."""
 
+import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import pandas as pd
 import pyterrier as pt
 
 from pyterrier_msft import losses, teachers
+from pyterrier_msft.algebra import Combinable
 from pyterrier_msft.data.diagnosis import explain_no_positives, explain_no_preferences
 from pyterrier_msft.data.groups import Groups
+from pyterrier_msft.data.judging import Judge
 from pyterrier_msft.data.labels import from_qrels, from_teacher, grades_of, has_only_ranks, relevant_of
 from pyterrier_msft.data.permutations import check_unranked
 from pyterrier_msft.data.rankings import Rankings, peek
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.runs import read_run
+from pyterrier_msft.data.sampling import LIST_STRATEGIES, NEGATIVE_STRATEGIES, ListSampling
+from pyterrier_msft.data.scales import SCALES
 from pyterrier_msft.data.texts import TextLookup
 from pyterrier_msft.digests import digestible, format_value, is_default, sha256_of
 from pyterrier_msft.notices import warn
-from pyterrier_msft.training.hyperparameters import Hyperparameters, check_number
-from pyterrier_msft.training.trainer import Loss
+from pyterrier_msft.training.hyperparameters import Hyperparameters, check_choice, check_number
+from pyterrier_msft.training.objectives import Loss
 
 MEMORY_SETTINGS = frozenset({"pairs_per_pass"})  # settings that don't change the result
 
@@ -37,25 +42,8 @@ class TrainingInput:
     verbose: bool  # whether to show the progress of a teacher
 
 
-@dataclass(frozen=True)
-class FitterSequence:
-    """Fitters in sequence, on the same data: `Contrastive() >> Distillation(teacher=...)`."""
-
-    stages: tuple["Fitter", ...]
-
-    def __rshift__(self, other: "Fitter | FitterSequence") -> "FitterSequence":
-        return FitterSequence((*self.stages, *_stages_of(other)))
-
-    def __repr__(self) -> str:
-        return " >> ".join(map(repr, self.stages))
-
-    def digest(self) -> str:
-        """Digest everything that determines the result, see `Fitter.digest`."""
-        return sha256_of([stage.digest() for stage in self.stages])
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Fitter(Hyperparameters):
+class Fitter(Combinable, Hyperparameters):
     """A stage of fine-tuning: an objective, where its labels come from, and hyperparameters."""
 
     loss: Loss = field(default=losses.localized_contrastive)
@@ -76,12 +64,42 @@ class Fitter(Hyperparameters):
             )
 
     @property
-    def stages(self) -> tuple["Fitter", ...]:
+    def stages(self) -> "tuple[Fitter]":
         """This stage alone, as a tuple like that of a `FitterSequence`."""
         return (self,)
 
-    def __rshift__(self, other: "Fitter | FitterSequence") -> FitterSequence:
-        return FitterSequence((self, *_stages_of(other)))
+    @property
+    def terms(self) -> "tuple[tuple[float, Fitter]]":
+        """This fitter alone, with the weight 1, as a tuple like that of a `FitterSum`."""
+        return ((1, self),)
+
+    @property
+    def parts(self) -> "tuple[Fitter]":
+        """This fitter alone."""
+        return (self,)
+
+    @property
+    def names(self) -> tuple[str]:
+        """The name of this fitter alone."""
+        return (self.objective,)
+
+    @property
+    def objective(self) -> str:
+        """The name of the class."""
+        return type(self).__name__
+
+    def replace(self, **settings: Any) -> Self:
+        """Copy the fitter with other settings, e.g. `fitter.replace(learning_rate=1e-5)`.
+
+        Raises:
+            ValueError: If the fitter has no such setting, or a value is out of range.
+        """
+        names = [f.name for f in fields(self)]
+        if unknown := [name for name in settings if name not in names]:
+            near = difflib.get_close_matches(unknown[0], names, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"They are {', '.join(sorted(names))}"
+            raise ValueError(f"settings must be those of {type(self).__name__}; got {unknown[0]!r}. {hint}")
+        return replace(self, **settings)
 
     def __repr__(self) -> str:
         """Show the settings that differ from the defaults."""
@@ -155,7 +173,7 @@ class Fitter(Hyperparameters):
 
     def readable_settings(self) -> dict[str, str]:
         """Return the settings by name, without the sources of labels, which the digest of the groups covers."""
-        settings = {"objective": type(self).__name__}
+        settings = {"objective": self.objective}
         for f in fields(self):
             if f.name not in self.label_sources | MEMORY_SETTINGS:
                 value = getattr(self, f.name)
@@ -177,9 +195,25 @@ class Contrastive(Fitter):
         n_positives: Maximum number of relevant documents per group. None: all, e.g. for `losses.multi_positive`.
         n_negatives: Maximum number of negatives per group.
         depth: Number of top results to sample negatives from; relevant documents may have any rank. None: all.
+        skip: Number of first ranks that no negative comes from, because many documents there are relevant without being
+            judged.
+        sample: How negatives are drawn from the top `depth`: "uniform"; "top", the first ones, the same in each epoch;
+            or "log", where the weight of the k-th possible negative is 1 / log2(1 + skip + k).
+        n_random: Maximum number of further negatives per group, drawn uniformly from the documents of all other groups:
+            what the first stage found for other queries, and their relevant documents. Never one that is relevant to
+            the query or in its own top `depth`.
         min_relevance: Minimum label of a relevant document.
         add_missing_positives: Whether to add relevant documents that the first stage missed, with texts from
             `MonoCE(..., text=...)`.
+        judge: A teacher with scores, in any form that `Distillation` takes except a mapping, which finds false
+            negatives: candidates that may be relevant. A transformer is applied to the candidates and the relevant
+            documents of the results. Candidates that it doesn't score stay negatives.
+        margin: A candidate is a false negative if the judge's score of it is at least that of the query's lowest
+            relevant document, minus the margin. It has no effect on queries whose relevant documents the judge didn't
+            score. None: only `max_score` applies.
+        max_score: A candidate is also a false negative if its score is at least this. None: no such limit.
+        false_negatives: What to do with false negatives: "drop" them, or use them as "relevant", with the label
+            `min_relevance`.
         loss: A loss for binary or graded labels.
         **shared: See `Hyperparameters`.
     """
@@ -187,18 +221,52 @@ class Contrastive(Fitter):
     n_positives: int | None = 1
     n_negatives: int = 7
     depth: int | None = 100
+    skip: int = 0
+    sample: str = "uniform"
+    n_random: int = 0
     min_relevance: float = 1
     add_missing_positives: bool = False
+    judge: Any = None
+    margin: float | None = 0.0
+    max_score: float | None = None
+    false_negatives: str = "drop"
     loss: Loss = field(default=losses.localized_contrastive)
 
     label_kinds: ClassVar[frozenset[str]] = frozenset({"binary", "graded", "order"})
+    label_sources: ClassVar[frozenset[str]] = frozenset({"judge"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("n_positives", "depth"):
             check_number(name, getattr(self, name), integer=True)
         check_number("n_negatives", self.n_negatives, integer=True, required=True)
+        for name in ("skip", "n_random"):
+            check_number(name, getattr(self, name), integer=True, minimum_zero=True, required=True)
+        check_choice("sample", self.sample, NEGATIVE_STRATEGIES)
+        if self.depth is not None and self.skip >= self.depth:
+            raise ValueError(
+                f"skip must be below depth={self.depth}; got {self.skip}. Negatives come from the ranks between them"
+            )
         check_number("min_relevance", self.min_relevance, required=True)
+        self._check_judge()
+
+    def _check_judge(self) -> None:
+        for name in ("margin", "max_score"):
+            check_number(name, getattr(self, name), signed=True)
+        check_choice("false_negatives", self.false_negatives, ("drop", "relevant"))
+        if isinstance(self.judge, Mapping):
+            raise ValueError(
+                f"judge must be a single teacher with scores; got a mapping of {len(self.judge)}, whose fusion gives "
+                "only ranks"
+            )
+        teachers.check_teacher(self.judge, "judge")
+        if self.judge is None:
+            unused = [f for f in fields(self) if f.name in {"margin", "max_score", "false_negatives"}]
+            for f in unused:
+                if not is_default(getattr(self, f.name), f):
+                    raise ValueError(f"judge is required by {f.name}={getattr(self, f.name)!r}; got None")
+        elif self.margin is None and self.max_score is None:
+            raise ValueError("max_score is required by margin=None; got None. A judge needs one of the two")
 
     def _check_sources(self, qrels: pd.DataFrame | None, load_text: Any, *, is_file: bool) -> None:
         if qrels is None:
@@ -211,6 +279,8 @@ class Contrastive(Fitter):
                 "text is required by add_missing_positives=True; got None. Pass MonoCE(..., text=dataset) to look up "
                 "documents that the first stage missed"
             )
+        if is_file:
+            _check_reads_no_results("judge", self.judge)
 
     def _read_file(self, path: Path, qrels: Any, topics: pd.DataFrame | None) -> Iterable[Rankings]:
         relevant = relevant_of(grades_of(qrels), self.min_relevance)
@@ -226,14 +296,36 @@ class Contrastive(Fitter):
             loaded = data.load_text(missing)
             return missing["docno"].map(dict(zip(loaded["docno"], loaded[data.text_field], strict=True)))
 
-        return from_qrels(
+        groups, report = from_qrels(
             data.results, data.qrels, depth=self.depth, n_positives=self.n_positives, n_negatives=self.n_negatives,
+            skip=self.skip, n_random=self.n_random, sample=self.sample,
             min_relevance=self.min_relevance, load_missing=load_missing if self.add_missing_positives else None,
-            text_field=data.text_field,
+            judge=self._judge(data), text_field=data.text_field,
         )  # fmt: skip
+        if report.false_negative_examples and not isinstance(data.results, pd.DataFrame):
+            assert data.load_text is not None
+            report = report.with_example_texts(TextLookup(data.load_text, data.text_field))
+        return groups, report
+
+    def _judge(self, data: TrainingInput) -> Judge | None:
+        """Apply the judge to the results."""
+        if self.judge is None:
+            return None
+        assert data.qrels is not None
+        ranking = teachers.get_ranking(
+            self.judge, data.head, depth=self.depth, relevant=relevant_of(grades_of(data.qrels), self.min_relevance),
+            text_field=data.text_field, verbose=data.verbose, name="judge",
+        )  # fmt: skip
+        assert ranking is not None
+        if len(ranking) and has_only_ranks(ranking):
+            raise ValueError(
+                "judge must have scores; got scores that only restate its ranks. Pass those of a model, e.g. a "
+                "cross-encoder"
+            )
+        return Judge(ranking, self.margin, self.max_score, relabels=self.false_negatives == "relevant")
 
     def _no_data_message(self, report: DataReport, head: pd.DataFrame, qrels: Any) -> str:
-        return explain_no_positives(report, head, grades_of(qrels), self.min_relevance)
+        return explain_no_positives(report, head, grades_of(qrels), self.min_relevance, self.skip)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -249,18 +341,31 @@ class Distillation(Fitter):
             documents (`teachers.cached` makes that resumable); or a mapping of names to these, fused by reciprocal
             rank (`teachers.fuse`). None: the training results are the teacher's ranking.
         depth: Documents per query, from the top of the results.
+        n_documents: Maximum number of documents per list: each epoch draws so many of the `depth` documents anew. None:
+            all of them.
+        sample: How `n_documents` are drawn: "stratified", one from each of `n_documents` parts of the teacher's ranking
+            of nearly equal size; "top", the teacher's first ones, the same in each epoch; "random", uniformly; or
+            "top_and_random", half of them (rounded up) the teacher's first ones, and the rest uniformly.
         unranked: What to do with documents that the teacher didn't rank: "drop" them, or rank them "last", tied (not
             for a loss that needs scores).
-        loss: A loss for ordered labels, or for scores if the teacher has them.
+        scale: How to scale the teacher's scores, for a loss that needs scores: among the scored documents of a query
+            in the top `depth`, "zscore" subtracts the mean and divides by the standard deviation (with n, not n - 1),
+            and "minmax" maps the lowest score to 0 and the highest to 1. "logit" converts probabilities to log-odds,
+            after limiting them to between 1e-6 and 1 - 1e-6. None: as they are. Equal scores stay equal; as without a
+            scale, a query with nothing else is left out.
+        loss: A loss for ordered labels, or for scores or probabilities if the teacher has them.
         **shared: See `Hyperparameters`.
     """
 
     teacher: Any = None
     depth: int | None = 20
+    n_documents: int | None = None
+    sample: str = "stratified"
     unranked: str = "drop"
+    scale: str | None = None
     loss: Loss = field(default=losses.ranknet)
 
-    label_kinds: ClassVar[frozenset[str]] = frozenset({"order", "scores"})
+    label_kinds: ClassVar[frozenset[str]] = frozenset({"order", "scores", "probabilities"})
     label_sources: ClassVar[frozenset[str]] = frozenset({"teacher"})
 
     def __post_init__(self) -> None:
@@ -268,8 +373,10 @@ class Distillation(Fitter):
         check_number("depth", self.depth, integer=True)
         if self.depth == 1:
             raise ValueError("depth must be at least 2; got 1")
+        self._check_sampling()
         teachers.check_teacher(self.teacher)
         check_unranked(self.unranked)
+        self._check_scale()
         if self._needs_scores and self.unranked == "last":
             raise ValueError(
                 f"unranked must be 'drop' with {format_value(self.loss)}, which needs scores; got 'last'. Documents "
@@ -281,15 +388,48 @@ class Distillation(Fitter):
                 f"{len(self.teacher)}, whose fusion gives only ranks. Use a loss for ranks, e.g. losses.ranknet"
             )
 
+    def _check_sampling(self) -> None:
+        check_number("n_documents", self.n_documents, integer=True)
+        check_choice("sample", self.sample, LIST_STRATEGIES)
+        if self.n_documents is None:
+            if self.sample != "stratified":
+                raise ValueError(
+                    f"n_documents is required by sample={self.sample!r}; got None, which means all documents"
+                )
+        elif self.n_documents == 1:
+            raise ValueError("n_documents must be at least 2; got 1")
+        elif self.depth is not None and self.n_documents > self.depth:
+            raise ValueError(
+                f"n_documents must be at most depth={self.depth}; got {self.n_documents}. They are drawn from the "
+                "`depth` documents of a query"
+            )
+
+    def _check_scale(self) -> None:
+        if self.scale is None:
+            return
+        check_choice("scale", self.scale, SCALES)
+        if not self._needs_scores:
+            raise ValueError(
+                f"scale must be None with {format_value(self.loss)}, which doesn't need scores; got {self.scale!r}. "
+                "Use a loss for scores, e.g. losses.mse, or declare your own with @losses.needs('scores')"
+            )
+        if self._needs_probabilities and self.scale != "minmax":
+            raise ValueError(
+                f"scale must be None or 'minmax' with {format_value(self.loss)}, which needs probabilities; got "
+                f"{self.scale!r}. Use a loss for scores, e.g. losses.mse"
+            )
+
     @property
     def _needs_scores(self) -> bool:
-        return getattr(self.loss, "labels", None) == "scores"
+        return getattr(self.loss, "labels", None) == "scores" or self._needs_probabilities
+
+    @property
+    def _needs_probabilities(self) -> bool:
+        return getattr(self.loss, "labels", None) == "probabilities"
 
     def _check_sources(self, qrels: pd.DataFrame | None, load_text: Any, *, is_file: bool) -> None:
-        if is_file and isinstance(self.teacher, pt.Transformer | Mapping):
-            raise ValueError(
-                f"teacher must be a frame or a file where the results are a file; got {format_value(self.teacher)}"
-            )
+        if is_file:
+            _check_reads_no_results("teacher", self.teacher)
 
     def _read_file(self, path: Path, qrels: Any, topics: pd.DataFrame | None) -> Iterable[Rankings]:
         return read_run(path, depth=self.depth, topics=topics)
@@ -305,7 +445,9 @@ class Distillation(Fitter):
                 "a loss for ranks, e.g. losses.ranknet"
             )
         return from_teacher(
-            data.results, ranking, depth=self.depth, keep_scores=self._needs_scores, unranked=self.unranked,
+            data.results, ranking, depth=self.depth, keep_scores=self._needs_scores, scale=self.scale,
+            probabilities=self._needs_probabilities, unranked=self.unranked,
+            sampling=None if self.n_documents is None else ListSampling(self.n_documents, self.sample),
             text_field=data.text_field,
         )  # fmt: skip
 
@@ -313,18 +455,7 @@ class Distillation(Fitter):
         return explain_no_preferences(report)
 
 
-def check_fitter(fitter: Any) -> "Fitter | FitterSequence":
-    """Return the fitter; raise a ValueError if it is something else."""
-    if isinstance(fitter, Fitter | FitterSequence):
-        return fitter
-    if isinstance(fitter, type) and issubclass(fitter, Fitter):
-        raise ValueError(f"fitter must be an object; got the class {fitter.__name__}. Write {fitter.__name__}()")
-    raise ValueError(f"fitter must be e.g. Contrastive() or Distillation(teacher=...); got {fitter!r}")
-
-
-def _stages_of(other: Any) -> tuple[Fitter, ...]:
-    if isinstance(other, pt.Transformer):
-        raise ValueError(
-            f"fitter >> must be followed by a fitter; got {other!r}. Pass fitters to MonoCE(..., fitter=...)"
-        )
-    return check_fitter(other).stages
+def _check_reads_no_results(name: str, teacher: Any) -> None:
+    """Raise a ValueError if a teacher needs the results, which are a file."""
+    if isinstance(teacher, pt.Transformer | Mapping):
+        raise ValueError(f"{name} must be a frame or a file where the results are a file; got {format_value(teacher)}")

@@ -2,15 +2,17 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import pandas as pd
 
+from pyterrier_msft.algebra import FitterSum, format_sum
 from pyterrier_msft.data.frames import even_step, frame_digest, require_columns
 from pyterrier_msft.data.groups import Groups
+from pyterrier_msft.data.mixture import MixedGroups, Source, TrainingResults, as_sources
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.digests import format_value, sha256_of
@@ -22,6 +24,8 @@ from pyterrier_msft.model.record import StageRecord, library_versions
 from pyterrier_msft.notices import warn
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import checkpoint_identity
+from pyterrier_msft.training.hyperparameters import Hyperparameters
+from pyterrier_msft.training.objectives import Objective
 from pyterrier_msft.training.plan import Plan, plan_training
 from pyterrier_msft.training.run import train
 from pyterrier_msft.training.validation import Validation
@@ -32,26 +36,75 @@ TRUNCATION_SAMPLE = 1000  # pairs tokenized to estimate how many are truncated
 
 
 @dataclass(frozen=True)
-class StageData:
+class PartData:
     """A fitter and the data it trains on."""
 
     fitter: Fitter
-    groups: Groups
+    groups: Groups | MixedGroups
     report: DataReport
     digest: str
 
     def without(self, qids: Collection[str]) -> Self:
         """Return the data of all other queries."""
+        assert isinstance(self.groups, Groups)  # several sources choose no weight of the first stage
         groups = self.groups.without(qids)
         report = dataclasses.replace(self.report, groups=len(groups), documents=len(groups.labels.values))
         return dataclasses.replace(self, groups=groups, report=report, digest=groups.digest())
 
 
+@dataclass(frozen=True)
+class StageData:
+    """A stage's fitter, and the data of its parts; only a `FitterSum` has several."""
+
+    fitter: Fitter | FitterSum
+    parts: tuple[PartData, ...]
+
+    @property
+    def settings(self) -> Hyperparameters:
+        """The settings of the stage, which its parts share."""
+        return self.parts[0].fitter
+
+    @property
+    def qids(self) -> set[str]:
+        """The queries of all parts."""
+        return {qid for part in self.parts for qid in part.groups.qids}
+
+    @property
+    def digest(self) -> str:
+        """A digest of the groups of all parts."""
+        first, *others = (part.digest for part in self.parts)
+        return sha256_of([first, *others]) if others else first
+
+    def without(self, qids: Collection[str]) -> Self:
+        """Return the data of all other queries."""
+        return dataclasses.replace(self, parts=tuple(part.without(qids) for part in self.parts))
+
+
 def prepare_stage(
-    fitter: Fitter, results: pd.DataFrame | str | Path, qrels: pd.DataFrame | None, texts: TextSource, *, verbose: bool
-) -> StageData:
+    fitter: Fitter | FitterSum, results: TrainingResults, qrels: pd.DataFrame | None, texts: TextSource, *,
+    verbose: bool,
+) -> StageData:  # fmt: skip
     """Check a stage's training data and turn them into groups; warn about what was dropped."""
-    topics = None
+    sources = as_sources(results, qrels)
+    data, topics = [], []
+    for number, source in enumerate(sources, 1):
+        with _naming_source(number, len(sources)):
+            frame, asked = _read_source(source, texts)
+        data.append(dataclasses.replace(source, results=frame))
+        topics.append(asked)
+    parts = []
+    for part in fitter.parts:
+        found = [
+            _source_groups(part, source, asked, texts, number=number, n_sources=len(sources), verbose=verbose)
+            for number, (source, asked) in enumerate(zip(data, topics, strict=True), 1)
+        ]
+        parts.append(_part_data(part, sources, found))
+    return StageData(fitter, tuple(parts))
+
+
+def _read_source(source: Source, texts: TextSource) -> tuple[pd.DataFrame | str | Path, pd.DataFrame | None]:
+    """Return a source's results with texts, and the topics of a file without queries."""
+    results = source.results
     if isinstance(results, pd.DataFrame):
         require_columns(results, ["qid", "query", "docno"], "training results")
         if texts.source is None and texts.field not in results.columns:
@@ -60,20 +113,53 @@ def prepare_stage(
                 f"{[*map(str, results.columns)]}. Put dataset.text_loader() before MonoCE, or pass "
                 "MonoCE(..., text=dataset)"
             )
-        results = texts.add_to(results.reset_index(drop=True))
-    elif isinstance(results, str | Path):
-        topics = texts.topics(results)
-    else:
-        raise ValueError(f"training results must be a data frame or a run's path; got {type(results).__name__}")
+        return texts.add_to(results.reset_index(drop=True)), None
+    if isinstance(results, str | Path):
+        return results, texts.topics(results)
+    raise ValueError(f"training results must be a data frame or a run's path; got {type(results).__name__}")
+
+
+def _source_groups(
+    fitter: Fitter, source: Source, topics: pd.DataFrame | None, texts: TextSource, *, number: int, n_sources: int,
+    verbose: bool,
+) -> tuple[Groups, DataReport]:  # fmt: skip
+    """Turn a source's data into groups; warn about what was dropped."""
     load_text = None if texts.source is None else texts.load
-    groups, report = fitter.groups(
-        results, qrels, text_field=texts.field, load_text=load_text, topics=topics, verbose=verbose
-    )
+    with _naming_source(number, n_sources):
+        groups, report = fitter.groups(
+            source.results, source.qrels, text_field=texts.field, load_text=load_text, topics=topics, verbose=verbose
+        )
+    where = f"source {number}: " if n_sources > 1 else ""
     if report.dropped():
-        warn(f"{type(fitter).__name__} dropped {report.dropped()}")
+        warn(f"{where}{fitter.objective} dropped {report.dropped()}")
     if report.conflicts():
-        warn(f"{type(fitter).__name__} found {report.conflicts()}")
-    return StageData(fitter, groups, report, groups.digest())
+        warn(f"{where}{fitter.objective} found {report.conflicts()}")
+    return groups, report
+
+
+@contextlib.contextmanager
+def _naming_source(number: int, n_sources: int) -> Iterator[None]:
+    """Put the number of a source before the message of a ValueError, if there are several."""
+    try:
+        yield
+    except ValueError as error:
+        if n_sources == 1:
+            raise
+        raise ValueError(f"source {number}: {error}") from error
+
+
+def _part_data(fitter: Fitter, sources: Sequence[Source], found: Sequence[tuple[Groups, DataReport]]) -> PartData:
+    """Combine the data of a part's sources."""
+    if len(sources) == 1:
+        groups, report = found[0]
+        return PartData(fitter, groups, report, groups.digest())
+    mixed = MixedGroups(tuple(groups for groups, _ in found), tuple(float(source.weight) for source in sources))
+    names = [
+        f"source {number}" + ("" if source.weight == 1 else f", weight {source.weight:g}")
+        for number, source in enumerate(sources, 1)
+    ]
+    report = DataReport.of_parts({name: report for name, (_, report) in zip(names, found, strict=True)})
+    return PartData(fitter, mixed, report, mixed.digest())
 
 
 def fit_stages(
@@ -108,16 +194,14 @@ def _train_stage(
 
     `place` is the stage's position in its call of fit, from 1; `checkpoint_dir` is for this stage alone.
     """
-    fitter, before = data.fitter, model.fingerprint
+    settings, before = data.settings, model.fingerprint
     resumed = _stages_to_resume(stages, checkpoint_dir) if place == 1 else []
     start = resumed[0].start if resumed else before
-    measured = Validation(*validation, fitter.metric) if validation and fitter.metric is not None else None
+    measured = Validation(*validation, settings.metric) if validation and settings.metric is not None else None
     head_before = model.head_is_new
     was_new = resumed[0].head_was_new if resumed else head_before
-    plan = plan_training(
-        fitter, data.groups, width=model.width, head_is_new=was_new, is_adapter=model.has_adapter, validation=measured
-    )
-    record = _new_record(encoder, data, plan, place, start)
+    objectives = _objectives(model, data, head_is_new=was_new, validation=measured)
+    record = _new_record(encoder, data, [objective.plan for objective in objectives], place, start)
     record.head_was_new = was_new
     # A loss that can't be digested can't be recognised later either, which only matters for these.
     is_identified = checkpoint_dir is not None or distributed.world_size() > 1
@@ -125,8 +209,7 @@ def _train_stage(
     model.head_is_new = False
     try:
         train(
-            model, encoder, data.groups, fitter.loss, fitter, plan=plan, validation=measured,
-            checkpoint_dir=checkpoint_dir,
+            model, encoder, objectives, settings, validation=measured, checkpoint_dir=checkpoint_dir,
             identity=_identity(model, encoder, data, validation, start) if is_identified else {},
             history=record.history, verbose=verbose,
         )  # fmt: skip
@@ -142,16 +225,16 @@ def _train_stage(
     record.fingerprint = model.fingerprint
     if record.fingerprint == start:
         model.head_is_new = was_new
-        values = record.validations(str(fitter.metric))
+        values = record.validations(str(settings.metric))
         if len(values) > 1 and max(values[1:]) <= values[0]:
             warn(
-                f"{type(fitter).__name__} didn't improve the re-ranker, whose weights are as before: validation "
-                f"{fitter.metric} was {values[0]:.3f} at the start and at most {max(values[1:]):.3f} after. Try "
+                f"{record.objective} didn't improve the re-ranker, whose weights are as before: validation "
+                f"{settings.metric} was {values[0]:.3f} at the start and at most {max(values[1:]):.3f} after. Try "
                 "another learning_rate, or more training queries"
             )
         else:
-            settings = f"learning_rate={plan.learning_rate}, warmup={fitter.warmup}"
-            warn(f"{type(fitter).__name__} changed no weight in {record.updates} updates with {settings}")
+            rate = f"learning_rate={objectives[0].plan.learning_rate}, warmup={settings.warmup}"
+            warn(f"{record.objective} changed no weight in {record.updates} updates with {rate}")
 
 
 def _stages_to_resume(stages: Sequence[StageRecord], checkpoint_dir: str | Path | None) -> Sequence[StageRecord]:
@@ -163,23 +246,58 @@ def _stages_to_resume(stages: Sequence[StageRecord], checkpoint_dir: str | Path 
     return []
 
 
-def _new_record(encoder: PairEncoder, data: StageData, plan: Plan, place: int, start: str) -> StageRecord:
-    groups, fitter = data.groups, data.fitter
+def _objectives(
+    model: CrossEncoder, data: StageData, *, head_is_new: bool, validation: Validation | None
+) -> list[Objective]:
+    """Plan the training run: the first part decides, except for the size and number of the other parts' batches."""
+    first, *others = [
+        plan_training(
+            part.fitter, part.groups, width=model.width, head_is_new=head_is_new, is_adapter=model.has_adapter,
+            validation=validation if part is data.parts[0] else None,
+        )
+        for part in data.parts
+    ]  # fmt: skip
+    own = ("batch_size", "updates_per_epoch", "validation_queries")
+    plans = [first, *(dataclasses.replace(first, **{name: getattr(plan, name) for name in own}) for plan in others)]
+    return [
+        Objective(part.groups, part.fitter.loss, plan, weight, name)
+        for part, plan, (weight, _), name in zip(data.parts, plans, data.fitter.terms, data.fitter.names, strict=True)
+    ]
+
+
+def _part_report(encoder: PairEncoder, data: PartData, plan: Plan) -> DataReport:
+    """Add to a report how many of a sample of pairs are truncated, and the plan."""
+    if isinstance(data.groups, MixedGroups):
+        sources = zip(data.report.parts.items(), data.groups.sources, strict=True)
+        parts = {name: _with_truncation(encoder, report, groups) for (name, report), groups in sources}
+        report = DataReport.of_parts(parts)
+    else:
+        report = _with_truncation(encoder, data.report, data.groups)
+    return dataclasses.replace(report, plan=str(plan))
+
+
+def _with_truncation(encoder: PairEncoder, report: DataReport, groups: Groups) -> DataReport:
     step = max(1, len(groups) * 4 // TRUNCATION_SAMPLE)
     lists = [(i, groups.documents[i]) for i in range(0, len(groups), step)]
     sample = [(i, document) for i, documents in lists for document in documents[:: even_step(len(documents), 4)]]
     queries, texts = [groups.queries[i] for i, _ in sample], groups.text(document for _, document in sample)
     query_rate, text_rate = encoder.truncation_rates(queries, texts)
-    report = dataclasses.replace(
-        data.report, truncated_queries=query_rate, truncated_documents=text_rate, plan=str(plan)
-    )
+    return dataclasses.replace(report, truncated_queries=query_rate, truncated_documents=text_rate)
+
+
+def _new_record(encoder: PairEncoder, data: StageData, plans: Sequence[Plan], place: int, start: str) -> StageRecord:
+    fitter = data.fitter
+    reports = [_part_report(encoder, part, plan) for part, plan in zip(data.parts, plans, strict=True)]
+    report = reports[0] if len(reports) == 1 else DataReport.of_parts(dict(zip(fitter.names, reports, strict=True)))
     digest = ""
     with contextlib.suppress(ValueError):  # of a loss that can't be digested
         digest = sha256_of(fitter.readable_settings())
+    losses = [(weight, part.loss) for weight, part in fitter.terms]
     return StageRecord(
-        fitter=repr(fitter), loss=getattr(fitter.loss, "__name__", format_value(fitter.loss)), digest=digest,
-        data=data.digest, queries=len(groups), documents=report.documents, place=place, start=start, seed=fitter.seed,
-        plan=dataclasses.asdict(plan),
+        fitter=repr(fitter), objective=fitter.objective,
+        loss=format_sum((weight, getattr(loss, "__name__", format_value(loss))) for weight, loss in losses),
+        digest=digest, data=data.digest, queries=len(data.qids), documents=report.documents, place=place, start=start,
+        seed=data.settings.seed, plan=dataclasses.asdict(plans[0]),
         versions=library_versions(), data_report=dataclasses.asdict(report),
     )  # fmt: skip
 

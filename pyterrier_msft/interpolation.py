@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 from ir_measures import nDCG
 
+from pyterrier_msft.algebra import weighted_sum
+from pyterrier_msft.data.mixture import TrainingResults
 from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.data.validation import validation_frames
 from pyterrier_msft.fitting import StageData, ValidationFrames, fit_stages, stages_to_resume
@@ -109,15 +111,16 @@ def choose_weight(parts: Sequence[Scored], metric: Any, *, spread: float) -> Int
 
 
 def candidates_of(
-    results: pd.DataFrame | str | Path, qrels: pd.DataFrame | None, texts: TextSource
+    results: TrainingResults, qrels: pd.DataFrame | None, texts: TextSource
 ) -> ValidationFrames | None:
     """Return the training results and qrels that can choose a weight; None, with a warning, if there are no labels.
 
     Raises:
         ValueError: If the results have no scores, or the labels aren't whole numbers.
     """
-    if isinstance(results, str | Path) or qrels is None:
-        found = "without qrels" if qrels is None else "in a file"
+    if not isinstance(results, pd.DataFrame) or qrels is None:
+        is_list = isinstance(results, list | tuple)
+        found = "several sources" if is_list else "without qrels" if qrels is None else "in a file"
         warn(
             f"no weight is chosen for the first stage's score: the training results are {found}, and there are no "
             "validation results. Pass these, call fit again with labels, or set a number as interpolate"
@@ -140,7 +143,7 @@ class HeldOut:
         Raises:
             ValueError: If there are too few queries.
         """
-        trained = {qid for data in prepared for qid in data.groups.qids}
+        trained = {qid for data in prepared for qid in data.qids}
         qids = np.array(sorted(trained & {*frames[0]["qid"]}))
         if len(qids) < MIN_QUERIES:
             raise ValueError(
@@ -165,11 +168,17 @@ def _affordable(data: Validation, pairs: int) -> Validation:
 
 def _without(data: StageData, qids: set[str]) -> StageData:
     """Leave queries out, and see the others as often and in batches of the same size."""
-    plan = plan_training(data.fitter, data.groups, width=1, head_is_new=True)
-    fitter = dataclasses.replace(
-        data.fitter, max_steps=None, epochs=plan.epochs, batch_size=plan.batch_size // data.fitter.gradient_accumulation
-    )
-    return dataclasses.replace(data.without(qids), fitter=fitter)
+    plans = [plan_training(part.fitter, part.groups, width=1, head_is_new=True) for part in data.parts]
+    fitters = [
+        part.fitter.replace(
+            max_steps=None, epochs=plans[0].epochs, batch_size=plan.batch_size // part.fitter.gradient_accumulation
+        )
+        for part, plan in zip(data.parts, plans, strict=True)
+    ]
+    rest = data.without(qids)
+    parts = [dataclasses.replace(part, fitter=fitter) for part, fitter in zip(rest.parts, fitters, strict=True)]
+    weights = [weight for weight, _ in data.fitter.terms]
+    return StageData(weighted_sum(zip(weights, fitters, strict=True)), tuple(parts))
 
 
 def fit_reranker(
@@ -194,7 +203,7 @@ def fit_reranker(
         checkpoint_dir: The folder for checkpoints.
         verbose: Whether to show progress bars.
     """
-    metric = prepared[-1].fitter.metric or nDCG @ 10
+    metric = prepared[-1].settings.metric or nDCG @ 10
     parts: list[Validation] = []  # what chooses the weight
     halves: list[Scored] = []
     shrinkage: list[float] = []  # of the spread, from queries that a model was trained on to others
@@ -240,7 +249,7 @@ def fit_reranker(
 
 
 def _warn_of_earlier_labels(stages: Sequence[StageRecord]) -> None:
-    if earlier := [stage.fitter for stage in stages if stage.objective == "Contrastive"]:
+    if earlier := [stage.fitter for stage in stages if "Contrastive" in stage.objective.split()]:
         warn(
             f"the first stage's weight may be too small: an earlier fit, {earlier[-1]}, may have learned the labels of "
             "the queries that choose it. Pass validation results of other queries"

@@ -1,4 +1,4 @@
-"""Plots of training runs and of comparisons: learning curves, per-query differences, equivalence.
+"""Plots of training runs and of comparisons: learning curves, grids, reliability, differences, equivalence.
 
 Each function draws into `ax`, or into a new figure, and returns the Axes, so that titles, limits and saving are up to
 the caller: `learning_curve(ce.history).figure.savefig("curve.pdf")`. Colours are those of Okabe and Ito, which
@@ -7,7 +7,7 @@ changed. They need the extra [plot]: `pip install "pyterrier-msft[plot]"`.
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,16 +16,27 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from pyterrier_msft import significance
+from pyterrier_msft.plot_style import (
+    BLUE,
+    COLOURS,
+    GREY,
+    LIGHT_GREY,
+    MARKERS,
+    ORANGE,
+    PURPLE,
+    VERMILLION,
+    line_style,
+    new_axes,
+    require_columns,
+)
+from pyterrier_msft.selection_plots import grid, reliability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-# Black first: one or two systems, the usual case, then differ in lightness too.
-COLOURS = ("black", VERMILLION, BLUE, GREEN, PURPLE, ORANGE, SKY)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 2)))
-GREY, LIGHT_GREY = "0.45", "0.75"
+__all__ = [
+    "COLOURS", "MARKERS", "equivalence", "grid", "learning_curve", "query_differences", "reliability",
+]  # fmt: skip
 
 SMOOTHING_WINDOWS = 20  # number of the running mean's windows in a stage
 MIN_STAGE_WIDTH = 0.15  # share of the x-axis; if a stage is narrower, names alternate between two lines
@@ -61,12 +72,12 @@ def learning_curve(history: pd.DataFrame, *, ax: "Axes | None" = None, metric: s
     Raises:
         ValueError: If a column is missing, the metric isn't there, or several columns could be the metric.
     """
-    _require_columns(history, ["stage", "step"], "history")
+    require_columns(history, ["stage", "step"], "history")
     metric = _metric_column(history, metric)
     has_loss = "loss" in history and bool(history["loss"].notna().any())
     if not has_loss and metric is None:
         raise ValueError(f"history must have a loss or a metric with values; got {list(history)}")
-    ax = _axes(ax, (7.5, 4.2))
+    ax = new_axes(ax, (7.5, 4.2))
     systems = history.groupby("system", sort=False, dropna=False) if "system" in history else [("", history)]
     curves = {str(name): _consecutive(frame) for name, frame in systems}
     right = (ax.twinx() if has_loss else ax) if metric is not None else None
@@ -75,7 +86,7 @@ def learning_curve(history: pd.DataFrame, *, ax: "Axes | None" = None, metric: s
     if right is not None:
         for k, curve in enumerate(curves.values()):
             rows = curve[curve[metric].notna()]
-            colour = _style(k) if len(curves) > 1 else {"color": BLUE}
+            colour = line_style(k) if len(curves) > 1 else {"color": BLUE}
             style: dict[str, Any] = {"marker": MARKERS[k % len(MARKERS)], "markersize": 4, "linewidth": 1.6}
             right.plot(rows["x"], rows[metric], **style, **colour)
         right.set_ylabel(f"validation {metric}" + " (marked)" * has_loss, parse_math=False)
@@ -117,7 +128,7 @@ def query_differences(
     Raises:
         ValueError: If a column, system or the measure is missing, or the systems have different queries.
     """
-    _require_columns(perquery, ["name"], "perquery")
+    require_columns(perquery, ["name"], "perquery")
     if missing := {system, baseline} - set(perquery["name"]):
         raise ValueError(f"systems must be among {list(perquery['name'].unique())}; got {sorted(missing)}")
     values = significance.query_values(perquery[perquery["name"].isin([system, baseline])], measure)
@@ -125,11 +136,11 @@ def query_differences(
     d = differences.to_numpy().round(12)  # averages over seeds may differ by 1e-17
     labels = [str(qid) for qid in differences.index]
     if topics is not None:
-        _require_columns(topics, ["qid", "query"], "topics")
+        require_columns(topics, ["qid", "query"], "topics")
         queries = dict(zip(topics["qid"].map(str), topics["query"].map(str), strict=True))
         labels = [queries.get(qid, qid) for qid in labels]
 
-    ax = _axes(ax, (7.5, 4.2))
+    ax = new_axes(ax, (7.5, 4.2))
     n, gains, losses = len(d), int((d > 0).sum()), int((d < 0).sum())
     width = 0.85 if n <= 60 else 1.0  # gaps between many bars would flicker
     ax.bar(range(n), d, width=width, color=[BLUE if v > 0 else ORANGE for v in d])
@@ -159,12 +170,12 @@ def equivalence(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
         ValueError: If columns are missing, or there are no rows.
     """
     needed = ["measure", "system", "baseline", "n_queries", "difference", "ci_low", "ci_high", "ci_level", "margin"]
-    _require_columns(table, [*needed, "verdict"], "table")
+    require_columns(table, [*needed, "verdict"], "table")
     if table.empty:
         raise ValueError("table must have at least one row; got none")
     groups = list(table.groupby("measure", sort=False))
     has_headings = len(groups) > 1  # the measure's name above its rows
-    ax = _axes(ax, (7.5, 1.3 + 0.36 * (len(table) + has_headings * len(groups))))
+    ax = new_axes(ax, (7.5, 1.3 + 0.36 * (len(table) + has_headings * len(groups))))
     lines: list[tuple[str, str]] = []  # the text on the left and on the right of each line, from the top
     for measure, rows in groups:
         if has_headings:
@@ -191,26 +202,6 @@ def equivalence(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
         parse_math=False,
     )
     return ax
-
-
-def _axes(ax: "Axes | None", size: tuple[float, float]) -> "Axes":
-    if ax is not None:
-        return ax
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as e:
-        raise ImportError('plots need the extra [plot]: pip install "pyterrier-msft[plot]"') from e
-    return plt.subplots(figsize=size, layout="constrained")[1]
-
-
-def _style(k: int) -> dict[str, Any]:
-    """The colour and line style of the k-th system."""
-    return {"color": COLOURS[k % len(COLOURS)], "linestyle": LINE_STYLES[k % len(LINE_STYLES)]}
-
-
-def _require_columns(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
-    if missing := [column for column in columns if column not in frame]:
-        raise ValueError(f"{what} must have the columns {list(columns)}; got {list(frame)} without {missing}")
 
 
 def _metric_column(history: pd.DataFrame, metric: str | None) -> str | None:
@@ -255,7 +246,7 @@ def _plot_losses(ax: "Axes", curves: Mapping[str, pd.DataFrame], *, faded: bool)
                     ax.plot(part["x"], part["loss"], color=LIGHT_GREY, linewidth=0.7)
                 ax.plot(part["x"], smooth, color=GREY, linewidth=1.4)
             else:
-                ax.plot(part["x"], smooth, alpha=0.45 if faded else 1.0, linewidth=1.2, **_style(k))
+                ax.plot(part["x"], smooth, alpha=0.45 if faded else 1.0, linewidth=1.2, **line_style(k))
     smoothing = " (light), running mean (dark)" if is_single else ", running mean"
     ax.set_ylabel("training loss" + smoothing * is_smoothed)
 
@@ -285,7 +276,7 @@ def _add_legend(ax: "Axes", curves: Mapping[str, pd.DataFrame], *, marked: bool)
     stages = {name: ", then ".join(stage for stage, _ in _stages(curve)) for name, curve in curves.items()}
     differ = len(set(stages.values())) > 1
     handles = [
-        Line2D([], [], marker=MARKERS[k % len(MARKERS)] if marked else None, markersize=4, **_style(k),
+        Line2D([], [], marker=MARKERS[k % len(MARKERS)] if marked else None, markersize=4, **line_style(k),
                label=f"{name} ({stages[name]})" if differ else name)
         for k, name in enumerate(curves)
     ]  # fmt: skip

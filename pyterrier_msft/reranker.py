@@ -11,12 +11,15 @@ import pyterrier as pt
 import torch
 from transformers import PreTrainedModel
 
+from pyterrier_msft.algebra import FitterSequence, FitterSum, check_fitter
 from pyterrier_msft.cached import CachedMonoCE
+from pyterrier_msft.calibration import CalibrationMixin
 from pyterrier_msft.data.frames import FIRST_STAGE_SCORE, first_stage_scores, with_scores
+from pyterrier_msft.data.mixture import TrainingResults
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.data.validation import validation_frames, warn_of_shared_queries
-from pyterrier_msft.fitters import Contrastive, Fitter, FitterSequence, check_fitter
+from pyterrier_msft.fitters import Contrastive, Fitter
 from pyterrier_msft.fitting import prepare_stage
 from pyterrier_msft.interpolation import HeldOut, candidates_of, fit_reranker
 from pyterrier_msft.model.cross_encoder import SOURCE_SETTINGS, CrossEncoder
@@ -33,7 +36,7 @@ RESULT_COLUMNS = {"qid", "query", "docno", "score", "rank"}
 WEIGHTS_SETTINGS = {"model", "adapter", "revision", "trust_remote_code", *SOURCE_SETTINGS}
 
 
-class MonoCE(SavingMixin, pt.Estimator):
+class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
     """A Transformer that re-scores each query's documents with a point-wise cross-encoder.
 
     It needs the columns qid, query, docno and text, sets score and rank, and keeps all others. `fit` trains the model
@@ -96,9 +99,10 @@ class MonoCE(SavingMixin, pt.Estimator):
 
     def __init__(
         self, model: str | Path | PreTrainedModel = "google/electra-base-discriminator", *,
-        fitter: Fitter | FitterSequence | None = None, adapter: Any = None, text_field: str = "text", text: Any = None,
-        max_length: int = 256, max_query_length: int | None = None, interpolate: bool | float = False,
-        passages: int = 1, batch_size: int | None = None, dtype: str | torch.dtype = "auto",
+        fitter: Fitter | FitterSum | FitterSequence | None = None, adapter: Any = None, text_field: str = "text",
+        text: Any = None, max_length: int = 256, max_query_length: int | None = None,
+        interpolate: bool | float = False, passages: int = 1, batch_size: int | None = None,
+        dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None, seed: int = 42, revision: str | None = None,
         trust_remote_code: bool = False, relevant: int | str | None = None, template: str | None = None,
         true: str | None = None, false: str | None = None, verbose: bool = False,
@@ -112,7 +116,10 @@ class MonoCE(SavingMixin, pt.Estimator):
         check_number("batch_size", batch_size, integer=True)
         check_number("seed", seed, integer=True, minimum_zero=True, required=True)
         if not isinstance(text_field, str) or text_field in RESULT_COLUMNS:
-            raise ValueError(f"text_field must be the name of a column of text; got {text_field!r}")
+            raise ValueError(
+                f"text_field must be the name of a column of text; got {text_field!r}. Join several columns first, e.g. "
+                "with pt.apply.text(lambda row: row['title'] + ' ' + row['body'])"
+            )
         TextSource(text_field, text)  # checks it
         self.cross_encoder = CrossEncoder(
             model, adapter=adapter, dtype=dtype, device=device, seed=seed, revision=revision,
@@ -128,6 +135,8 @@ class MonoCE(SavingMixin, pt.Estimator):
         self.batch_size = batch_size
         self.verbose = verbose
         self.stages: list[StageRecord] = []  # one per stage of training
+        # The fitters before and after `set_parameter`, until `fit`.
+        self._replaced_fitter: tuple[Any, Any] | None = None
 
     # ---- scoring
 
@@ -139,7 +148,7 @@ class MonoCE(SavingMixin, pt.Estimator):
 
         Returns:
             The same rows in the same order, with new values of `score` (the model's raw output, unless `interpolate`)
-            and `rank` (from 0).
+            and `rank` (from 0); after `calibrate`, also with `probability`.
         """
         inp = self.prepare(inp)
         return self.with_scores(inp, self.score(inp))
@@ -147,11 +156,12 @@ class MonoCE(SavingMixin, pt.Estimator):
     def with_scores(self, prepared: pd.DataFrame, model_scores: np.ndarray) -> pd.DataFrame:
         """Set the scores and ranks that follow from the model's scores of the rows that `prepare` returned."""
         if self.interpolate is False:
-            return with_scores(prepared, model_scores)
+            return self.add_probability(with_scores(prepared, model_scores))
         first, weight = first_stage_scores(prepared, "results"), self.first_stage_weight
         if weight is None and len(prepared):
             raise ValueError(f"interpolate must be a number until fit chooses it; got True in {self!r}")
-        return with_scores(prepared.assign(**{FIRST_STAGE_SCORE: first}), model_scores + (weight or 0.0) * first)
+        prepared = prepared.assign(**{FIRST_STAGE_SCORE: first})
+        return self.add_probability(with_scores(prepared, model_scores + (weight or 0.0) * first))
 
     @property
     def first_stage_weight(self) -> float | None:
@@ -164,6 +174,12 @@ class MonoCE(SavingMixin, pt.Estimator):
         """Check results to score and add their texts; warn about empty texts and an untrained model."""
         extra_columns = [] if self.interpolate is False else ["score"]
         inp = self._texts.check_and_add_to(inp, context=self, extra_columns=extra_columns)
+        if len(inp) and self._replaced_fitter is not None and self.fitter is self._replaced_fitter[1]:
+            raise ValueError(
+                f"fit is required after set_parameter('fitter', ...); got {self!r} with the weights of before. "
+                "pt.GridScan and pt.GridSearch never call fit: compare fitters with pyterrier_msft.fit_grid"
+            )
+        self.check_calibration()
         if len(inp) and self.cross_encoder.head_is_new:
             warn(
                 f"{self!r} gives random scores: its head is untrained. Call fit(); PyTerrier fits an estimator "
@@ -195,16 +211,17 @@ class MonoCE(SavingMixin, pt.Estimator):
     # ---- training
 
     def fit(
-        self, topics_or_res_tr: pd.DataFrame | str | Path, qrels_tr: pd.DataFrame | None = None,
+        self, topics_or_res_tr: TrainingResults, qrels_tr: pd.DataFrame | None = None,
         topics_or_res_va: pd.DataFrame | None = None, qrels_va: pd.DataFrame | None = None, *,
-        fitter: Fitter | FitterSequence | None = None, checkpoint_dir: str | Path | None = None,
+        fitter: Fitter | FitterSum | FitterSequence | None = None, checkpoint_dir: str | Path | None = None,
     ) -> Self:  # fmt: skip
         """Train the model in place on a first stage's results.
 
         Args:
             topics_or_res_tr: The results: qid, query, docno, text, and score or rank. Or a file of them, of any size
                 (extra `[runs]`): a TREC run, plain or `.gz`, or Parquet. `MonoCE(..., text=dataset)` then provides
-                the queries and the texts, which are looked up batch by batch.
+                the queries and the texts, which are looked up batch by batch. Or a list of several sources, see
+                `Stage`.
             qrels_tr: qid, docno, label. Not needed for distillation.
             topics_or_res_va: Validation results, of other queries. The weights with the best value of the fitter's
                 metric are kept.
@@ -232,26 +249,38 @@ class MonoCE(SavingMixin, pt.Estimator):
                 prepare_stage(stage, topics_or_res_tr, qrels_tr, self._texts, verbose=self.verbose) for stage in fitters
             ]
             if validation is not None:
-                warn_of_shared_queries(validation[0], {qid for data in prepared for qid in data.groups.qids})
+                warn_of_shared_queries(validation[0], {qid for data in prepared for qid in data.qids})
             held_out = None if candidates is None else HeldOut.of(candidates, prepared)
             # Stages of the same length share an encoder, which keeps the token ids of texts.
-            encoders = {
-                length: self.pair_encoder(length) for length in {None, *(stage.max_length for stage in fitters)}
-            }
-            fit_reranker(
-                self.cross_encoder, [encoders[stage.max_length] for stage in fitters], prepared, self.stages,
-                interpolate=self.interpolate, scorer=encoders[None], held_out=held_out, validation=validation,
-                checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
-                verbose=self.verbose and distributed.rank() == 0,
-            )  # fmt: skip
+            lengths = [data.settings.max_length for data in prepared]
+            encoders = {length: self.pair_encoder(length) for length in {None, *lengths}}
+            self._replaced_fitter = None
+            try:
+                fit_reranker(
+                    self.cross_encoder, [encoders[length] for length in lengths], prepared, self.stages,
+                    interpolate=self.interpolate, scorer=encoders[None], held_out=held_out, validation=validation,
+                    checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
+                    verbose=self.verbose and distributed.rank() == 0,
+                )  # fmt: skip
+            finally:
+                self.remove_stale_calibration()
         return self
+
+    def set_parameter(self, name: str, value: Any) -> None:
+        """Set an attribute by name, as `pt.GridScan` does. After a change of the fitter, `transform` needs a `fit`."""
+        before, replaced = self.fitter, self._replaced_fitter
+        super().set_parameter(name, value)
+        if name == "fitter":
+            original = replaced[0] if replaced is not None and replaced[1] is before else before
+            self._replaced_fitter = None if value is original else (original, value)
 
     @property
     def history(self) -> pd.DataFrame:
         """What training logged, one row per entry.
 
         Columns: stage (from 1), fitter, step (updates in the stage), epoch, loss (the mean since the previous row),
-        learning_rate, the metric's name (with validation), seconds (since the stage began) and pairs_per_second.
+        learning_rate, with a sum of fitters the loss of each part, e.g. loss_Contrastive, without its weight, the
+        metric's name (with validation), seconds (since the stage began) and pairs_per_second.
         """
         return history_frame(self.stages)
 
@@ -300,9 +329,12 @@ class MonoCE(SavingMixin, pt.Estimator):
         """
         return CachedMonoCE(self, Path(folder))
 
-    def clone(self) -> "MonoCE":
-        """Copy the re-ranker with its settings, weights and history."""
-        return self._with_model(self.cross_encoder.clone())
+    def clone(self, *, fitter: Fitter | FitterSum | FitterSequence | None = None) -> "MonoCE":
+        """Copy the re-ranker with its settings, weights and history; `fitter` replaces its own."""
+        other = self._with_model(self.cross_encoder.clone())
+        if fitter is not None:
+            other.fitter = check_fitter(fitter)
+        return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MonoCE":
         return self.clone()
@@ -330,4 +362,4 @@ class MonoCE(SavingMixin, pt.Estimator):
     def take_weights(self, other: "MonoCE") -> None:
         """Share the weights and the history of another re-ranker; keep this one's settings."""
         self.cross_encoder.take_weights(other.cross_encoder)
-        self.stages = other.stages
+        self.stages, self.calibration = other.stages, other.calibration

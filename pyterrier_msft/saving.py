@@ -1,6 +1,7 @@
 """Save a re-ranker to a folder or the Hugging Face hub, and load it again."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import tempfile
@@ -11,6 +12,7 @@ import pandas as pd
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
+from pyterrier_msft.calibration import Calibration
 from pyterrier_msft.model import adapters, hub, storage
 from pyterrier_msft.model.card import model_card
 from pyterrier_msft.model.cross_encoder import SOURCE_SETTINGS, CrossEncoder
@@ -31,6 +33,7 @@ class SavingMixin:
 
     cross_encoder: CrossEncoder
     stages: list[StageRecord]
+    calibration: Calibration | None
 
     def save(
         self, path: str | Path, *, merged: bool = True, license: str | None = None, metrics: pd.DataFrame | None = None,
@@ -129,6 +132,8 @@ class SavingMixin:
         if (folder / RECORD).is_file():  # without a record, the model itself is the base of what is trained from it
             loaded.cross_encoder.hub_name = record.base
         loaded.stages = record.stages
+        if record.calibration is not None and record.calibration.get("fingerprint") == record.fingerprint:
+            loaded.calibration = Calibration.from_record(record.calibration)
         return loaded
 
     def _write(self, folder: Path, *, merged: bool, **card: Any) -> None:
@@ -138,6 +143,9 @@ class SavingMixin:
             settings["relevant"] = None  # two labels have become one
         fingerprint = model.write(folder, max_length=settings["max_length"], merged=merged)
         record = ModelRecord(settings, model.hub_name, model.head_is_new, fingerprint, self.stages, library_versions())
+        if self.calibration is not None and self.calibration.fingerprint == model.fingerprint:
+            # A merged adapter has another fingerprint, but the same scores.
+            record.calibration = {**dataclasses.asdict(self.calibration), "fingerprint": fingerprint}
         (folder / storage.FIRST).write_text(json.dumps(ARTIFACT))
         card_text = model_card(record, is_adapter=is_adapter, kind=model.kind, **card)
         (folder / "README.md").write_text(card_text, encoding="utf-8")

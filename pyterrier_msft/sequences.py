@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -13,9 +13,11 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError
 
+from pyterrier_msft.algebra import FitterSequence, FitterSum, check_fitter
 from pyterrier_msft.data.frames import frame_digest
+from pyterrier_msft.data.mixture import Source, TrainingResults, as_sources
 from pyterrier_msft.digests import sha256_of
-from pyterrier_msft.fitters import Fitter, FitterSequence, check_fitter
+from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.fitting import ValidationFrames
 from pyterrier_msft.model.fingerprint import dropout_settings
 from pyterrier_msft.reranker import MonoCE
@@ -35,31 +37,42 @@ class Stage:
     Args:
         fitter: The fitter, for example `Contrastive()`.
         results: First-stage results with columns qid, query, docno, text, and score or rank; or the path of a file of
-            results, see `MonoCE.fit`.
-        qrels: Columns qid, docno and label. None if the fitter doesn't need them.
+            results, see `MonoCE.fit`. Or several sources: a list of (results, qrels) or (results, qrels, weight), for
+            example the candidates of two first stages, or two data sets. Sources stay separate, even if they share
+            qids: each has its own lists. The weight (default: 1) is how often an epoch draws each of the source's
+            queries, compared with a source of weight 1: with 2 twice, each time with newly sampled documents, and
+            with 0.5 in every second epoch, which ones depends on the seed.
+        qrels: Columns qid, docno and label. None if the fitter doesn't need them, or the results are several sources.
     """
 
-    fitter: Fitter | FitterSequence
-    results: pd.DataFrame | str | Path
+    fitter: Fitter | FitterSum | FitterSequence
+    results: TrainingResults
     qrels: pd.DataFrame | None = None
 
     def __post_init__(self) -> None:
         check_fitter(self.fitter)
+        as_sources(self.results, self.qrels)  # checks them
 
-    def added(self) -> pd.DataFrame | None:
-        """Return the qrels if documents of them may be added to the results, which then need a text."""
-        adds = any(getattr(fitter, "add_missing_positives", False) for fitter in self.fitter.stages)
-        return self.qrels if adds else None
+    def lookups(self) -> list[tuple[pd.DataFrame | str | Path, pd.DataFrame | None]]:
+        """Return each source's results, and its qrels if documents of them may be added, which then need a text."""
+        fitters = [fitter for stage in self.fitter.stages for fitter in stage.parts]
+        adds = any(getattr(fitter, "add_missing_positives", False) for fitter in fitters)
+        return [(source.results, source.qrels if adds else None) for source in as_sources(self.results, self.qrels)]
 
     def digest(self) -> str:
         """Return a digest of the fitter and the data."""
-        if isinstance(self.results, pd.DataFrame):
-            results = frame_digest(self.results)
-        else:
-            with Path(self.results).open("rb") as file:
-                results = hashlib.file_digest(file, "sha256").hexdigest()
-        qrels = "" if self.qrels is None else frame_digest(self.qrels)
-        return sha256_of([self.fitter.digest(), results, qrels])
+        first, *others = map(_source_digest, as_sources(self.results, self.qrels))
+        return sha256_of([self.fitter.digest(), *first, *others])
+
+
+def _source_digest(source: Source) -> list[Any]:
+    if isinstance(source.results, pd.DataFrame):
+        results = frame_digest(source.results)
+    else:
+        with Path(source.results).open("rb") as file:
+            results = hashlib.file_digest(file, "sha256").hexdigest()
+    qrels = "" if source.qrels is None else frame_digest(source.qrels)
+    return [results, qrels, float(source.weight)]
 
 
 @overload
@@ -87,7 +100,7 @@ def fit_sequences(
         reranker: The re-ranker that every sequence starts from; it isn't changed.
         stages: The stages by name.
         sequences: Names of stages joined by `-`, for example `["CL", "KD", "CL-KD", "KD-CL"]`. A beginning
-            that sequences share is trained once.
+            that sequences share is trained once. A stage's name may have a `-` too, e.g. `"lr=1e-05"`.
         validation: Results and qrels of other queries, to validate every stage on.
         save_dir: Folder to keep each stage's result in, under a digest of everything that determines it (fitter, data,
             initial weights, settings), so that a later call reuses it. An interrupted stage is resumed from its
@@ -100,7 +113,7 @@ def fit_sequences(
         dictionary.
 
     Raises:
-        ValueError: If a sequence names an unknown stage, or `save_dir` can't be written to.
+        ValueError: If a sequence names an unknown stage or can be read in two ways, or `save_dir` can't be written to.
     """
     paths = {name: _parse_sequence(name, stages) for name in sequences}
     if seeds is not None:
@@ -149,7 +162,7 @@ class _Folders:
         dropout = dropout_settings(reranker.cross_encoder.network.config)
         self.context = [SEMANTICS_VERSION, torch.__version__, frames, looked_up, settings, dropout]
         self.stages = {
-            name: [stages[name].digest(), reranker.source_digest(stages[name].results, stages[name].added())]
+            name: [stages[name].digest(), *(reranker.source_digest(*lookup) for lookup in stages[name].lookups())]
             for path in paths.values()
             for name in path
         }
@@ -171,8 +184,7 @@ def _fit_stage(
         saved.fitter = stage.fitter
         return saved
     logger.info("%s: training with %r", name, stage.fitter)
-    trained = start.clone()
-    trained.fitter = stage.fitter
+    trained = start.clone(fitter=stage.fitter)
     trained.fit(stage.results, stage.qrels, *(validation or (None, None)), checkpoint_dir=checkpoint_dir)
     if folder is not None and checkpoint_dir is not None:
         # Adapters aren't merged, so that the next stage can train them.
@@ -199,15 +211,31 @@ def _load_result(start: MonoCE, folder: Path) -> MonoCE | None:
 
 
 def _parse_sequence(name: str, stages: Mapping[str, Stage]) -> tuple[str, ...]:
-    path = tuple(name.split("-"))
-    if unknown := [part for part in path if part not in stages]:
+    if name in stages:  # which may have a '-'
+        return (name,)
+    paths = [*_paths(name, stages)]
+    if not paths:
+        unknown = next(part for part in name.split("-") if part not in stages)
         raise ValueError(
-            f"sequences must be names of stages joined by '-'; got {name!r} with the unknown stage {unknown[0]!r}. "
+            f"sequences must be names of stages joined by '-'; got {name!r} with the unknown stage {unknown!r}. "
             f"The stages are {', '.join(stages)}"
         )
-    return path
+    if len(paths) > 1:
+        first, second = (" then ".join(map(repr, path)) for path in paths[:2])
+        raise ValueError(
+            f"sequences must have one reading; got {name!r}, which may be {first}, or {second}. Rename a stage"
+        )
+    return paths[0]
+
+
+def _paths(name: str, stages: Mapping[str, Stage]) -> Iterator[tuple[str, ...]]:
+    """Yield each way to read a name as names of stages joined by `-`."""
+    for stage in stages:
+        if name == stage:
+            yield (stage,)
+        elif name.startswith(f"{stage}-"):
+            yield from ((stage, *rest) for rest in _paths(name.removeprefix(f"{stage}-"), stages))
 
 
 def _with_seed(stage: Stage, seed: int) -> Stage:
-    fitters = tuple(dataclasses.replace(fitter, seed=seed) for fitter in stage.fitter.stages)
-    return dataclasses.replace(stage, fitter=fitters[0] if len(fitters) == 1 else FitterSequence(fitters))
+    return dataclasses.replace(stage, fitter=stage.fitter.replace(seed=seed))

@@ -29,42 +29,45 @@ logger = logging.getLogger(__name__)
 QUERIES_PER_CALL = 8
 
 
-def check_teacher(teacher: Any) -> None:
-    """Raise a ValueError for what can't be a teacher, without reading or running it."""
+def check_teacher(teacher: Any, name: str = "teacher") -> None:
+    """Raise a ValueError for what can't be a teacher, without reading or running it; `name` is the argument's."""
     if teacher is None or isinstance(teacher, pd.DataFrame | pt.Transformer):
         return
     if isinstance(teacher, str | Path):
         if not Path(teacher).is_file():
-            raise ValueError(f"teacher must be a TREC run or permutations; there is no file {str(teacher)!r}")
+            raise ValueError(f"{name} must be a TREC run or permutations; there is no file {str(teacher)!r}")
     elif isinstance(teacher, Mapping) and teacher:
         for part in teacher.values():
-            check_teacher(part)
+            check_teacher(part, name)
     else:
         raise ValueError(
-            "teacher must be a frame, the path of a TREC run or of permutations (.jsonl), a transformer, a mapping of "
+            f"{name} must be a frame, the path of a TREC run or of permutations (.jsonl), a transformer, a mapping of "
             f"names to these, or None; got {teacher!r}"
         )
 
 
 def get_ranking(
-    teacher: Any, results: pd.DataFrame, *, depth: int | None = None, text_field: str = "text", verbose: bool = False
-) -> pd.DataFrame | None:
+    teacher: Any, results: pd.DataFrame, *, depth: int | None = None, relevant: pd.DataFrame | None = None,
+    text_field: str = "text", verbose: bool = False, name: str = "teacher",
+) -> pd.DataFrame | None:  # fmt: skip
     """Return a teacher's ranking, see `Distillation`; None if the teacher is None, as the results are the ranking then.
 
-    A transformer is applied to the top `depth` of the results. Only transformers and mappings need the results.
+    A transformer is applied to the top `depth` of the results, and to the documents of `relevant` (qid, docno) at any
+    rank. Only transformers and mappings need the results. `name` is the argument's, for messages.
     """
     if isinstance(teacher, pt.Transformer):
-        return _apply(teacher, top_documents(results, depth=depth, text_field=text_field), verbose=verbose)
+        candidates = top_documents(results, depth=depth, text_field=text_field, relevant=relevant)
+        return _apply(teacher, candidates, verbose=verbose, name=name)
     if isinstance(teacher, str | Path):
-        return _read_ranking(Path(teacher))
+        return _read_ranking(Path(teacher), name)
     if isinstance(teacher, Mapping):
         rankings = {}
-        for name, part in teacher.items():
+        for key, part in teacher.items():
             found = get_ranking(part, results, depth=depth, text_field=text_field, verbose=verbose)
-            rankings[name] = results if found is None else found
-            require_columns(rankings[name], ["qid", "docno"], f"teacher {name!r}")
-            if not _pairs(results).isin(_pairs(rankings[name])).any():
-                raise ValueError(f"teacher {name!r} must rank documents of the results; got none in common")
+            rankings[key] = results if found is None else found
+            require_columns(rankings[key], ["qid", "docno"], f"teacher {key!r}")
+            if not _pairs(results).isin(_pairs(rankings[key])).any():
+                raise ValueError(f"teacher {key!r} must rank documents of the results; got none in common")
         return fuse(rankings)
     frame: pd.DataFrame | None = teacher
     return frame
@@ -100,7 +103,7 @@ def _pairs(frame: pd.DataFrame) -> pd.MultiIndex:
     return pd.MultiIndex.from_arrays([as_ids(frame["qid"]), as_ids(frame["docno"])])
 
 
-def _read_ranking(path: Path) -> pd.DataFrame:
+def _read_ranking(path: Path, name: str) -> pd.DataFrame:
     """Read permutations (.jsonl or .json) or a TREC run."""
     if uncompressed_suffix(path) in {".jsonl", ".json"}:
         return read_permutations(path)
@@ -110,17 +113,17 @@ def _read_ranking(path: Path) -> pd.DataFrame:
             raise ValueError(f"{int(frame['score'].isna().sum()):,} lines have no score")
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(
-            "teacher must be a TREC run (qid Q0 docno rank score name), or permutations with the suffix .jsonl; got "
+            f"{name} must be a TREC run (qid Q0 docno rank score name), or permutations with the suffix .jsonl; got "
             f"{path}: {error}"
         ) from error
     return frame
 
 
-def _apply(teacher: pt.Transformer, candidates: pd.DataFrame, *, verbose: bool) -> pd.DataFrame:
+def _apply(teacher: pt.Transformer, candidates: pd.DataFrame, *, verbose: bool, name: str) -> pd.DataFrame:
     """Apply a transformer to candidates, grouped by query, a few queries at a time."""
     query, qids = pd.factorize(candidates["qid"])
     parts = []
-    with pt.tqdm(total=len(qids), desc="teacher", unit="query", disable=not verbose) as bar:
+    with pt.tqdm(total=len(qids), desc=name, unit="query", disable=not verbose) as bar:
         if isinstance(teacher, Cached) and len(candidates):
             return teacher.rank(candidates, bar.update)
         for _, batch in candidates.groupby(query // QUERIES_PER_CALL):
@@ -136,8 +139,8 @@ def cached(teacher: pt.Transformer, folder: str | Path, *, batch_size: int = 1, 
     """Cache a re-ranker's rankings on disk, so that an interrupted run can be resumed.
 
     The key of a ranking is the query and its documents in order, with their texts and other columns; scores and ranks
-    affect only that order. The key includes the teacher's `fingerprint` if the teacher has one, as a
-    `MonoCE` does. Other properties of a teacher can't be detected, so use one folder per model and prompt.
+    affect only that order. For a `MonoCE`, the key includes its fingerprint and settings, and the scores if it adds
+    them. Other properties of a teacher can't be detected, so use one folder per model and prompt.
 
     Args:
         teacher: A transformer or pipeline that re-ranks results, e.g. an LLM.
@@ -203,8 +206,9 @@ class Cached(pt.Transformer):
         if (key := order_key(frame)) is not None:
             frame = frame.iloc[np.argsort(-key, kind="stable")]
         by_query = dict(tuple(frame.groupby("qid", sort=False)))
-        fingerprint = str(getattr(self.teacher, "fingerprint", ""))
-        keys = {qid: _cache_key(by_query[qid], fingerprint) for qid in qids.unique()}  # in the order of the results
+        identity, columns = self._identity(), self._columns(frame)
+        # in the order of the results
+        keys = {qid: _cache_key(by_query[qid][columns], identity) for qid in qids.unique()}
         self._refresh()
         missing = [qid for qid, key in keys.items() if key not in self._scores]
         progress(len(keys) - len(missing))
@@ -216,6 +220,20 @@ class Cached(pt.Transformer):
         scores = np.array([self._scores.get(keys[qid], {}).get(docno, np.nan) for qid, docno in pairs], np.float64)
         ranked = ~np.isnan(scores)
         return with_scores(inp[ranked], scores[ranked])
+
+    def _identity(self) -> list[Any]:
+        """Return what is known of the teacher: the weights and settings of a `MonoCE`."""
+        teacher = getattr(self.teacher, "reranker", self.teacher)  # that of MonoCE.cached
+        if not hasattr(teacher, "fingerprint"):
+            return []
+        settings = teacher.scoring_settings() if hasattr(teacher, "scoring_settings") else {}
+        return [str(teacher.fingerprint), settings, getattr(teacher, "first_stage_weight", 0)]
+
+    def _columns(self, frame: pd.DataFrame) -> list[str]:
+        """Return the columns that a ranking depends on: all but score and rank, or with a score that is added."""
+        teacher = getattr(self.teacher, "reranker", self.teacher)
+        ignored = {"rank"} if getattr(teacher, "first_stage_weight", 0) else {"score", "rank"}
+        return sorted((column for column in frame.columns if column not in ignored), key=str)
 
     def _rank_and_store(self, candidates: dict[str, pd.DataFrame]) -> None:
         """Apply the teacher to the documents of some queries, given by cache key, and store its rankings."""
@@ -267,12 +285,10 @@ class Cached(pt.Transformer):
         self._position += len(whole) + bool(whole)
 
 
-def _cache_key(rows: pd.DataFrame, fingerprint: str) -> str:
-    """Digest a query with its documents in order: all columns but score and rank."""
-    columns = sorted((column for column in rows.columns if column not in {"score", "rank"}), key=str)
-    content = [[str(column), rows[column].tolist()] for column in columns]
-
-    return hashlib.sha256(json.dumps([fingerprint, content], default=_to_json, sort_keys=True).encode()).hexdigest()
+def _cache_key(rows: pd.DataFrame, identity: list[Any]) -> str:
+    """Digest a query with its documents in order, and the teacher's identity."""
+    content = [[str(column), rows[column].tolist()] for column in rows.columns]
+    return hashlib.sha256(json.dumps([identity, content], default=_to_json, sort_keys=True).encode()).hexdigest()
 
 
 def _to_json(value: Any) -> Any:

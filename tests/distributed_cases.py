@@ -27,6 +27,8 @@ CASES = {
     "ranknet": Distillation(depth=8, trainer_args=SGD, **{**FIT, "learning_rate": 3.0}),
     "accumulated": Distillation(depth=8, gradient_accumulation=3, trainer_args=SGD, **{**FIT, "learning_rate": 3.0}),
     "bounded": Contrastive(n_negatives=3, gradient_accumulation=2, pairs_per_pass=3, trainer_args=SGD, **FIT),
+    # the second part has batches of one query, so that rank 1 has none
+    "joint": Contrastive(n_negatives=3, trainer_args=SGD, **FIT) + 0.5 * Distillation(depth=8, batch_size=1),
     # batches of one query, so that rank 1 has none
     "alone": Contrastive(n_negatives=3, trainer_args=SGD, **{**FIT, "batch_size": 1, "epochs": 1}),
     "adamw": Contrastive(n_negatives=3, **{**FIT, "learning_rate": 1e-2, "clip_norm": 10.0}),

@@ -35,12 +35,13 @@ from transformers import (
     ViTConfig,
 )
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, losses
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_grid, fit_sequences, losses, report
 from pyterrier_msft.data.groups import Groups
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.data.validation import validation_frames
 from pyterrier_msft.fitting import prepare_stage
+from pyterrier_msft.sequences import _parse_sequence
 
 PAGE = Path(__file__).parents[1] / "docs" / "bad-input.md"
 NAN = float("nan")
@@ -88,7 +89,8 @@ def prepare(results: Any, qrels: Any, fitter: Any = SHORT) -> tuple[Groups, Data
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data = prepare_stage(fitter, results, qrels, TextSource("text"), verbose=False)
-    return data.groups, data.report, [str(w.message) for w in caught if w.category is UserWarning]
+    (part,) = data.parts
+    return part.groups, part.report, [str(w.message) for w in caught if w.category is UserWarning]
 
 
 def same_groups(results: pd.DataFrame, qrels: pd.DataFrame | None, fitter: Any = SHORT) -> None:
@@ -410,6 +412,19 @@ def test_infinite_scores(scorer):
 
 
 @row
+def test_scores_that_are_not_probabilities():
+    query = RESULTS["qid"].str.removeprefix("tr").astype(int)
+    teacher = RESULTS.assign(score=(RESULTS["score"] / 8) ** (1 + query))  # the best has 1
+    soft, message = losses.BinaryCrossEntropy(soft_labels=True), "teacher scores must be probabilities between 0 and 1"
+    for options in ({"loss": losses.mse, "scale": "logit"}, {"loss": soft}):
+        prepare(RESULTS, None, fitter=Distillation(teacher=teacher, **options))
+        for wrong in (2.0, -0.1):
+            other = teacher.assign(score=teacher["score"].replace({1.0: wrong}))
+            fitter = Distillation(teacher=other, **options)
+            rejects(f"{message}.*; 8 of 64 aren't, e.g. {wrong}", RESULTS, None, fitter=fitter)
+
+
+@row
 @pytest.mark.parametrize("first", [0, 1])
 def test_ranks_from_0_or_1(first):
     ranked = RESULTS.drop(columns="score").assign(rank=RESULTS["rank"] + first)
@@ -479,6 +494,8 @@ def test_copies_of_positives():
 def test_no_negatives():
     only = RESULTS.merge(QRELS[["qid", "docno"]])
     rejects("there are relevant documents, but no others", only, QRELS)
+    fitter = Contrastive(skip=99)
+    rejects("to use as negatives, below the first 99 that skip=99 leaves out", RESULTS, QRELS, fitter=fitter)
 
 
 @row
@@ -528,6 +545,46 @@ def test_teacher_without_overlap():
 
 
 @row
+def test_judge_without_scores(tmp_path):
+    judge = RESULTS.assign(score=RESULTS["quality"] - RESULTS["score"] / 3)
+    permutations = tmp_path / "permutations.jsonl"
+    passages = [{"docno": f"d{i}", "text": "w1"} for i in range(3)]
+    lines = [{"qid": f"tr{q}", "query": "w2", "passages": passages, "permutation": [2, 1, 3]} for q in range(8)]
+    permutations.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ranks = RESULTS.drop(columns="score")
+    for other, message in [
+        (ranks, "judge must have scores; got scores that only restate its ranks"),
+        (permutations, "judge must have scores; got scores that only restate its ranks"),
+        (judge.assign(score=NAN), "scores must be numeric"),
+        (judge.replace({"score": {judge["score"].max(): np.inf}}), "judge scores must be finite numbers; . of 64 "),
+    ]:
+        rejects(f"^{message}", RESULTS, QRELS, fitter=Contrastive(judge=other))
+
+
+@row
+def test_judge_without_overlap():
+    judge = RESULTS.assign(score=RESULTS["quality"] - RESULTS["score"] / 3)
+    for column in ("qid", "docno"):
+        fitter = Contrastive(judge=judge.assign(**{column: "x" + judge[column]}))
+        rejects(f"^judge must score documents of the results; got none in common: the {column}s don't match",
+                RESULTS, QRELS, fitter=fitter)  # fmt: skip
+    positives = judge["docno"].isin(QRELS["docno"])
+    some = judge[~(positives & judge["qid"].isin(["tr0", "tr1"])) & (judge["qid"] != "tr2")]
+    _, report, messages = prepare(RESULTS, QRELS, fitter=Contrastive(judge=some))
+    assert (report.unjudged_positives, report.unjudged_negatives) == (3, 7)
+    assert messages == [
+        "Contrastive found 3 of 8 queries whose relevant documents the judge didn't score: margin has no effect there"
+    ]
+
+
+@row
+def test_strict_judge():
+    judge = RESULTS.assign(score=RESULTS["quality"] - RESULTS["score"] / 3)
+    rejects("the judge scores all other documents .* like relevant ones, see margin",
+            RESULTS, QRELS, fitter=Contrastive(judge=judge, margin=100))  # fmt: skip
+
+
+@row
 def test_uninformative_teacher():
     tied = RESULTS.assign(score=1.0)
     rejects("0 of 8 queries do: each has only one document, or all", tied, None,
@@ -559,6 +616,10 @@ def test_class_as_fitter():
         lambda: Contrastive(batch_size=1.5),
         lambda: Contrastive(max_steps="10"),
         lambda: Contrastive(n_negatives=2.5),
+        lambda: Contrastive(skip=-1),
+        lambda: Contrastive(skip=None),
+        lambda: Contrastive(n_random=True),
+        lambda: Distillation(n_documents=0),
         lambda: Contrastive(seed=-1),
         lambda: Distillation(depth="20"),
         lambda: Distillation(dropout="0.1"),
@@ -570,6 +631,129 @@ def test_class_as_fitter():
 def test_invalid_settings(make):
     with pytest.raises(ValueError, match=r"must be a (positive|non-negative) (integer|number).*; got "):
         make()
+
+
+@row
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SHORT + (SHORT >> Distillation()), "fitters must be single stages in a sum; got the sequence Contr"),
+        (lambda: (SHORT >> Distillation()) + SHORT, "fitters must be single stages in a sum"),
+        (lambda: 0.5 * (SHORT >> Distillation()), "fitters must be single stages in a sum"),
+        (lambda: SHORT + 0 * Distillation(), "weight must be a positive number; got 0"),
+        (lambda: -0.5 * SHORT, r"weight must be a positive number; got -0\.5"),
+        (lambda: SHORT * NAN, "weight must be a positive number; got nan"),
+        (lambda: "a" * SHORT, "weight must be a positive number; got 'a'"),
+        (lambda: SHORT + 0.5, r"fitter must be e\.g\. Contrastive\(\) or .*; got 0\.5"),
+        (lambda: SHORT + Distillation, r"got the class Distillation\. Write Distillation\(\)"),
+        (lambda: SHORT + MonoCE("x/y"), r"fitter \+ must be followed by a fitter; got MonoCE\('x/y'\)"),
+        (
+            lambda: Contrastive(learning_rate=1e-4) + Distillation(learning_rate=2e-4),
+            r"learning_rate must be the same in the parts of a sum; got 0\.0001 and 0\.0002\. Set it in one part",
+        ),
+        (lambda: SHORT.replace(metric=RR @ 10) + Distillation(metric=None), "metric must be the same in the parts"),
+        (lambda: (SHORT + Distillation()).replace(skip=3), "settings must be those of Distillation; got 'skip'"),
+    ],
+)
+def test_invalid_sums(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@row
+def test_invalid_sources():
+    one = (RESULTS, QRELS)
+    rejects("^qrels must be None where results are a list", [one], QRELS)
+    rejects("^training results must have at least one source; got an empty list", [])
+    rejects(r"^source 2 must be \(results, qrels\) or .*; got a tuple of 4", [one, (*one, 1, 2)])
+    for weight in (0, -1, NAN, True, "2"):
+        rejects("^source 1 must have a positive number as its weight; got", [(*one, weight), one])
+    rejects("^source 2: qrels is required by Contrastive", [one, RESULTS])
+    rejects("^source 2: training results must be a data frame or a run's path; got dict", [one, ({}, QRELS)])
+    with pytest.raises(ValueError, match="^qrels must be None where results are a list"):
+        Stage(SHORT, [one], QRELS)
+
+
+@row
+def test_impossible_sampling():
+    for make, message in [
+        (lambda: Contrastive(skip=100), "skip must be below depth=100; got 100"),
+        (lambda: Contrastive(sample="hard"), "sample must be 'uniform', 'top' or 'log'; got 'hard'"),
+        (lambda: Contrastive(sample="stratified"), "sample must be 'uniform', 'top' or 'log'; got 'stratified'"),
+        (lambda: Contrastive(sample=["top"]), r"sample must be 'uniform', 'top' or 'log'; got \['top'\]"),
+        (lambda: Distillation(n_documents=4, sample="log"), "sample must be .*'top_and_random'; got 'log'"),
+        (lambda: Distillation(sample="top"), "n_documents is required by sample='top'; got None"),
+        (lambda: Distillation(n_documents=1), "n_documents must be at least 2; got 1"),
+        (lambda: Distillation(n_documents=32), "n_documents must be at most depth=20; got 32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()
+    Contrastive(skip=100, depth=None)
+    Distillation(n_documents=32, depth=None)
+
+
+@row
+def test_invalid_grid():
+    for grid, message in [
+        ({"learningrate": [1e-4]}, r"must be those of Contrastive; got 'learningrate'\. Did you mean 'learning_rate'"),
+        ({"lr": [1e-4]}, r"must be those of Contrastive; got 'lr'\. They are add_missing_positives, batch_size, "),
+        ({"learning_rate": []}, r"grid must map 'learning_rate' to a non-empty list of values; got \[\]"),
+        ({"learning_rate": 1e-4}, r"grid must map 'learning_rate' to a non-empty list of values; got 0\.0001"),
+        ({}, "grid must map settings to lists of values; got {}"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fit_grid(MonoCE("nobody/nothing"), Stage(SHORT, RESULTS, QRELS), grid, validation=(RESULTS, QRELS))
+    with pytest.raises(ValueError, match=r"got 'n_negative'\. Did you mean 'n_negatives'"):
+        SHORT.replace(n_negative=3)
+
+
+@row
+def test_grid_scan_of_fitters(new):
+    pipeline = pt.Transformer.from_df(RESULTS) >> new
+    topics, fitters = RESULTS[["qid", "query"]].drop_duplicates(), [SHORT, SHORT.replace(n_negatives=2)]
+    with pytest.raises(ValueError, match=r"fit is required after set_parameter\('fitter', .* pyterrier_msft\.fit_grid"):
+        pt.GridScan(pipeline, {new: {"fitter": fitters}}, topics, QRELS, [RR @ 10])
+
+
+@row
+def test_ambiguous_sequences():
+    stage = Stage(SHORT, RESULTS, QRELS)
+    stages = dict.fromkeys(["a", "a-b", "b-c", "c", "lr=1e-05"], stage)
+    assert _parse_sequence("lr=1e-05-a-b", stages) == ("lr=1e-05", "a-b")
+    with pytest.raises(ValueError, match=r"got 'a-b-c', which may be 'a' then 'b-c', or 'a-b' then 'c'\. Rename"):
+        fit_sequences(MonoCE("nobody/nothing"), stages, ["a-b-c"])
+
+
+@row
+def test_calibration_without_labels(new):
+    pytest.importorskip("sklearn")
+    for qrels, found in [(QRELS.assign(label=2), "only"), (QRELS, "none that is relevant")]:
+        frame = RESULTS.merge(QRELS[["qid", "docno"]]) if found == "only" else RESULTS
+        minimum = 1 if found == "only" else 2
+        with pytest.raises(
+            ValueError, match=f"calibration results must have relevant documents and others; got {found}"
+        ):
+            new.calibrate(frame, qrels, min_relevance=minimum)
+    worst = new(RESULTS).sort_values("score").drop_duplicates("qid")[["qid", "docno"]].assign(label=1)
+    for method in ("logistic", "isotonic"):
+        with pytest.warns(UserWarning, match="relevant documents don't get higher scores than others: the means are"):
+            new.calibrate(RESULTS, worst, method=method)
+        np.testing.assert_allclose(new(RESULTS)["probability"], len(worst) / len(RESULTS))
+    new.cross_encoder.head_is_new = True
+    with pytest.raises(ValueError, match="calibrate needs a trained model; got MonoCE"):
+        new.calibrate(RESULTS, QRELS)
+
+
+@row
+def test_settings_after_calibrate(new):
+    pytest.importorskip("sklearn")
+    best = new(RESULTS).sort_values("score").drop_duplicates("qid", keep="last")[["qid", "docno"]].assign(label=1)
+    new.calibrate(RESULTS, best)
+    new.max_length = LENGTH - 1
+    with pytest.raises(ValueError, match=r"max_length must be 23, as in calibrate; got 22\. Call calibrate again"):
+        new(RESULTS)
+    new.calibration = None
+    assert "probability" not in new(RESULTS)
 
 
 @row
@@ -826,6 +1010,50 @@ def test_new_head(backbone, tmp_path):
         with pytest.warns(UserWarning, match="gives random scores") as caught:
             (pt.Transformer.from_df(RESULTS) >> transformer)(RESULTS[["qid", "query"]].drop_duplicates())
         assert [w.filename for w in caught if w.category is UserWarning] == [__file__]
+
+
+# ---- reports
+
+
+@row
+def test_report_arguments(tmp_path):
+    topics = RESULTS[["qid", "query"]].drop_duplicates()
+    never = pt.apply.generic(lambda topics: pytest.fail("a system was run"))
+    data, rr = (topics, QRELS, [RR]), {"a": RESULTS, "b": never}
+    for systems, match in (
+        (RESULTS, r"systems must have the columns \['name', 'qid', 'measure', 'value'\]; got "),
+        ([RESULTS, never], "systems must be a dictionary of at least two systems by name, or a data frame; got list"),
+        ({"a": never}, r"systems must be .*; got \['a'\]"),
+        ({"a": never, "b": {}}, "systems must have at least one seed each; got none for 'b'"),
+        ({"a": never, "b": "bm25"}, "systems must be transformers or results frames; got str for 'b'"),
+        ({"a": never, "b": topics}, "systems: the results of 'b' must have the columns"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            report(systems, *data, path=tmp_path / "page.html")
+    for options, match in (
+        ({"baseline": "c"}, r"baseline must be one of \['a', 'b'\]; got 'c'"),
+        ({"margin": 0}, "margin must be a number > 0"),
+        ({"alpha": 1}, "alpha must be between 0 and 0.5; got 1"),
+        ({"rerankers": {"c": MonoCE()}}, r"rerankers must have the names of systems, \['a', 'b'\]; got 'c'"),
+        ({"rerankers": {"b": 1}}, "rerankers must be MonoCE objects; got int for 'b'"),
+        ({"path": tmp_path}, "path must be a file, e.g. .*; got the folder"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            report(rr, *data, **{"path": tmp_path / "page.html", **options})
+    with pytest.raises(ValueError, match="qrels must have the columns"):
+        report(rr, topics, topics, [RR], path=tmp_path / "page.html")
+    assert not [*tmp_path.iterdir()]
+
+
+@row
+def test_report_text(tmp_path):
+    markup = "<script>alert('&amp;')</script>"
+    marked = RESULTS.assign(query=markup, text=markup, score=-RESULTS["score"])
+    topics = marked[["qid", "query"]].drop_duplicates()
+    systems, path = {"a": RESULTS, markup: marked}, tmp_path / "page.html"
+    page = report(systems, topics, QRELS, [RR], title=markup, description=markup, command=markup, path=path).read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(&#39;&amp;amp;&#39;)&lt;/script&gt;") > 10
 
 
 # ---- caches

@@ -70,7 +70,7 @@ MODULES = sorted(ROOT.glob("pyterrier_msft/**/*.py"))
 # Pages that show parts of programs, whose names come from elsewhere.
 WITH_NAMES = {path.relative_to(ROOT).as_posix() for path in PAGES if path.suffix == ".rst"}
 # Pages whose code may be wider than the column of the HTML pages.
-WIDE = {"docs/development.md", "docs/how-much-data.md"}
+WIDE = {"docs/development.md"}
 MAX_WIDTH = 76  # docs/ruff.toml
 MAX_SKIPPED = 5  # blocks that need other packages or several processes
 MIN_LITERAL_WORDS = 3  # in a message of errors.md, so that it can't match just any message

@@ -50,6 +50,10 @@ def test_quickstart(tmp_path, home):
         assert (out / plot).read_bytes().startswith(b"\x89PNG")
     assert len([MonoCE.load(folder) for folder in (out / "models").iterdir()]) == 4
     assert "BM25" in first.stdout
+    assert f"The report: {Path('quickstart-out') / 'report.html'}" in first.stdout
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Queries that" in page
+    assert "quickstart.py --queries 48 --test-queries 20" in page
 
     again = run(script, *arguments, cwd=tmp_path, home=home)
     assert "training with" in first.stderr

@@ -6,7 +6,7 @@ import pyterrier as pt
 import pytest
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, losses
-from pyterrier_msft.fitters import FitterSequence
+from pyterrier_msft.algebra import FitterSequence
 
 
 def a_loss(scores, labels, mask):

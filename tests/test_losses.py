@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from pyterrier_msft import losses
-from pyterrier_msft.losses import ADRMSE, KLDivergence, LambdaLoss, combine
+from pyterrier_msft.losses import ADRMSE, ApproxNDCG, BinaryCrossEntropy, KLDivergence, LambdaLoss, combine
 
 LN = [log(3), log(1), log(4)]  # scores with the exponentials 3, 1 and 4
 
@@ -29,6 +29,11 @@ BY_HAND = [
     (losses.multi_positive, LN, [1, 0, 0], -log(3 / 8)),
     (losses.multi_positive, LN, [1, 0, 0.5], -log((3 + 4) / 8)),
     (losses.binary_cross_entropy, LN, [0.5, 0, -1], (-log(3 / 4) - log(1 - 1 / 2) - log(1 - 4 / 5)) / 3),
+    (BinaryCrossEntropy(pos_weight=2), LN, [1, 0, 0], (-2 * log(3 / 4) - log(1 / 2) - log(1 / 5)) / 3),
+    (BinaryCrossEntropy(soft_labels=True), LN, [0.5, 0.2, 1.5],
+     (-0.5 * log(3 / 4) - 0.5 * log(1 / 4) - log(1 / 2) - log(4 / 5)) / 3),
+    (BinaryCrossEntropy(soft_labels=True, pos_weight=3), [log(3)], [0.5], -3 * 0.5 * log(3 / 4) - 0.5 * log(1 / 4)),
+    (losses.mse, [3.0, 1.0, 4.0], [2, 2, 0], ((3 - 2) ** 2 + (1 - 2) ** 2 + (4 - 0) ** 2) / 3),
     (losses.ranknet, LN, [3, 1, 2], (log(1 + 1 / 3) + log(1 + 4 / 3) + log(1 + 1 / 4)) / 3),
     (losses.ranknet, LN, [2, 1, 2], (log(1 + 1 / 3) + log(1 + 1 / 4)) / 2),  # a tie is no pair
     # The mean is over the pairs of the batch (2, 0 and 0), not over lists.
@@ -43,6 +48,14 @@ BY_HAND = [
       + 1 * (1 - 1 / 2) * log(1 + 1 / 4)) / (3 + 1 / log2(3))),
     # Only the first rank counts: discounts 0, 0, 1.
     (LambdaLoss(k=1), LN, [2, 0, 1], (2 * 1 * log(1 + 4 / 3) + 1 * 1 * log(1 + 1 / 4)) / 3),
+    # Ranks 2, 3, 1: all pairs but the second are one rank apart, which is two: 1/1 - 1/log2(3) and 1/log2(3) - 1/2.
+    (LambdaLoss(scheme="ndcg2++"), LN, [2, 0, 1],
+     (3 * (1 / log2(3) - 1 / 2 + 10 * (1 - 1 / log2(3))) * log(1 + 1 / 3)
+      + 2 * (1 - 1 / log2(3) + 10 * (1 - 1 / log2(3))) * log(1 + 4 / 3)
+      + 1 * (1 - 1 / 2 + 10 * (1 / log2(3) - 1 / 2)) * log(1 + 1 / 4)) / (3 + 1 / log2(3))),
+    # Only the pair of the documents at ranks 2 and 3 has none in the top 1.
+    (LambdaLoss(k=1, scheme="ndcg2++"), LN, [2, 0, 1],
+     (2 * (1 + 10 * (1 - 1 / log2(3))) * log(1 + 4 / 3) + 1 * (1 + 10 * (1 / log2(3) - 1 / 2)) * log(1 + 1 / 4)) / 3),
     (losses.list_mle, LN, [3, 1, 2], -log(3 / (3 + 4 + 1)) - log(4 / (4 + 1)) - log(1 / 1)),
     (losses.list_mle, LN, [2, 1, 2], -log(3 / (3 + 1)) - log(4 / (4 + 1))),  # tied documents don't compete
     # Weights 2^2 - 1, 2^1 - 1, 2^0 - 1, divided by their sum.
@@ -64,6 +77,10 @@ BY_HAND = [
     (ADRMSE(temperature=0.5), [s / 2 for s in LN], [2, 1, 2],
      ((1.5 - (1 + 1 / 4 + 4 / 7)) ** 2 / log2(2.5) + (3 - (1 + 3 / 4 + 4 / 5)) ** 2 / 2
       + (1.5 - (1 + 3 / 7 + 1 / 5)) ** 2 / log2(2.5)) / 3),
+    # Gains 3, 0, 1 at the ranks 1 plus the sigmoids of the other two; the best order has 3/1 + 1/log2(3).
+    (losses.approx_ndcg, LN, [2, 0, 1],
+     1 - (3 / log2(2 + 1 / 4 + 4 / 7) + 1 / log2(2 + 3 / 7 + 1 / 5)) / (3 + 1 / log2(3))),
+    (ApproxNDCG(temperature=0.5), [s / 2 for s in LN], [1, 0, 0], 1 - 1 / log2(2 + 1 / 4 + 4 / 7)),
     (combine((losses.ranknet, 0.5), (losses.multi_positive, 2)), [log(3), 0.0], [1, 0],
      0.5 * log(1 + 1 / 3) + 2 * -log(3 / 4)),
 ]  # fmt: skip
@@ -135,8 +152,19 @@ def _multi_positive(batch):
     return _average(values)
 
 
-def _binary_cross_entropy(batch):
-    return _average(log(1 + exp(-s)) if y > 0 else log(1 + exp(s)) for docs in batch for s, y in docs)
+def _binary_cross_entropy(batch, weight=1.0, soft=False):
+    values = []
+    for docs in batch:
+        for s, y in docs:
+            target = min(max(y, 0), 1) if soft else float(y > 0)
+            # Only the margin of a pair decides its logistic loss: here to a document with score 0.
+            relevant, other = _logistic([(s, 0), (0, 0)], 0, 1), _logistic([(s, 0), (0, 0)], 1, 0)
+            values.append(weight * target * relevant + (1 - target) * other)
+    return _average(values)
+
+
+def _mse(batch):
+    return _average((s - y) ** 2 for docs in batch for s, y in docs)
 
 
 def _ranknet(batch):
@@ -151,19 +179,21 @@ def _weighted_ranknet(batch):
     return _average(values)
 
 
-def _lambda_loss(batch, k=None):
+def _lambda_loss(batch, k=None, mu=0.0):
     values = []
     for docs in _lists(batch):
         gains = [2.0**y - 1 for _, y in docs]
         ranks = _present_ranks(docs)
         discount = [0.0] + [1 / log2(1 + r) if k is None or r <= k else 0.0 for r in range(1, len(docs) + 1)]
         ideal = sum(g * d for g, d in zip(sorted(gains, reverse=True), discount[1:], strict=True))
-        values.append(
-            sum(
-                abs(gains[i] - gains[j]) / ideal * abs(discount[ranks[i]] - discount[ranks[j]]) * _logistic(docs, i, j)
-                for i, j in _pairs(docs)
-            )
-        )
+        total = 0.0
+        for i, j in _pairs(docs):
+            weight = abs(discount[ranks[i]] - discount[ranks[j]])
+            if k is None or min(ranks[i], ranks[j]) <= k:
+                apart = abs(ranks[i] - ranks[j])
+                weight += mu * (1 / log2(1 + apart) - 1 / log2(2 + apart))
+            total += abs(gains[i] - gains[j]) / ideal * weight * _logistic(docs, i, j)
+        values.append(total)
     return _average(values)
 
 
@@ -224,14 +254,36 @@ def _adr_mse(batch, temperature=1.0):
     return _average(values)
 
 
+def _sigmoid(x):
+    return 1 / (1 + exp(-x)) if x > 0 else exp(x) / (1 + exp(x))
+
+
+def _approx_ndcg(batch, temperature=1.0):
+    """Equations 10, 11 and 14 of Qin, Liu and Li (2010), with alpha = 1 / temperature."""
+    values = []
+    for docs in _lists(batch):
+        gains = [2.0**y - 1 for _, y in docs]
+        best = sum(g / log2(1 + r) for r, g in enumerate(sorted(gains, reverse=True), start=1))
+        found = 0.0
+        for x, (s, _) in enumerate(docs):
+            position = 1 + sum(_sigmoid((other - s) / temperature) for y, (other, _) in enumerate(docs) if y != x)
+            found += gains[x] / log2(1 + position)
+        values.append(1 - found / best)
+    return _average(values)
+
+
 LOSSES = {
     losses.localized_contrastive: _localized_contrastive,
     losses.multi_positive: _multi_positive,
     losses.binary_cross_entropy: _binary_cross_entropy,
+    BinaryCrossEntropy(pos_weight=3.0): lambda batch: _binary_cross_entropy(batch, weight=3.0),
+    BinaryCrossEntropy(soft_labels=True): lambda batch: _binary_cross_entropy(batch, soft=True),
+    losses.mse: _mse,
     losses.ranknet: _ranknet,
     losses.weighted_ranknet: _weighted_ranknet,
     losses.lambda_loss: _lambda_loss,
     LambdaLoss(k=2): lambda batch: _lambda_loss(batch, k=2),
+    LambdaLoss(k=2, scheme="ndcg2++"): lambda batch: _lambda_loss(batch, k=2, mu=10),
     losses.list_mle: _list_mle,
     losses.position_aware_list_mle: _position_aware_list_mle,
     losses.listnet: _listnet,
@@ -240,12 +292,16 @@ LOSSES = {
     losses.margin_mse: _margin_mse,
     losses.adr_mse: _adr_mse,
     ADRMSE(temperature=0.5): lambda batch: _adr_mse(batch, temperature=0.5),
+    losses.approx_ndcg: _approx_ndcg,
     combine((losses.ranknet, 0.5), (losses.lambda_loss, 2.0)): lambda batch: (
         0.5 * _ranknet(batch) + 2 * _lambda_loss(batch)
     ),
 }
+# Losses of each document by itself. They learn from a single document too, and depend on the scores themselves, not
+# only on differences: a score is to be a teacher's score, or the log-odds of relevance.
+POINTWISE = {loss for loss in LOSSES if isinstance(loss, BinaryCrossEntropy)} | {losses.mse}
 # Losses that are positive even if all labels of a list are equal.
-POSITIVE_FOR_TIES = {losses.binary_cross_entropy, losses.listnet, losses.margin_mse}
+POSITIVE_FOR_TIES = POINTWISE | {losses.listnet, losses.margin_mse}
 
 
 def _name(loss):
@@ -262,6 +318,8 @@ def _batch(loss, *, groups=5, length=7, seed=0):
     labels = torch.randint(0, 4, (groups, length), generator=generator).float()
     if loss.labels == "scores":
         labels = torch.randn(groups, length, generator=generator)
+    elif loss.labels == "probabilities":
+        labels = torch.rand(groups, length, generator=generator)
     lengths = torch.arange(groups) * length // max(groups - 1, 1)  # from 0 to length
     mask = torch.arange(length) < lengths.flip(0).unsqueeze(-1)
     mask = mask[:, torch.randperm(length, generator=generator)]
@@ -405,7 +463,7 @@ def test_no_documents_at_all(loss, shape):
 @pytest.mark.parametrize("label", [0.0, 1.0, 3.0])
 def test_single_document(loss, label):
     value, gradient = _value_and_gradient(loss, *_tensors([[2.0], [-1.0]], [[label], [label]]))
-    if loss is losses.binary_cross_entropy:
+    if loss in POINTWISE:
         assert value > 0
         assert gradient.all()
     else:
@@ -474,7 +532,7 @@ def test_autocast_has_no_influence(loss):
 def test_only_differences_of_scores_matter(loss):
     scores, labels, mask = _batch(loss)
     moved = loss(scores + torch.tensor([[-5.0], [-2.0], [0.0], [3.0], [7.0]]), labels, mask)
-    if loss is losses.binary_cross_entropy:
+    if loss in POINTWISE:
         assert moved != pytest.approx(loss(scores, labels, mask).item(), rel=0.01)
     else:
         torch.testing.assert_close(moved, loss(scores, labels, mask), rtol=1e-5, atol=1e-5)
@@ -490,14 +548,17 @@ def test_a_step_along_the_gradient_decreases_the_loss(loss):
 @every_loss
 def test_descent_finds_the_order(loss):
     labels = torch.tensor([[0.0, 3, 1, 2]])
+    if loss.labels == "probabilities":
+        labels = labels / 3
     mask = torch.ones(1, 4, dtype=torch.bool)
     scores = torch.tensor([[0.3, -0.3, 0.2, 0.1]])
     for _ in range(100):
-        _, gradient = _value_and_gradient(loss, scores, labels, mask)
-        scores = scores - 0.4 * gradient
+        scores.requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(scores, labels, mask), scores)
+        scores = scores.detach() - 0.4 * gradient
     if loss.labels == "binary":
         assert scores[0].argmin() == 0
-    elif loss == LambdaLoss(k=2):
+    elif isinstance(loss, LambdaLoss) and loss.k == 2:
         assert scores[0].argsort(descending=True)[:2].tolist() == [1, 3]
     else:
         assert scores[0].argsort(descending=True).tolist() == [1, 3, 2, 0]
@@ -522,11 +583,39 @@ def test_listnet_equals_cross_entropy_and_kl_divergence_up_to_a_constant():
     torch.testing.assert_close(divergence, losses.listnet(scores, labels, mask) - entropy)
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.3, 4.0])
+def test_pointwise_losses_equal_those_of_torch(weight):
+    scores, labels, mask = _batch(losses.mse)
+    probabilities = labels.sigmoid()
+    expected = mse_loss(scores[mask], labels[mask])
+    torch.testing.assert_close(losses.mse(scores, labels, mask), expected)
+    for targets, soft in [(probabilities, True), ((labels > 0).float(), False), ((labels > 0).float(), True)]:
+        loss = BinaryCrossEntropy(pos_weight=weight, soft_labels=soft)
+        expected = binary_cross_entropy_with_logits(scores[mask], targets[mask], pos_weight=torch.tensor(weight))
+        torch.testing.assert_close(loss(scores, targets, mask), expected)
+
+
+def test_approximate_ndcg_approaches_ndcg():
+    scores, labels, mask = _batch(losses.approx_ndcg, seed=3)
+    values = []
+    for docs in _lists(_as_lists(scores, labels, mask)):
+        found, best = (
+            sum((2**y - 1) / log2(1 + r) for r, (_, y) in enumerate(sorted(docs, key=key), start=1))
+            for key in (lambda doc: -doc[0], lambda doc: -doc[1])
+        )
+        values.append(1 - found / best)
+    exact = ApproxNDCG(temperature=1e-4)(scores, labels, mask)
+    assert exact.item() == pytest.approx(_average(values), abs=1e-5)
+    assert losses.approx_ndcg(scores, labels, mask).item() != pytest.approx(exact.item(), abs=0.02)
+
+
 def test_a_perfect_student_has_no_loss():
     labels, mask = torch.tensor([[0.0, 2.5, 1.0]]), torch.ones(1, 3, dtype=torch.bool)
     for loss in (losses.kl_divergence, KLDivergence(temperature=4.0), losses.margin_mse):
         assert loss(labels + 7, labels, mask).item() == pytest.approx(0, abs=1e-6)
-    for loss in (losses.adr_mse, losses.ranknet, losses.lambda_loss, losses.list_mle):
+    assert losses.mse(labels, labels, mask) == 0
+    assert losses.mse(labels + 7, labels, mask) == 49
+    for loss in (losses.adr_mse, losses.approx_ndcg, losses.ranknet, losses.lambda_loss, losses.list_mle):
         assert loss(100 * labels, labels, mask).item() == pytest.approx(0, abs=1e-6)
 
 
@@ -553,7 +642,7 @@ def test_lambda_loss_counts_labels_below_0_as_0():
 
 @every_loss
 def test_declares_the_labels_it_needs(loss):
-    assert loss.labels in {"order", "binary", "graded", "scores"}
+    assert loss.labels in {"order", "binary", "graded", "scores", "probabilities"}
 
 
 def test_labels_of_a_users_function():
@@ -569,13 +658,14 @@ def test_labels_of_a_users_function():
 @every_loss
 def test_can_be_pickled_and_compared(loss):
     assert pickle.loads(pickle.dumps(loss)) == loss
+    assert loss.__module__ == "pyterrier_msft.losses"  # in whichever file it is: digests and pickles have this name
     assert hash(pickle.loads(pickle.dumps(loss))) == hash(loss)
     assert "0x" not in _name(loss)
 
 
 def test_repr_can_be_evaluated():
     assert repr(KLDivergence(temperature=2.0)) == "KLDivergence(temperature=2.0)"
-    assert repr(LambdaLoss(k=10)) == "LambdaLoss(k=10)"
+    assert repr(LambdaLoss(k=10)) == "LambdaLoss(k=10, scheme='lambdarank')"
     mixture = combine((losses.ranknet, 0.5), (losses.localized_contrastive, 1.0), (losses.adr_mse, 0.1))
     assert repr(mixture) == "combine((ranknet, 0.5), (localized_contrastive, 1.0), (ADRMSE(temperature=1.0), 0.1))"
     assert mixture == eval(repr(mixture), vars(losses))
@@ -588,6 +678,7 @@ def test_repr_can_be_evaluated():
         ((losses.ranknet, losses.localized_contrastive), "binary"),
         ((losses.lambda_loss, losses.localized_contrastive), "graded"),
         ((losses.margin_mse, losses.ranknet), "scores"),
+        ((BinaryCrossEntropy(soft_labels=True), losses.mse, losses.ranknet), "probabilities"),
         ((lambda scores, labels, mask: scores.sum(), losses.ranknet), "order"),
         ((lambda scores, labels, mask: scores.sum(),), None),
         ((combine((losses.listnet, 1)), losses.binary_cross_entropy), "graded"),
@@ -608,6 +699,11 @@ def test_invalid_parameters_are_rejected():
         combine()
     with pytest.raises(ValueError, match="k must be at least 1; got 0"):
         LambdaLoss(k=0)
-    for loss in (KLDivergence, ADRMSE):
+    with pytest.raises(ValueError, match=r"scheme must be one of \('lambdarank', 'ndcg2\+\+'\); got 'ndcg1'"):
+        LambdaLoss(scheme="ndcg1")
+    for weight in (0, -1, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"pos_weight must be a finite number > 0; got {weight}"):
+            BinaryCrossEntropy(pos_weight=weight)
+    for loss in (KLDivergence, ADRMSE, ApproxNDCG):
         with pytest.raises(ValueError, match="temperature must be a finite number > 0; got 0"):
             loss(temperature=0)

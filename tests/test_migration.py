@@ -167,11 +167,11 @@ def entropy(labels, mask):
     return torch.special.entr(p).sum(-1).mean()
 
 
-def per_pair(scores, labels, mask):
-    """`losses.lambda_loss` as a mean over pairs with a logarithm of base 2."""
+def per_pair(scheme, scores, labels, mask):
+    """`losses.LambdaLoss` as a mean over pairs with a logarithm of base 2."""
     lengths = mask.sum(-1)
     pairs = (lengths * (lengths - 1)).sum() / 2  # all labels differ
-    return losses.lambda_loss(scores, labels, mask) * len(lengths) / pairs / math.log(2)
+    return losses.LambdaLoss(scheme=scheme)(scores, labels, mask) * len(lengths) / pairs / math.log(2)
 
 
 def per_document(scores, labels, mask):
@@ -189,7 +189,8 @@ ON_LISTS = {
     "listnet, teacher": (theirs.ListNetLoss, lambda s, y, m: losses.kl_divergence(s, y, m) + entropy(y, m)),
     "list_mle": (partial(theirs.ListMLELoss, respect_input_order=False), losses.list_mle),
     "p_list_mle": (partial(theirs.PListMLELoss, respect_input_order=False), losses.position_aware_list_mle),
-    "lambda": (LAMBDA_RANK, per_pair),
+    "lambda": (LAMBDA_RANK, partial(per_pair, "lambdarank")),
+    "ndcg2++": (theirs.LambdaLoss, partial(per_pair, "ndcg2++")),
     "adr_mse": (theirs.ADRMSELoss, per_document),
     "adr_mse, alpha": (
         partial(theirs.ADRMSELoss, alpha=2.0), lambda s, y, m: losses.ADRMSE(temperature=0.5)(s[:1], y[:1], m[:1])
@@ -218,10 +219,11 @@ def test_losses_of_sorted_lists():
 
 
 @pytest.mark.parametrize("length", [2, 5, 10])
-def test_factor_of_lambda_loss_for_lists_of_one_length(length):
+@pytest.mark.parametrize(("make", "scheme"), [(LAMBDA_RANK, "lambdarank"), (theirs.LambdaLoss, "ndcg2++")])
+def test_factor_of_lambda_loss_for_lists_of_one_length(length, make, scheme):
     data = batch([length] * 3)
     factor = length * (length - 1) / 2 * math.log(2)
-    check_equal(*on_lists(LAMBDA_RANK, *data), losses.combine((losses.LambdaLoss(), 1 / factor)), *data)
+    check_equal(*on_lists(make, *data), losses.combine((losses.LambdaLoss(scheme=scheme), 1 / factor)), *data)
     if length == 10:
         assert f"{factor:.0f} times" in PAGE
 
@@ -252,17 +254,25 @@ def test_lists_of_one_document():
         assert on_lists(make, *data)[0].item() == pytest.approx(ours(*data).item() / 2)
 
 
-def test_binary_cross_entropy_loss():
-    scores, labels, mask = batch([5, 3, 4])
-    labels = (labels == 0).float()
+def on_pairs(make, scores, labels, mask):
+    """Call a loss on pairs of a query and a document."""
     model = FixedScores(scores)
     index = mask.flatten().nonzero().squeeze(-1)
     inputs = [["query"] * len(index), [str(i) for i in index.tolist()]]
-    other = theirs.BinaryCrossEntropyLoss(model)(inputs, labels.flatten()[index])
-    check_equal(other, model, losses.binary_cross_entropy, scores, labels, mask)
-    soft = theirs.BinaryCrossEntropyLoss(model)(inputs, torch.full((len(index),), 0.5))
-    both = [losses.binary_cross_entropy(scores, torch.full_like(labels, y), mask) for y in (0.0, 1.0)]
-    assert soft.item() == pytest.approx(sum(both).item() / 2)
+    return make(model)(inputs, labels.flatten()[index]), model
+
+
+def test_pointwise_losses():
+    scores, labels, mask = batch([5, 3, 4])
+    check_equal(*on_pairs(theirs.MSELoss, scores, labels, mask), losses.mse, scores, labels, mask)
+    binary, soft = (labels == 0).float(), labels / 5
+    weighted = partial(theirs.BinaryCrossEntropyLoss, pos_weight=torch.tensor(4.0))
+    for make, ours, targets in [
+        (theirs.BinaryCrossEntropyLoss, losses.binary_cross_entropy, binary),
+        (weighted, losses.BinaryCrossEntropy(pos_weight=4.0), binary),
+        (weighted, losses.BinaryCrossEntropy(pos_weight=4.0, soft_labels=True), soft),
+    ]:
+        check_equal(*on_pairs(make, scores, targets, mask), ours, scores, targets, mask)
 
 
 def test_margin_mse_loss():
@@ -306,6 +316,11 @@ def test_losses_of_lightning_ir():
     log_q, log_p = log_softmax(scores, -1), log_softmax(labels, -1)
     divergence = kl_div(log_q, log_p, log_target=True, reduction="batchmean")
     assert losses.kl_divergence(scores, labels, mask).item() == pytest.approx(divergence.item(), rel=1e-5)
+    others = 1 - torch.eye(6)
+    ranks = 1 + (torch.sigmoid(scores.unsqueeze(-2) - scores.unsqueeze(-1)) * others).sum(-1)
+    best = ((2 ** labels.sort(descending=True).values - 1) / torch.log2(torch.arange(2, 8))).sum(-1)
+    ndcg = ((2**labels - 1) / torch.log2(1 + ranks)).sum(-1) / best
+    assert losses.approx_ndcg(scores, labels, mask).item() == pytest.approx(1 - ndcg.mean().item())
     relevant = (labels == labels.amax(-1, keepdim=True)).float()
     nce = cross_entropy(scores, labels.argmax(-1))
     assert losses.localized_contrastive(scores, relevant, mask).item() == pytest.approx(nce.item())

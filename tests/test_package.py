@@ -18,7 +18,8 @@ pytest.importorskip("setuptools", "77")
 
 ROOT = Path(__file__).parents[1]
 MODULES = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("pyterrier_msft/**/*.py")}
-PAGES = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("pyterrier_msft/pt_docs/*.rst")}
+DATA = ("pt_docs/*.rst", "templates/*.html")
+PAGES = {path.relative_to(ROOT).as_posix() for glob in DATA for path in ROOT.glob(f"pyterrier_msft/{glob}")}
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,17 @@ def runs_and_judgments(draw):
 @settings(deadline=None, max_examples=40)
 @given(
     runs_and_judgments(),
-    st.sampled_from(["labels", "labels and missing ones", "ranking", "scores", "teacher", "teacher, others last"]),
+    st.sampled_from(
+        [
+            "labels",
+            "labels and missing ones",
+            "random negatives",
+            "ranking",
+            "scores",
+            "teacher",
+            "teacher, others last",
+        ]
+    ),
     st.sampled_from([1, 2, 3, None]),
     st.sampled_from([1, 4, 1_000_000]),
 )
@@ -130,6 +140,8 @@ def test_any_file_gives_the_groups_of_its_frame(tmp_path_factory, data, objectiv
     options = {"n_negatives": 2, "depth": depth}
     if objective == "labels":
         fitter = Contrastive(**options)
+    elif objective == "random negatives":
+        fitter = Contrastive(**options, n_random=2, skip=0 if depth == 1 else 1, sample="log")
     elif objective == "labels and missing ones":
         fitter = Contrastive(**options, add_missing_positives=True)
     else:

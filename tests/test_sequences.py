@@ -163,6 +163,20 @@ def test_an_unknown_stage(ce, stages):
         fit_sequences(ce, stages, ["CL-XX"])
 
 
+def test_names_of_stages_with_a_dash(ce, stages):
+    fitter = CL.replace(max_steps=1, learning_rate=1e-05)
+    named = {"CL": stages["CL"], "lr=1e-05": Stage(fitter, stages["CL"].results, stages["CL"].qrels)}
+    assert fit_sequences(ce, named, ["lr=1e-05"])["lr=1e-05"].fitter == fitter
+    with pytest.raises(ValueError, match=r"got 'CL-lr=1e-06' with the unknown stage 'lr=1e'"):
+        fit_sequences(ce, named, ["CL-lr=1e-06"])
+
+
+def test_a_sequence_with_two_readings(ce, stages):
+    both = {"a": stages["CL"], "b-c": stages["KD"], "a-b": stages["CL"], "c": stages["KD"]}
+    with pytest.raises(ValueError, match=r"got 'a-b-c', which may be 'a' then 'b-c', or 'a-b' then 'c'\. Rename"):
+        fit_sequences(ce, both, ["a-b-c"])
+
+
 def test_a_stage_needs_a_fitter(train_part):
     with pytest.raises(ValueError, match="fitter must be"):
         Stage("CL", train_part.results)

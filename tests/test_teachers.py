@@ -11,7 +11,7 @@ import pytest
 from ir_measures import RR
 from pandas.testing import assert_frame_equal
 
-from pyterrier_msft import Contrastive, Distillation, losses, teachers
+from pyterrier_msft import Contrastive, Distillation, MonoCE, losses, teachers
 from pyterrier_msft.data.permutations import text_id
 
 COLUMNS = ["qid", "query", "docno", "text", "rank", "score"]
@@ -558,6 +558,22 @@ def test_other_documents_texts_orders_and_weights_are_not_cached(train_part, tmp
     judge.fingerprint = "other weights"
     cached_judge(frame)
     assert len(judge.calls) == len(changed) + 1
+
+
+def test_a_teacher_with_other_settings_is_not_cached(backbone, train_part, tmp_path):
+    ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu")
+    assert ce.cross_encoder.head_is_new  # loaded
+    ce.cross_encoder.head_is_new = False
+    frame = train_part.results.head(8)
+    reversed_scores = frame.assign(score=frame["score"].to_numpy()[::-1], rank=frame["rank"].to_numpy()[::-1])
+    others = [
+        ce, ce.apply_attributes(max_length=6), ce.apply_attributes(interpolate=5.0),
+        ce.apply_attributes(max_length=6).cached(tmp_path / "scores"),
+    ]  # fmt: skip
+    for teacher in others:
+        cached_teacher = teachers.cached(teacher, tmp_path / "rankings")
+        for results in (frame, reversed_scores, frame.assign(score=frame["score"] * 2)):
+            assert cached_teacher(results)["score"].tolist() == pytest.approx(teacher(results)["score"].tolist())
 
 
 def test_a_partial_line_is_ignored(train_part, tmp_path, caplog):

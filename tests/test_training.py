@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import record_calls
@@ -26,11 +27,14 @@ from pyterrier_msft.data.groups import Groups, Ragged
 from pyterrier_msft.data.labels import from_qrels
 from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
+from pyterrier_msft.model.fingerprint import dropout_settings
 from pyterrier_msft.model.first_token import CPU_ATTENTION
 from pyterrier_msft.model.scoring import forward
 from pyterrier_msft.training import Hyperparameters, batches, cpu, gradient_cache
 from pyterrier_msft.training.batches import BatchSchedule, Collator
 from pyterrier_msft.training.gradient_cache import gradient_cache_step
+from pyterrier_msft.training.isolation import training_mode
+from pyterrier_msft.training.objectives import Objective
 from pyterrier_msft.training.plan import plan_training
 from pyterrier_msft.training.run import train
 from pyterrier_msft.training.validation import Validation
@@ -69,7 +73,11 @@ def validation(dev_part):
 
 
 def run(model, groups, settings=FAST, *, loss=losses.localized_contrastive, **options):
-    return train(model, model.pair_encoder(max_length=24), groups, loss, settings, **options)
+    plan = plan_training(
+        settings, groups, width=model.width, head_is_new=model.head_is_new, is_adapter=model.has_adapter,
+        validation=options.get("validation"),
+    )  # fmt: skip
+    return train(model, model.pair_encoder(max_length=24), [Objective(groups, loss, plan)], settings, **options)
 
 
 def weights(model) -> torch.Tensor:
@@ -418,6 +426,34 @@ def test_workers_of_the_data_loader_give_the_same_weights(new, groups, capfd):
 
 
 # ---- on a CPU: dropout and attention
+
+
+PLAIN_DROPOUT = {  # families with probabilities in their modules or configuration rather than in torch.nn.Dropout
+    "Bart": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16,
+             "encoder_attention_heads": 2, "decoder_attention_heads": 2, "eos_token_id": 2},
+    "Falcon": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "Flaubert": {"emb_dim": 16, "n_layers": 1, "n_heads": 2},
+    "OPT": {"hidden_size": 16, "num_hidden_layers": 1, "ffn_dim": 16, "num_attention_heads": 2},
+    "XLM": {"emb_dim": 16, "n_layers": 1, "n_heads": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", PLAIN_DROPOUT)
+def test_dropout_is_set_in_every_family(family):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{family}Config")(vocab_size=20, pad_token_id=0, **PLAIN_DROPOUT[family])
+        config.num_labels = 1
+        network = getattr(transformers, f"{family}ForSequenceClassification")(config)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        before = dropout_settings(config)
+        for dropout, varies in ((0.0, False), (0.5, True)):
+            with training_mode(network, Hyperparameters(dropout=dropout), torch.float32), torch.no_grad():
+                network.train()
+                first, second = (network(torch.tensor([[5, 6, 7, 8, 2]])).logits for _ in range(2))
+            assert bool((first != second).any()) is varies
+        assert dropout_settings(config) == before
 
 
 def test_dropout_keeps_the_right_share_and_its_gradient():

@@ -33,13 +33,18 @@ def _parents(docnos: pd.Series) -> pd.Series:
     return docnos.str.replace(PASSAGE_SUFFIX, "", regex=True)
 
 
-def explain_no_positives(report: DataReport, results: pd.DataFrame, grades: pd.Series, min_relevance: float) -> str:
+def explain_no_positives(
+    report: DataReport, results: pd.DataFrame, grades: pd.Series, min_relevance: float, skip: int = 0
+) -> str:
     """Explain why no query has both a relevant document and a negative; `results` may be a sample."""
     judged = grades[grades.index.get_level_values("qid").isin(as_ids(results["qid"]))]
     relevant = grades[grades >= min_relevance].index.to_frame(index=False)
     if not (why := _explain_missing_texts(report)):
-        if report.without_relevant < report.queries:
+        if report.without_relevant < report.queries and report.false_negatives:
+            why = "the judge scores all other documents in the top of the results like relevant ones, see margin"
+        elif report.without_relevant < report.queries:
             why = "there are relevant documents, but no others in the top of the results to use as negatives"
+            why += f", below the first {skip} that skip={skip} leaves out" if skip else ""
         elif not len(judged):
             why = explain_mismatch(results, grades.index.to_frame(index=False), "the qrels")
         elif judged.max() < min_relevance:

@@ -1,15 +1,17 @@
-"""Groups of documents to train on, and the sampling of their documents in each epoch."""
+"""Groups of documents to train on, from which each epoch draws."""
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pandas as pd
 
 from pyterrier_msft.data.frames import even_step
+from pyterrier_msft.data.ragged import Ragged
 from pyterrier_msft.data.rankings import Rankings, query_offsets
+from pyterrier_msft.data.sampling import ListSampling, NegativeSampling, RandomNegatives
 
 DIGEST_SAMPLE = 64  # documents in a digest of a text source
 CHUNK_SIZE = 1_000_000  # strings or rows processed at once, to bound temporary copies
@@ -26,56 +28,10 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """The settings of `sample_documents`; their repr is part of `Groups.digest`."""
-
-    n_positives: int | None  # per group, at most; None: all
-    n_negatives: int  # per group, at most
-
-
-def sample_documents(labels: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> np.ndarray:
-    """Sample the positives and negatives of a group, uniformly and without replacement.
-
-    It runs once per query and epoch. docs/development.md has the steps to add a strategy.
-
-    Args:
-        labels: (documents,) Labels of a query's documents in the order of the first stage; positives have a label
-            above 0. Negatives come from the top `depth` only, so an index below `depth` is the rank (from 0) among the
-            documents that can be used.
-        sampling: The settings.
-        rng: The generator of random numbers, seeded for a query and an epoch.
-
-    Returns:
-        Indices of the sampled documents.
-    """
-    positives, negatives = np.flatnonzero(labels > 0), np.flatnonzero(labels == 0)
-    if sampling.n_positives is not None and sampling.n_positives < len(positives):
-        positives = rng.choice(positives, sampling.n_positives, replace=False)
-    if sampling.n_negatives < len(negatives):
-        negatives = rng.choice(negatives, sampling.n_negatives, replace=False)
-    return np.concatenate([positives, negatives])
-
-
-class Ragged(Sequence[np.ndarray]):
-    """A sequence of arrays of different lengths, stored in one array, which takes far less memory than a list."""
-
-    def __init__(self, values: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
-        self.values = values  # the arrays, concatenated
-        self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])  # of each array, and of the end
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: Any) -> Any:
-        position = range(len(self))[index]
-        return self.values[self.offsets[position] : self.offsets[position + 1]]
-
-
-@dataclass(frozen=True)
 class Groups:
     """The training data of a stage: each query's documents with labels, from which each epoch draws a group.
 
-    With `sampling`, a group has the documents that `sample_documents` chooses; without it, all of the query's.
+    With `sampling`, a group has the documents that it draws; without it, all of the query's.
     """
 
     qids: list[str]
@@ -83,8 +39,9 @@ class Groups:
     texts: list[str]  # distinct texts; with `load`, docnos
     documents: Ragged  # per query: its documents as int32 indices into texts, best-ranked first
     labels: Ragged  # per query: float32 labels of its documents
-    sampling: Sampling | None = None
+    sampling: NegativeSampling | ListSampling | None = None
     load: Callable[[list[str]], list[str]] | None = None  # looks up the texts of docnos
+    random: RandomNegatives | None = None
 
     def __len__(self) -> int:
         return len(self.qids)
@@ -96,18 +53,23 @@ class Groups:
             self,
             qids=[self.qids[i] for i in chosen],
             queries=[self.queries[i] for i in chosen],
-            documents=_concatenate([self.documents[i] for i in chosen], np.int32),
-            labels=_concatenate([self.labels[i] for i in chosen], np.float32),
+            documents=self.documents.take(chosen),
+            labels=self.labels.take(chosen),
+            random=self.random and replace(self.random, avoided=self.random.avoided.take(chosen)),
         )
+
+    def groups_per_epoch(self) -> int:
+        """Return the number of groups that an epoch draws."""
+        return len(self)
+
+    def epoch(self, number: int, *, seed: int) -> np.ndarray:
+        """Return what an epoch draws: rows of a query's index and the epoch's number."""
+        return np.stack([np.arange(len(self)), np.full(len(self), number)], axis=1)
 
     def drawn_documents(self) -> int:
         """Return the number of documents that an epoch draws."""
-        if self.sampling is None:
-            return len(self.labels.values)
-        positives = np.add.reduceat(self.labels.values > 0, self.labels.offsets[:-1])
-        negatives = np.add.reduceat(self.labels.values == 0, self.labels.offsets[:-1])
-        limit = len(self.labels.values) if self.sampling.n_positives is None else self.sampling.n_positives
-        return int(np.minimum(positives, limit).sum() + np.minimum(negatives, self.sampling.n_negatives).sum())
+        drawn = len(self.labels.values) if self.sampling is None else self.sampling.total(self.labels)
+        return drawn + (0 if self.random is None else self.random.total(self.documents, len(self.texts)))
 
     def text(self, documents: Iterable[int]) -> list[str]:
         """Return the texts of documents, given as indices into `texts`."""
@@ -124,16 +86,21 @@ class Groups:
         ]
 
     def _draw(self, index: int, epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        documents, labels = self.documents[index], self.labels[index]
+        own, labels = self.documents[index], self.labels[index]
         if self.sampling is None:
-            return documents, labels
-        sampled = sample_documents(labels, self.sampling, np.random.default_rng([seed, epoch, index]))
-        return documents[sampled], labels[sampled]
+            return own, labels
+        rng = np.random.default_rng([seed, epoch, index])
+        sampled = self.sampling.draw(labels, rng)
+        documents, labels = own[sampled], labels[sampled]
+        if self.random is not None:
+            others = self.random.draw(index, own, len(self.texts), rng)
+            documents, labels = np.append(documents, others), np.append(labels, np.zeros(len(others), np.float32))
+        return documents, labels
 
     def lengths(self) -> np.ndarray:
         """Return the length in characters of each query plus its longest document, for batches of similar length.
 
-        Texts that have to be looked up aren't counted.
+        Texts that have to be looked up aren't counted, nor are random negatives.
         """
         queries = np.array([len(query) for query in self.queries], dtype=np.int64)
         if self.load is not None or not len(self):
@@ -144,7 +111,8 @@ class Groups:
 
     def digest(self) -> str:
         """Digest the content, for cache keys; texts that have to be looked up are sampled."""
-        digest = hashlib.sha256(f"{self.sampling} {self.load is None}".encode())
+        n_random = 0 if self.random is None else self.random.n
+        digest = hashlib.sha256(f"{self.sampling} {n_random} {self.load is None}".encode())
         for strings in (self.qids, self.queries, self.texts):
             for start in range(0, len(strings), CHUNK_SIZE):
                 chunk = strings[start : start + CHUNK_SIZE]
@@ -153,8 +121,9 @@ class Groups:
         if self.load is not None and self.texts:
             sample = self.load(self.texts[:: even_step(len(self.texts), DIGEST_SAMPLE)])
             digest.update("\0".join(sample).encode("utf-8", "surrogatepass"))
-        digest.update(self.documents.offsets.astype("<i8", copy=False).data)
-        digest.update(self.documents.values.astype("<i4", copy=False).data)
+        for documents in [self.documents] if self.random is None else [self.documents, self.random.avoided]:
+            digest.update(documents.offsets.astype("<i8", copy=False).data)
+            digest.update(documents.values.astype("<i4", copy=False).data)
         digest.update(self.labels.values.astype("<f4", copy=False).data)
         return digest.hexdigest()
 
@@ -184,22 +153,37 @@ class GroupsBuilder:
         self.texts = rankings.texts
         return {"groups": len(offsets), "documents": len(query)}
 
-    def build(self, sampling: Sampling | None = None) -> Groups:
-        """Build groups sorted by qid, so that the order of results doesn't change what a seed samples."""
+    def build(
+        self,
+        sampling: NegativeSampling | ListSampling | None = None,
+        *,
+        n_random: int = 0,
+        avoided: pd.DataFrame | None = None,
+    ) -> Groups:
+        """Build groups sorted by qid, so that the order of results doesn't change what a seed samples.
+
+        `n_random` further negatives per group are drawn from all groups, except `avoided`: pairs of qid and text id.
+        """
         order = sorted(range(len(self.qids)), key=self.qids.__getitem__)
-        documents = _concatenate([self.documents[i] for i in order], np.int32)
-        labels = _concatenate([self.labels[i] for i in order], np.float32)
+        documents = Ragged.concatenate([self.documents[i] for i in order], np.int32)
+        labels = Ragged.concatenate([self.labels[i] for i in order], np.float32)
         qids, queries = ([names[i] for i in order] for names in (self.qids, self.queries))
-        texts = _renumber(documents.values, [*self.texts])
-        return Groups(qids, queries, texts, documents, labels, sampling)
+        new_ids, texts = _renumber(documents.values, [*self.texts])
+        random = None if avoided is None else RandomNegatives(n_random, _by_query(avoided, qids, new_ids))
+        return Groups(qids, queries, texts, documents, labels, sampling, random=random)
 
 
-def _concatenate(arrays: list[np.ndarray], dtype: Any) -> Ragged:
-    return Ragged(np.concatenate(arrays) if arrays else np.empty(0, dtype), [*map(len, arrays)])
+def _by_query(pairs: pd.DataFrame, qids: list[str], new_ids: np.ndarray) -> Ragged:
+    """Return the new text ids of pairs of qid and text id by query, without texts that have none."""
+    index = pairs["qid"].map({qid: i for i, qid in enumerate(qids)})
+    ids = new_ids[pairs["text"].to_numpy(np.int64)]
+    known = index.notna().to_numpy() & (ids >= 0)
+    distinct = np.unique(np.stack([index[known].to_numpy(np.int64), ids[known]]), axis=1)
+    return Ragged(distinct[1].astype(np.int32), np.bincount(distinct[0], minlength=len(qids)))
 
 
-def _renumber(ids: np.ndarray, names: list[str]) -> list[str]:
-    """Renumber ids in place by first occurrence; return the names in the order of the new ids."""
+def _renumber(ids: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Renumber ids in place by first occurrence; return the new id of each, -1 for unused ones, and their names."""
     new_ids = np.full(len(names), -1, dtype=np.int32)
     used: list[str] = []
     for start in range(0, len(ids), CHUNK_SIZE):
@@ -208,4 +192,4 @@ def _renumber(ids: np.ndarray, names: list[str]) -> list[str]:
         new_ids[unseen] = np.arange(len(used), len(used) + len(unseen))
         used += [names[i] for i in unseen]
         ids[start : start + CHUNK_SIZE] = new_ids[chunk]
-    return used
+    return new_ids, used

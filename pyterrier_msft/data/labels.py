@@ -9,9 +9,12 @@ import pandas as pd
 
 from pyterrier_msft.data.diagnosis import explain_mismatch
 from pyterrier_msft.data.frames import as_ids, as_numbers, as_texts, is_blank, order_column, require, require_columns
-from pyterrier_msft.data.groups import Groups, GroupsBuilder, Sampling
+from pyterrier_msft.data.groups import Groups, GroupsBuilder
+from pyterrier_msft.data.judging import Judge
 from pyterrier_msft.data.rankings import Rankings, RowsByQuery, as_rankings, assign_ids, clean_ranking, within_depth
 from pyterrier_msft.data.report import DataReport
+from pyterrier_msft.data.sampling import ListSampling, NegativeSampling
+from pyterrier_msft.data.scales import check_probabilities, scale_scores
 
 # ---- from qrels
 
@@ -24,32 +27,40 @@ def from_qrels(
     n_negatives: int,
     min_relevance: float,
     n_positives: int | None = 1,
+    skip: int = 0,
+    n_random: int = 0,
+    sample: str = "uniform",
     load_missing: Callable[[pd.DataFrame], Iterable[Any]] | None = None,
+    judge: Judge | None = None,
     text_field: str = "text",
 ) -> tuple[Groups, DataReport]:
     """Label documents by relevance, for a contrastive loss.
 
     A positive is a document with a grade of at least `min_relevance`, at any rank; its label is the grade. Negatives
-    are the other documents in the top `depth`, judged or not, with label 0, except those with exactly the text of a
-    positive; in results from a file, whose texts aren't known yet, these aren't left out. A passage (docno `d%p0`) has
-    the grade of its document. Positives that the results lack are added with the texts that `load_missing` returns for
-    a frame of qid, query and docno. For the settings, see `Contrastive`.
+    are the other documents in the top `depth`, below the first `skip`, judged or not, with label 0, except those with
+    exactly the text of a positive; in results from a file, whose texts aren't known yet, these aren't left out. A
+    passage (docno `d%p0`) has the grade of its document. Positives that the results lack are added with the texts that
+    `load_missing` returns for a frame of qid, query and docno. The false negatives that a judge finds are left out, or
+    become positives with the grade `min_relevance`. For the settings, see `Contrastive`.
     """
     grades = grades_of(qrels)
     judged = set(grades.index.get_level_values("qid"))
     relevant = RowsByQuery(relevant_of(grades, min_relevance))
-    builder, reports = GroupsBuilder(), []
+    builder, reports, own = GroupsBuilder(), [], OwnDocuments()
     for chunk in as_rankings(results, text_field):
         positives = relevant.of(chunk.qids)
         rankings = chunk if load_missing is None else _add_missing(chunk, positives, load_missing)
         labels = rankings.lookup(positives, "label", rankings.parent, default=0.0)
+        in_top = within_depth(rankings.query, depth)
+        candidates = in_top & (rankings.rank >= skip)
+        is_negative, is_copy, found = _find_negatives(rankings, labels, candidates, judge, min_relevance)
         is_positive = labels > 0
-        is_other = ~is_positive & within_depth(rankings.query, depth)
-        is_copy = is_other & rankings.with_text_of(is_positive)
-        is_negative = is_other & ~is_copy
         has_positive = rankings.queries_with(is_positive)
         has_both = has_positive & rankings.queries_with(is_negative)
-        added = builder.add(rankings, (is_positive | is_negative) & has_both[rankings.query], labels)
+        is_used = (is_positive | is_negative) & has_both[rankings.query]
+        added = builder.add(rankings, is_used, labels)
+        if n_random:
+            own.add(rankings, is_used, in_top & ~is_used)
         reports.append(
             DataReport(
                 **added,
@@ -58,11 +69,61 @@ def from_qrels(
                 unjudged=sum(qid not in judged for qid in rankings.qids),
                 without_negatives=int(has_positive.sum()) - added["groups"],
                 copies_of_positives=int(is_copy.sum()),
+                **found,
             )
         )
+    if judge is not None:
+        judge.check_overlap()
     judged_twice = int((_labels_by_pair(qrels).min() < grades).sum())
     report = replace(DataReport.total(reports), judged_twice=judged_twice)
-    return builder.build(Sampling(n_positives, n_negatives)), report
+    avoided = own.avoided(relevant.frame) if n_random else None
+    sampling = NegativeSampling(n_positives, n_negatives, skip, sample)
+    return builder.build(sampling, n_random=n_random, avoided=avoided), report
+
+
+def _find_negatives(
+    rankings: Rankings, labels: np.ndarray, candidates: np.ndarray, judge: Judge | None, min_relevance: float
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Return masks of the negatives and of the copies of positives among candidates, and what the judge found.
+
+    The labels of false negatives that become positives are changed in place.
+    """
+    is_other = candidates & (labels <= 0)
+    is_copy = is_other & rankings.with_text_of(labels > 0)
+    found: dict[str, Any] = {}
+    if judge is not None:
+        is_false, found = judge.find(rankings, labels > 0, is_other & ~is_copy)
+        is_other &= ~is_false
+        if judge.relabels:
+            labels[is_false] = min_relevance
+            is_copy = is_other & rankings.with_text_of(labels > 0)
+    return is_other & ~is_copy, is_copy, found
+
+
+class OwnDocuments:
+    """Collects what random negatives of a query must not be: its relevant documents, and others that it found."""
+
+    def __init__(self) -> None:
+        self.unused: list[pd.DataFrame] = []  # qid and text id
+        self.texts: list[pd.DataFrame] = []  # document id (of passages: of the whole) and text id
+        self.docnos: dict[str, int] = {}
+
+    def add(self, rankings: Rankings, used: np.ndarray, unused: np.ndarray) -> None:
+        """Add the rows of groups, and rows that aren't in the group of their query, as masks."""
+        qids = np.array(rankings.qids, dtype=object)[rankings.query[unused]]
+        self.unused.append(pd.DataFrame({"qid": qids, "text": rankings.text[unused]}))
+        texts = pd.DataFrame({"document": rankings.parent[used], "text": rankings.text[used]})
+        self.texts.append(texts.drop_duplicates())
+        self.docnos = rankings.docnos
+
+    def avoided(self, relevant: pd.DataFrame) -> pd.DataFrame:
+        """Return pairs of qid and text id, given the relevant documents (qid, docno) of the qrels."""
+        if not self.texts:
+            return pd.DataFrame({"qid": [], "text": []})
+        ids = relevant["docno"].map(self.docnos)
+        found = relevant[["qid"]].assign(document=ids)[ids.notna()]
+        found = found.merge(pd.concat(self.texts).drop_duplicates(), on="document")
+        return pd.concat([*self.unused, found[["qid", "text"]]], ignore_index=True)
 
 
 def grades_of(qrels: pd.DataFrame) -> pd.Series:
@@ -124,14 +185,18 @@ def from_teacher(
     *,
     depth: int | None,
     keep_scores: bool = False,
+    scale: str | None = None,
+    probabilities: bool = False,
     unranked: str = "drop",
+    sampling: ListSampling | None = None,
     text_field: str = "text",
 ) -> tuple[Groups, DataReport]:
     """Label the first stage's top documents by a teacher's ranking (None: the results' own), for distillation.
 
     A label is the number of the query's documents that the teacher ranks lower; with `keep_scores`, the teacher's
-    score. In a query that the teacher ranked, documents that it left out are dropped (`unranked="drop"`) or tied last
-    ("last").
+    score, scaled by `scale` among the query's documents (`probabilities`: a ValueError unless that is between 0 and 1).
+    In a query that the teacher ranked, documents that it left out are dropped (`unranked="drop"`) or tied last
+    ("last"). With `sampling`, an epoch draws a part of these documents.
     """
     if keep_scores and unranked == "last":
         raise ValueError("unranked must be 'drop' where labels are the teacher's scores; got 'last'")
@@ -156,6 +221,9 @@ def from_teacher(
         ranked = in_top & ~np.isnan(key)
         if keep_scores:
             require(np.isfinite(key[ranked]), key[ranked], "teacher scores must be finite numbers")
+            key[ranked] = scale_scores(key[ranked], rankings.query[ranked], scale)
+            if probabilities:
+                check_probabilities(key[ranked])
         lower, tied, others = _count_others(rankings.query, key, ranked)
         # A query without any preference between two documents can't be learned from.
         has_preference = rankings.queries_with(lower > 0)[rankings.query]
@@ -177,7 +245,7 @@ def from_teacher(
     if ranking is not None and len(unmatched_sample) and report.without_teacher == report.queries:
         why = explain_mismatch(unmatched_sample, ranking, "the teacher's ranking", by_document=False)
         raise ValueError(f"teacher must rank documents of the results; got none in common: {why}")
-    return builder.build(), replace(report, tied_labels=n_tied / max(1, n_pairs))
+    return builder.build(sampling), replace(report, tied_labels=n_tied / max(1, n_pairs))
 
 
 def has_only_ranks(ranking: pd.DataFrame) -> bool:

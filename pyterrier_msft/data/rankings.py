@@ -149,10 +149,17 @@ def clean_ranking(ranking: pd.DataFrame, what: str) -> pd.DataFrame:
     return frame.sort_values("key", ascending=False, kind="stable").drop_duplicates(["qid", "docno"])
 
 
-def top_documents(results: pd.DataFrame, *, depth: int | None, text_field: str = "text") -> pd.DataFrame:
-    """Return the rows of results that `from_teacher` uses, by query, best first, with string ids and new ranks."""
+def top_documents(
+    results: pd.DataFrame, *, depth: int | None, text_field: str = "text", relevant: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Return the rows of results that `from_teacher` uses, by query, best first, with string ids and new ranks.
+
+    With `relevant` (qid, docno), also return these documents at any rank, as `from_qrels` uses them.
+    """
     rankings, row = clean_results(results, text_field=text_field)
     kept = within_depth(rankings.query, depth)
+    if relevant is not None:
+        kept |= rankings.match(relevant, rankings.parent) >= 0
     top = results.iloc[row[kept]].reset_index(drop=True)
     return top.assign(qid=as_ids(top["qid"]), docno=as_ids(top["docno"]), rank=rankings.rank[kept])
 

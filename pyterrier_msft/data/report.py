@@ -1,13 +1,39 @@
 """DataReport: counts of a stage's training data."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+EXAMPLES = 3  # in a data report
+EXAMPLE_LENGTH = 60  # characters of a text
+
+
+class FalseNegative(NamedTuple):
+    """A candidate that may be relevant, as an example in a data report."""
+
+    query: str
+    text: str  # its beginning
+    score: float  # by the judge
+    relevant_score: float | None  # the lowest of the query's relevant documents; None if the judge scored none of them
+
+    def __str__(self) -> str:
+        relevant = "not scored" if self.relevant_score is None else f"{self.relevant_score:.4g}"
+        return f"{self.score:.4g} (relevant: {relevant}) for {self.query!r}: {self.text!r}"
+
+
+def beginning(text: str) -> str:
+    """Return the beginning of a text, in one line."""
+    line = " ".join(text[: 2 * EXAMPLE_LENGTH].split())
+    return line if len(line) <= EXAMPLE_LENGTH else f"{line[: EXAMPLE_LENGTH - 1]}…"
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """Counts of a stage's training data, made before training. Rates are between 0 and 1."""
+    """Counts of a stage's training data, made before training. Rates are between 0 and 1.
+
+    Of a sum of fitters, or of several sources, they are totals and means over its `parts`, each of which has its own
+    report.
+    """
 
     queries: int = 0
     groups: int = 0  # queries to train on
@@ -24,19 +50,33 @@ class DataReport:
     ranked_last: int = 0  # query-document pairs that the teacher didn't rank, placed last
     judged_twice: int = 0  # query-document pairs with two different labels; the higher one is used
     several_queries: int = 0  # qids with different query texts; that of the best-ranked document is used
+    false_negatives: int = 0  # query-document pairs that the judge scored like relevant ones, not used as negatives
+    relabelled: int = 0  # the same, used as relevant
+    unjudged_negatives: int = 0  # query-document pairs that the judge didn't score, used as negatives
+    unjudged_positives: int = 0  # queries without a relevant document that the judge scored
+    false_negative_examples: Any = ()  # a few FalseNegative
     tied_labels: float = 0.0  # rate, over the pairs of a query's documents, of ties by the teacher
     agreement: float | None = None  # mean rank correlation of the teacher with the first stage, -1 to 1
     truncated_queries: float = 0.0
     truncated_documents: float = 0.0
     plan: Any = None  # a text: how the training run is set up
     interpolation: Any = None  # a text: the choice of the first stage's weight
+    parts: Any = None  # of a sum of fitters, or of several sources: the report of each, by name
 
     def __repr__(self) -> str:
+        return "\n  ".join(["DataReport:", *self._lines()])
+
+    def _lines(self) -> list[str]:
+        if self.parts:
+            found = {name: part._lines() for name, part in self.parts.items()}
+            lines = [line for name, own in found.items() for line in (f"{name}:", *(f"  {line}" for line in own))]
+            return lines + [text for text in (self.plan, self.interpolation) if text]
         lines = [f"{self.groups:,} of {self.queries:,} queries to train on, with {self.documents:,} documents"]
         lines += [f"dropped {line}" for line in self._dropped()]
         lines += self._conflicts()
         if self.ranked_last:
             lines.append(f"placed {_count(self.ranked_last, 'document')} last that the teacher didn't rank")
+        lines += self._judged()
         rates = {
             "of the teacher's pairs of documents are tied": self.tied_labels,
             "of the queries are truncated (max_length, max_query_length)": self.truncated_queries,
@@ -45,21 +85,27 @@ class DataReport:
         lines += [f"{rate:.1%} {what}" for what, rate in rates.items() if rate]
         if self.agreement is not None:
             lines.append(f"rank correlation of the teacher with the first stage: {self.agreement:.2f}")
-        lines += [text for text in (self.plan, self.interpolation) if text]
-        return "\n  ".join(["DataReport:", *lines])
+        return lines + [text for text in (self.plan, self.interpolation) if text]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DataReport":
         """Restore a report from `dataclasses.asdict`, ignoring unknown fields of other versions."""
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        if known.get("parts"):
+            known["parts"] = {name: cls.from_dict(part) for name, part in known["parts"].items()}
+        examples = [FalseNegative(*example) for example in known.pop("false_negative_examples", ())]
+        return cls(**known, false_negative_examples=tuple(examples))
 
     @classmethod
     def total(cls, reports: Sequence["DataReport"]) -> "DataReport":
-        """Combine the reports of chunks: add up counts, average rates over groups."""
-        values: dict[str, Any] = {}
+        """Combine the reports of chunks: add up counts, average rates over groups, keep a few examples."""
+        examples = [example for report in reports for example in report.false_negative_examples]
+        values: dict[str, Any] = {"false_negative_examples": tuple(examples[:EXAMPLES])}
         for f in fields(cls):
             found = [(getattr(report, f.name), report.groups) for report in reports]
             known = [(value, weight) for value, weight in found if value is not None]
+            if f.name in values:
+                continue
             if f.type is int:
                 values[f.name] = sum(value for value, _ in known)
             elif f.type is Any:
@@ -67,6 +113,18 @@ class DataReport:
             elif total := sum(weight for _, weight in known):
                 values[f.name] = sum(value * weight for value, weight in known) / total
         return cls(**values)
+
+    @classmethod
+    def of_parts(cls, parts: Mapping[str, "DataReport"]) -> "DataReport":
+        """Combine the reports of the parts of a sum of fitters, or of several sources, by name."""
+        return replace(cls.total([*parts.values()]), parts=dict(parts))
+
+    def with_example_texts(self, load: Callable[[list[str]], list[str]]) -> "DataReport":
+        """Replace the docnos in the examples with the beginnings of the texts, which `load` looks up."""
+        texts = load([example.text for example in self.false_negative_examples])
+        pairs = zip(self.false_negative_examples, texts, strict=True)
+        examples = tuple(example._replace(text=beginning(text) or example.text) for example, text in pairs)
+        return replace(self, false_negative_examples=examples)
 
     def dropped(self) -> str:
         """Describe what was dropped; empty if nothing was."""
@@ -97,10 +155,29 @@ class DataReport:
         lines += [f"{_count(count, 'document')} {what}" for what, count in documents.items() if count]
         return lines + ([_count(self.duplicates, "duplicate result")] if self.duplicates else [])
 
+    def _judged(self) -> list[str]:
+        """Describe what the judge of false negatives found."""
+        lines = []
+        if number := self.false_negatives or self.relabelled:
+            done = "dropped" if self.false_negatives else "used as relevant"
+            lines.append(f"{done} {_count(number, 'negative')} that the judge scored like a relevant document, e.g.")
+            lines += [f"  {example}" for example in self.false_negative_examples]
+        if self.unjudged_negatives:
+            lines.append(f"kept {_count(self.unjudged_negatives, 'negative')} that the judge didn't score")
+        return lines
+
     def _conflicts(self) -> list[str]:
         labels = f"{_count(self.judged_twice, 'document')} with two labels in the qrels: the higher one is used"
         queries = f"{_count(self.several_queries, 'qid')} with several queries: the best-ranked document's is used"
-        return [labels] * bool(self.judged_twice) + [queries] * bool(self.several_queries)
+        margin = (
+            f"{self.unjudged_positives:,} of {self.queries:,} queries whose relevant documents the judge didn't score"
+        )
+        found = {
+            labels: self.judged_twice,
+            queries: self.several_queries,
+            f"{margin}: margin has no effect there": self.unjudged_positives,
+        }
+        return [line for line, count in found.items() if count]
 
 
 def _count(number: int, noun: str) -> str:

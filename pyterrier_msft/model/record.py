@@ -14,9 +14,10 @@ from pyterrier_msft import __version__
 
 RECORD = "msft.json"
 
-# Columns of every history row; a validation metric adds a column under its own name.
+# Columns of every history row; a validation metric adds a column under its own name, and a sum the loss of each part.
 HISTORY_START = ("stage", "fitter", "step", "epoch", "loss", "learning_rate")
 HISTORY_END = ("seconds", "pairs_per_second")
+PART_LOSS = "loss_"  # the beginning of the columns with the losses of several objectives
 
 
 class _Record:
@@ -31,6 +32,7 @@ class StageRecord(_Record):
     """What one stage of training did, and on what data."""
 
     fitter: str = ""  # its repr
+    objective: str = ""  # the fitter without its settings
     loss: str = ""
     digest: str = ""  # of the fitter's settings
     data: str = ""  # digest of the groups
@@ -48,10 +50,8 @@ class StageRecord(_Record):
     interrupted: int | None = None  # the step at which training was interrupted
     interpolation: dict[str, Any] = field(default_factory=dict)  # the choice of the first stage's weight
 
-    @property
-    def objective(self) -> str:
-        """The fitter's class name."""
-        return self.fitter.partition("(")[0]
+    def __post_init__(self) -> None:
+        self.objective = self.objective or self.fitter.partition("(")[0]  # of a record without it
 
     @property
     def updates(self) -> int:
@@ -65,8 +65,8 @@ class StageRecord(_Record):
     @property
     def metrics(self) -> dict[str, float]:
         """The best value of each validation metric."""
-        columns = {name for row in self.history for name in row} - {*HISTORY_START, *HISTORY_END}
-        return {name: max(row[name] for row in self.history if name in row) for name in sorted(columns)}
+        columns = sorted(name for name in _added_columns(self.history) if not name.startswith(PART_LOSS))
+        return {name: max(row[name] for row in self.history if name in row) for name in columns}
 
 
 @dataclass
@@ -79,6 +79,7 @@ class ModelRecord(_Record):
     fingerprint: str | None = None
     stages: list[StageRecord] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None  # from scores to probabilities
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -101,8 +102,13 @@ class ModelRecord(_Record):
 def history_frame(stages: Sequence[StageRecord]) -> pd.DataFrame:
     """Put the histories of all stages into one frame, with the stage's number and fitter in each row."""
     rows = [{"stage": number, "fitter": s.objective, **row} for number, s in enumerate(stages, 1) for row in s.history]
-    metrics = dict.fromkeys(name for row in rows for name in row if name not in {*HISTORY_START, *HISTORY_END})
-    return pd.DataFrame(rows, columns=[*HISTORY_START, *metrics, *HISTORY_END])
+    added = sorted(_added_columns(rows), key=lambda name: not name.startswith(PART_LOSS))  # losses before metrics
+    return pd.DataFrame(rows, columns=[*HISTORY_START, *added, *HISTORY_END])
+
+
+def _added_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the losses and metrics that not every row of a history has, by first occurrence."""
+    return [*dict.fromkeys(name for row in rows for name in row if name not in {*HISTORY_START, *HISTORY_END})]
 
 
 def library_versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The order of queries in a training run, and batches of groups as tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from pyterrier_msft.data.groups import Group, Groups
+from pyterrier_msft.data.mixture import MixedGroups
 from pyterrier_msft.model.batching import balance_batches, length_batches
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.training import distributed
@@ -23,7 +24,7 @@ MAX_SORTED_BATCHES = 16
 # Stands in for the epoch where a rank has no query in a batch: it scores one text, which isn't part of the loss.
 PADDING_GROUP = -1
 
-GroupIndex = tuple[int, int]  # a query's index, and the epoch (or PADDING_GROUP)
+GroupIndex = tuple[int, int]  # a query's index, and the epoch or another number of a draw (or PADDING_GROUP)
 
 
 class BatchSchedule(Sampler[list[GroupIndex]]):
@@ -32,8 +33,8 @@ class BatchSchedule(Sampler[list[GroupIndex]]):
     So a resumed run continues exactly, and negatives are resampled every epoch; no `set_epoch` needed.
     """
 
-    def __init__(self, groups: Groups, plan: Plan, *, seed: int) -> None:
-        self.plan, self.seed = plan, seed
+    def __init__(self, groups: Groups | MixedGroups, plan: Plan, *, seed: int) -> None:
+        self.groups, self.plan, self.seed = groups, plan, seed
         self.lengths = groups.lengths()  # (queries,) characters
 
     def __len__(self) -> int:
@@ -47,24 +48,41 @@ class BatchSchedule(Sampler[list[GroupIndex]]):
             if place == 0:
                 batches = self._epoch_batches(epoch)
             batch = batches[place]
-            yield [(int(query), epoch) for query in batch[rank::world_size]] or [(int(batch[0]), PADDING_GROUP)]
+            own = [(int(query), int(draw)) for query, draw in batch[rank::world_size]]
+            yield own or [(int(batch[0, 0]), PADDING_GROUP)]
 
     def _epoch_batches(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.lengths))
+        draws = self.groups.epoch(epoch, seed=self.seed)
+        lengths = self.lengths[draws[:, 0]]
+        order = rng.permutation(len(draws))
         batch_size = self.plan.batch_size
         window = batch_size * max(1, min(MAX_SORTED_BATCHES, self.plan.updates_per_epoch // 8))
         windows = np.split(order, range(window, len(order), window))
-        order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in windows])
-        batches = np.split(order, range(batch_size, len(order), batch_size))
+        order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in windows])
+        batches = np.split(draws[order], range(batch_size, len(order), batch_size))
         return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class StepSchedule(Sampler[list[list[GroupIndex]]]):
+    """All steps of a training run: in each, a batch for each objective."""
+
+    def __init__(self, schedules: Sequence[BatchSchedule]) -> None:
+        self.schedules = schedules
+
+    def __len__(self) -> int:
+        return len(self.schedules[0])
+
+    def __iter__(self) -> Iterator[list[list[GroupIndex]]]:
+        """Iterate over this rank's share of each step."""
+        return map(list, zip(*self.schedules, strict=True))
 
 
 @dataclass(frozen=True)
 class GroupDataset(Dataset[Group]):
     """The groups of a schedule's batches, drawn on access."""
 
-    groups: Groups
+    groups: Groups | MixedGroups
     seed: int
 
     def __getitems__(self, indices: list[GroupIndex]) -> list[Group]:
@@ -77,6 +95,20 @@ class GroupDataset(Dataset[Group]):
 
     def __len__(self) -> int:
         return len(self.groups)
+
+
+@dataclass(frozen=True)
+class StepDataset(Dataset[list[Group]]):
+    """The groups of a schedule's steps: in each, a batch for each objective."""
+
+    datasets: Sequence[GroupDataset]
+
+    def __getitems__(self, step: list[list[GroupIndex]]) -> list[list[Group]]:
+        """Draw the groups of a step."""
+        return [dataset.__getitems__(batch) for dataset, batch in zip(self.datasets, step, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.datasets[0])
 
 
 @dataclass(frozen=True)
@@ -121,6 +153,11 @@ class Collator:
             "mask": mask,
             "qids": [group.qid for group in groups],
         }
+
+    def step(self, batches: list[list[Group]]) -> dict[str, Any]:
+        """Turn the groups of a step into a batch: the chunks of all objectives, and under `parts` the rest of each."""
+        parts = [self(groups) for groups in batches]
+        return {"chunks": [chunk for part in parts for chunk in part.pop("chunks")], "parts": parts}
 
     def _chunks(self, lengths: np.ndarray) -> list[np.ndarray]:
         chunks = length_batches(lengths, max_tokens=self.max_tokens, max_pairs=self.max_pairs)

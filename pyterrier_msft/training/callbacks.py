@@ -7,7 +7,7 @@ Callbacks save the state that resuming requires in Trainer's checkpoints.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyterrier as pt
@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 
+from pyterrier_msft.model.record import PART_LOSS
 from pyterrier_msft.notices import warn
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import Checkpoint
@@ -31,13 +32,17 @@ class HistoryCallback(TrainerCallback, ExportableState):
     """Log about fifty times per training run, append each log to the history, and show a progress bar if `verbose`."""
 
     def __init__(
-        self, history: list[dict[str, Any]], plan: Plan, hyperparameters: Hyperparameters, *, verbose: bool
-    ) -> None:
-        self.history, self.plan = history, plan
+        self, history: list[dict[str, Any]], plan: Plan, hyperparameters: Hyperparameters, *,
+        part_names: Sequence[str] = (), verbose: bool,
+    ) -> None:  # fmt: skip
+        self.history, self.plan, self.part_names = history, plan, part_names
         self.metric = str(hyperparameters.metric)
         self.log_every = max(1, min(plan.eval_every, plan.updates // 50))
         self.first_row = len(history)
-        self.pairs: torch.Tensor | int = 0  # since the last row
+        # Since the last row:
+        self.pairs: torch.Tensor | int = 0
+        self.losses: torch.Tensor | int = 0  # (objectives,) the sum over steps
+        self.steps = 0
         self.seconds_before = 0.0  # of the run that is resumed
         self.started = self.last_row_at = time.monotonic()
         self.bar = pt.tqdm(total=plan.updates, desc="training", unit="step", disable=not verbose)
@@ -52,9 +57,16 @@ class HistoryCallback(TrainerCallback, ExportableState):
         self.history.extend(attributes["rows"])
         self.seconds_before = attributes["seconds"]
 
-    def count_pairs(self, pairs: torch.Tensor) -> None:
-        """Count the pairs that were trained on, over all ranks."""
-        self.pairs = self.pairs + pairs
+    def count_step(self, pairs: torch.Tensor, losses: torch.Tensor) -> None:
+        """Count a step's pairs, over all ranks, and add up the loss of each objective, (objectives,)."""
+        self.pairs, self.losses, self.steps = self.pairs + pairs, self.losses + losses, self.steps + 1
+
+    def part_losses(self) -> dict[str, float]:
+        """Return the mean loss of each of several objectives since the last row, by column."""
+        if not self.part_names or not isinstance(self.losses, torch.Tensor):
+            return {}
+        means = (self.losses / self.steps).tolist()
+        return {f"{PART_LOSS}{name}": mean for name, mean in zip(self.part_names, means, strict=True)}
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_log |= is_due(state.global_step, self.log_every, self.plan)
@@ -73,9 +85,10 @@ class HistoryCallback(TrainerCallback, ExportableState):
             "learning_rate": float(logs["learning_rate"]),
             "seconds": self._seconds(),
             "pairs_per_second": int(self.pairs) / max(now - self.last_row_at, 1e-9),
+            **self.part_losses(),
         }
         self.history.append(row)
-        self.last_row_at, self.pairs = now, 0
+        self.last_row_at, self.pairs, self.losses, self.steps = now, 0, 0, 0
         self.bar.set_postfix(loss=f"{row['loss']:.3g}")
 
     def on_evaluate(

@@ -1,7 +1,7 @@
 """The settings that all fitters share."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -111,16 +111,28 @@ class Hyperparameters:
 
 
 def check_number(
-    name: str, value: Any, *, integer: bool = False, minimum_zero: bool = False, required: bool = False
-) -> None:
-    """Raise a ValueError unless a setting is a finite number > 0 (`minimum_zero`: >= 0), or None if not required."""
+    name: str, value: Any, *, integer: bool = False, minimum_zero: bool = False, signed: bool = False,
+    required: bool = False,
+) -> None:  # fmt: skip
+    """Raise a ValueError unless a setting is a finite number, or None if not required.
+
+    It must be > 0, with `minimum_zero` >= 0, and with `signed` it can be negative.
+    """
     if value is None and not required:
         return
     is_number = isinstance(value, Integral if integer else Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0 or (value == 0 and not minimum_zero):
+    is_in_range = is_number and math.isfinite(value) and (signed or value > 0 or (value == 0 and minimum_zero))
+    if not is_in_range:
         kind = "integer" if integer else "number"
-        wanted = f"a non-negative {kind}" if minimum_zero else f"a positive {kind}"
+        wanted = f"a finite {kind}" if signed else f"a non-negative {kind}" if minimum_zero else f"a positive {kind}"
         raise ValueError(f"{name} must be {wanted}{'' if required else ' or None'}; got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise a ValueError unless a setting is one of some strings."""
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}; got {value!r}")
 
 
 def _parse_metric(metric: Any) -> Any:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,13 +44,15 @@ def preserve_global_state() -> Iterator[None]:
 @contextlib.contextmanager
 def training_mode(network: PreTrainedModel, hyperparameters: Hyperparameters, dtype: torch.dtype) -> Iterator[None]:
     """Temporarily set the network's dropout, frozen parameters and attention for training."""
-    dropouts = [(module, "p", module.p) for module in network.modules() if isinstance(module, torch.nn.Dropout)]
-    # Some families keep the probability of attention's dropout as a plain number.
+    dropouts: list[tuple[Any, str, float]] = [
+        (module, "p", module.p) for module in network.modules() if isinstance(module, torch.nn.Dropout)
+    ]
+    # Some families keep probabilities as plain numbers, in their modules or in the configuration.
     dropouts += [
-        (module, name, getattr(module, name))
-        for module in network.modules()
-        for name in ("attention_dropout", "dropout_prob")
-        if isinstance(getattr(module, name, None), float)
+        (owner, name, value)
+        for owner in (*network.modules(), network.config)
+        for name, value in vars(owner).items()
+        if "dropout" in name and isinstance(value, float)
     ]
     trainable = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     attention = network.config._attn_implementation

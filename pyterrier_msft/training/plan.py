@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from pyterrier_msft.data.groups import Groups
+from pyterrier_msft.data.mixture import MixedGroups
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 from pyterrier_msft.training.validation import Validation
 
@@ -57,7 +58,7 @@ class Plan:
 
 
 def plan_training(
-    hyperparameters: Hyperparameters, groups: Groups, *, width: int, head_is_new: bool,
+    hyperparameters: Hyperparameters, groups: Groups | MixedGroups, *, width: int, head_is_new: bool,
     is_adapter: bool = False, validation: Validation | None = None,
 ) -> Plan:  # fmt: skip
     """Decide what the hyperparameters leave open.
@@ -80,7 +81,7 @@ def plan_training(
         is_adapter: Whether only an adapter and the head are trained.
         validation: The validation data.
     """
-    queries = len(groups)
+    queries = groups.groups_per_epoch()
     batch_size = hyperparameters.batch_size or next(size for limit, size in BATCH_SIZES if queries < limit)
     batch_size *= hyperparameters.gradient_accumulation
     updates_per_epoch = math.ceil(queries / batch_size)

@@ -1,11 +1,11 @@
-"""A training run: from groups, a loss and a cross-encoder to trained weights."""
+"""A training run: from objectives and a cross-encoder to trained weights."""
 
 import contextlib
 import logging
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir
 
-from pyterrier_msft.data.groups import Groups
 from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.first_token import first_token_only
@@ -22,8 +21,9 @@ from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import Checkpoint, check_writable, checkpoint_to_resume
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 from pyterrier_msft.training.isolation import preserve_global_state, training_mode
-from pyterrier_msft.training.plan import Plan, plan_training
-from pyterrier_msft.training.trainer import ListwiseTrainer, Loss
+from pyterrier_msft.training.objectives import Objective
+from pyterrier_msft.training.plan import Plan
+from pyterrier_msft.training.trainer import ListwiseTrainer
 from pyterrier_msft.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -32,11 +32,9 @@ logger = logging.getLogger(__name__)
 def train(
     model: CrossEncoder,
     encoder: PairEncoder,
-    groups: Groups,
-    loss: Loss,
+    objectives: Sequence[Objective],
     hyperparameters: Hyperparameters,
     *,
-    plan: Plan | None = None,
     validation: Validation | None = None,
     checkpoint_dir: str | Path | None = None,
     identity: Mapping[str, str] | None = None,
@@ -45,10 +43,10 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train a cross-encoder in place, on its device and in its precision; weights and loss are float32.
 
-    `plan` has the numbers of the run; by default, `plan_training` makes it. With `validation`, the weights that are
-    best by its metric are kept, which may be those of the start, and `patience` applies. With `checkpoint_dir`, the run
-    resumes from the newest checkpoint, whose `identity` (by name, what determines the result) must be equal.
-    Rows are appended to `history` as they are logged, so that they survive an interruption.
+    The first objective's plan has the numbers of the run. With `validation`, the weights that are best by its metric
+    are kept, which may be those of the start, and `patience` applies. With `checkpoint_dir`, the run resumes from the
+    newest checkpoint, whose `identity` (by name, what determines the result) must be equal. Rows are appended to
+    `history` as they are logged, so that they survive an interruption.
 
     Returns:
         The history, a dictionary for each logged step.
@@ -60,15 +58,6 @@ def train(
     history, identity = [] if history is None else history, dict(identity or {})
     network, dtype = model.network, model.training_dtype
     model.mark_changed()
-    if plan is None:
-        plan = plan_training(
-            hyperparameters,
-            groups,
-            width=model.width,
-            head_is_new=model.head_is_new,
-            is_adapter=model.has_adapter,
-            validation=validation,
-        )
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_global_state())
         stack.enter_context(quiet_transformers())
@@ -76,12 +65,12 @@ def train(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyterrier_msft_")))
         else:
             folder = check_writable(checkpoint_dir, "checkpoint_dir")
-        arguments = training_arguments(hyperparameters, plan, network.device, dtype, folder)
+        arguments = training_arguments(hyperparameters, objectives[0].plan, network.device, dtype, folder)
         distributed.check_same_on_all_ranks(identity)
         stack.enter_context(training_mode(network, hyperparameters, dtype))
         stack.enter_context(first_token_only(network))
         trainer = ListwiseTrainer(
-            loss, network, encoder, groups, hyperparameters, plan,
+            objectives, network, encoder, hyperparameters,
             dtype=dtype, validation=validation, history=history, verbose=verbose,
             identity=None if checkpoint_dir is None else identity, args=arguments,
         )  # fmt: skip

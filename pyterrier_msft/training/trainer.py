@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,27 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerContr
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from pyterrier_msft.data.groups import Groups
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.scoring import UNLIMITED, forward, is_out_of_memory
 from pyterrier_msft.training import cpu, distributed
-from pyterrier_msft.training.batches import TOKENS_PER_PASS, BatchSchedule, Collator, GroupDataset
+from pyterrier_msft.training.batches import (
+    TOKENS_PER_PASS,
+    BatchSchedule,
+    Collator,
+    GroupDataset,
+    StepDataset,
+    StepSchedule,
+)
 from pyterrier_msft.training.callbacks import BestWeightsCallback, CheckpointCallback, CollapseCallback, HistoryCallback
 from pyterrier_msft.training.checkpoints import BEST_WEIGHTS_NAME, Checkpoint, save_weights
 from pyterrier_msft.training.gradient_cache import Chunk, gradient_cache_step, max_graph_tokens, split_chunks
 from pyterrier_msft.training.hyperparameters import Hyperparameters
-from pyterrier_msft.training.plan import Plan
+from pyterrier_msft.training.objectives import Objective
 from pyterrier_msft.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, Any]  # see Collator
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(scores [G, L], labels [G, L], mask [G, L]) -> scalar."""
+Batch = dict[str, Any]  # see Collator.step
 
 
 class ListwiseTrainer(Trainer):
@@ -43,12 +47,10 @@ class ListwiseTrainer(Trainer):
 
     def __init__(
         self,
-        loss: Loss,
+        objectives: Sequence[Objective],
         network: PreTrainedModel,
         encoder: PairEncoder,
-        groups: Groups,
         hyperparameters: Hyperparameters,
-        plan: Plan,
         *,
         dtype: torch.dtype,
         validation: Validation | None,
@@ -57,10 +59,12 @@ class ListwiseTrainer(Trainer):
         identity: Mapping[str, str] | None,
         args: TrainingArguments,
     ) -> None:
-        super().__init__(model=network, args=args, train_dataset=GroupDataset(groups, hyperparameters.seed))
-        self.schedule = BatchSchedule(groups, plan, seed=hyperparameters.seed)
+        seed, plan = hyperparameters.seed, objectives[0].plan
+        dataset = StepDataset([GroupDataset(objective.groups, seed) for objective in objectives])
+        super().__init__(model=network, args=args, train_dataset=dataset)
+        self.schedule = StepSchedule([BatchSchedule(part.groups, part.plan, seed=seed) for part in objectives])
         torch.manual_seed(args.seed + distributed.rank())  # different dropout masks on each rank
-        self.list_loss, self.network, self.encoder, self.plan = loss, network, encoder, plan
+        self.objectives, self.network, self.encoder, self.plan = objectives, network, encoder, plan
         self.hyperparameters, self.dtype = hyperparameters, dtype
         self.validation = None if validation is None else validation.sample(plan.validation_queries)
         self.max_graph_tokens = max_graph_tokens(network, dtype, max_length=encoder.max_length, device=args.device)
@@ -91,7 +95,7 @@ class ListwiseTrainer(Trainer):
         while True:
             try:
                 loss = self.add_gradient(model, batch)
-                self.rows.count_pairs(self.batch_pairs)
+                self.rows.count_step(self.batch_pairs, self.part_losses)
                 return loss
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -116,7 +120,20 @@ class ListwiseTrainer(Trainer):
         return loss / distributed.world_size()
 
     def listwise_loss(self, pair_scores: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Arrange the scores of pairs as lists, and compute the loss in float32."""
+        """Compute the sum of the objectives' losses, each times its weight, from the scores of all pairs."""
+        parts = batch["parts"]
+        scores = pair_scores.split([len(part["slots"]) for part in parts])
+        found = [self.part_loss(*arguments) for arguments in zip(self.objectives, scores, parts, strict=True)]
+        losses, pairs = zip(*found, strict=True)
+        # They stay on the device, to avoid a synchronization.
+        self.part_losses, self.batch_pairs = torch.stack(losses).detach(), torch.stack(pairs).sum()
+        total: torch.Tensor = sum(part.weight * loss for part, loss in zip(self.objectives, losses, strict=True))
+        return total
+
+    def part_loss(
+        self, objective: Objective, pair_scores: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Arrange the scores of pairs as lists; compute their loss in float32, and count the documents."""
         labels, mask, slots = batch["labels"], batch["mask"], batch["slots"]  # (G, L), (G, L), (pairs,)
         # A document's score is that of its best window.
         scores = pair_scores.new_zeros(mask.numel()).scatter_reduce(0, slots, pair_scores, "amax", include_self=False)
@@ -124,16 +141,15 @@ class ListwiseTrainer(Trainer):
         if distributed.world_size() > 1:
             scores, labels, mask = distributed.gather_lists(scores, labels, mask)
         with torch.autocast(scores.device.type, enabled=False):
-            loss = self.list_loss(scores, labels, mask)
+            loss = objective.loss(scores, labels, mask)
         if not torch.isfinite(loss):
             qids = ", ".join(batch["qids"][:8]) + (", …" if len(batch["qids"]) > 8 else "")
             raise ValueError(
                 f"loss must be finite; got {loss.item()} at step {self.state.global_step + 1} (queries {qids}). Try a "
                 f"learning_rate below {self.plan.learning_rate}"
             )
-        self.batch_pairs = mask.sum()  # stays on the device, to avoid a synchronization
         self.collapse.observe(scores.detach(), mask)
-        return loss
+        return loss, mask.sum()
 
     def loss_and_score_grads(
         self, batch: Batch, pair_scores: Sequence[torch.Tensor]
@@ -189,12 +205,12 @@ class ListwiseTrainer(Trainer):
         budget = TOKENS_PER_PASS.get(self.args.device.type, TOKENS_PER_PASS["cpu"])
         collate = Collator(
             self.encoder, min(budget, self.max_graph_tokens), self.hyperparameters.pairs_per_pass, self.threads,
-            keeps_ids=self.train_dataset.groups.load is None,  # texts that are looked up may be too many
+            keeps_ids=self.objectives[0].groups.load is None,  # texts that are looked up may be too many
         )  # fmt: skip
         return DataLoader(
             self.train_dataset,
             batch_sampler=self.schedule,
-            collate_fn=collate,
+            collate_fn=collate.step,
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             worker_init_fn=_silence_tokenizers,
@@ -209,6 +225,10 @@ class ListwiseTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the loss of each objective with their sum."""
+        super().log({**logs, **self.rows.part_losses()} if "loss" in logs else logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the weights, and the best so far, into a checkpoint."""
@@ -229,7 +249,8 @@ class ListwiseTrainer(Trainer):
         self, history: list[dict[str, Any]], identity: Mapping[str, str] | None, *, verbose: bool
     ) -> None:
         plan, hyperparameters = self.plan, self.hyperparameters
-        self.rows = HistoryCallback(history, plan, hyperparameters, verbose=verbose)
+        names = [part.name for part in self.objectives] if len(self.objectives) > 1 else []
+        self.rows = HistoryCallback(history, plan, hyperparameters, part_names=names, verbose=verbose)
         self.collapse = CollapseCallback(plan)
         self.best: BestWeightsCallback | None = None
         self.remove_callback(PrinterCallback)

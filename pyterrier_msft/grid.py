@@ -1,0 +1,198 @@
+"""Grid search over the settings of a fitter: validation queries choose."""
+
+import dataclasses
+import itertools
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pyterrier_msft.algebra import FitterSum
+from pyterrier_msft.data.texts import TextSource
+from pyterrier_msft.data.validation import validation_frames
+from pyterrier_msft.digests import format_value
+from pyterrier_msft.fitters import Fitter
+from pyterrier_msft.fitting import ValidationFrames
+from pyterrier_msft.reranker import MonoCE
+from pyterrier_msft.sequences import Stage, fit_sequences
+from pyterrier_msft.training.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+STAGE = "grid"  # the stage's name, which the folders in save_dir start with
+# Settings that must be the same in all combinations, and where they are set.
+SET_ELSEWHERE = {"metric": "metric=", "seed": "seeds="}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GridResult:
+    """What `fit_grid` found; `plots.grid` draws it.
+
+    Args:
+        table: A row for each combination, in the order of the grid: its settings, the value of the metric for the
+            validation queries (with seeds, the mean, and the columns lowest and highest), and the number of updates and
+            the seconds that training took (with seeds, their means).
+        best: The re-ranker with the best combination; with seeds, the best of its seeds.
+        best_setting: That combination.
+        metric: The column of the metric.
+        first_stage: The first stage's value of the metric; None if the validation results have neither score nor rank.
+        start: The value of the re-ranker before training; None if its head was untrained.
+    """
+
+    table: pd.DataFrame
+    best: MonoCE
+    best_setting: dict[str, Any]
+    metric: str
+    first_stage: float | None
+    start: float | None
+
+    def __repr__(self) -> str:
+        setting = ", ".join(f"{name}={format_value(value)}" for name, value in self.best_setting.items())
+        others = {"first stage": self.first_stage, "before training": self.start}
+        known = "".join(f", {name} {value:.3f}" for name, value in others.items() if value is not None)
+        best = self.table[self.metric].max()
+        return f"GridResult(best of {len(self.table)}: {setting}; validation {self.metric} {best:.3f}{known})"
+
+
+def fit_grid(
+    reranker: MonoCE,
+    stage: Stage,
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    validation: ValidationFrames,
+    metric: Any = None,
+    save_dir: str | Path | None = None,
+    seeds: Sequence[int] | None = None,
+) -> GridResult:
+    """Train a copy of a re-ranker with each combination of a fitter's settings, and choose one by validation.
+
+    Args:
+        reranker: The re-ranker that each training run starts from; it isn't changed.
+        stage: The fitter and its data.
+        grid: The values to try by the fitter's settings, e.g.
+            `{"learning_rate": [1e-4, 2e-4], "n_negatives": [3, 7]}`.
+        validation: Results and qrels of other queries, which also choose the best weights of each training run. The
+            chosen combination's value is the best of many, so it is too optimistic: report that of test queries.
+        metric: The `ir_measures` measure to maximize, in each training run too. None: the fitter's `metric`.
+        save_dir: Folder to keep each result in, so that a later call reuses it, also with a larger grid, and an
+            interrupted call is resumed; see `fit_sequences`.
+        seeds: Train each combination once per seed and compare the means, as a small difference may be due to chance.
+
+    Returns:
+        The table of all combinations, and the best re-ranker. Only the latter is kept in memory.
+
+    Raises:
+        ValueError: If the fitter has no such setting, a value is out of range, or a list is empty; raised before
+            training.
+    """
+    if len(stage.fitter.stages) > 1:
+        raise ValueError(
+            f"stage must have a single fitter; got {stage.fitter!r}. Search the stages one after the other: pass the "
+            "best re-ranker of the first grid to the second one"
+        )
+    fitter = stage.fitter.stages[0]
+    if metric is not None:
+        fitter = fitter.replace(metric=metric)
+    if fitter.parts[0].metric is None:
+        raise ValueError("metric is required by fit_grid; got None, and a fitter without one")
+    combinations = _combinations(fitter, grid)
+    if seeds is not None and not len(seeds):
+        raise ValueError("seeds must be a non-empty list or None; got none")
+    judge = _Judge.of(reranker, validation, fitter.parts[0].metric)
+    rows: list[dict[str, Any]] = []
+    best: tuple[float, MonoCE, dict[str, Any]] | None = None
+    for setting, candidate in combinations:
+        row, trained = _try(reranker, dataclasses.replace(stage, fitter=candidate), setting, judge, save_dir, seeds)
+        rows.append(row)
+        value = row[judge.name]
+        logger.info("%d of %d: %s has %s %.4f", len(rows), len(combinations), setting, judge.name, value)
+        if best is None or value > best[0]:
+            best = value, trained, setting
+        del trained  # so that no more models are in memory than needed
+    assert best is not None
+    return GridResult(pd.DataFrame(rows), best[1], best[2], judge.name, judge.first_stage, judge.start(reranker))
+
+
+def _combinations(
+    fitter: Fitter | FitterSum, grid: Mapping[str, Sequence[Any]]
+) -> list[tuple[dict[str, Any], Fitter | FitterSum]]:
+    """Return each combination of the settings with its fitter, which checks the values."""
+    if not isinstance(grid, Mapping) or not grid:
+        raise ValueError(f"grid must map settings to lists of values; got {grid!r}")
+    lists = {}
+    for name, values in grid.items():
+        if name in SET_ELSEWHERE:
+            raise ValueError(f"grid must not vary {name!r}. Use {SET_ELSEWHERE[name]} instead")
+        if isinstance(values, np.ndarray):
+            values = values.tolist()  # noqa: PLW2901
+        if not isinstance(values, list | tuple | range) or not len(values):
+            raise ValueError(f"grid must map {name!r} to a non-empty list of values; got {format_value(values)}")
+        lists[name] = values
+    settings = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    return [(setting, fitter.replace(**setting)) for setting in settings]
+
+
+def _try(
+    reranker: MonoCE, stage: Stage, setting: Mapping[str, Any], judge: "_Judge", save_dir: str | Path | None,
+    seeds: Sequence[int] | None,
+) -> tuple[dict[str, Any], MonoCE]:  # fmt: skip
+    """Train with one combination, once per seed; return its row of the table, and the best re-ranker."""
+    values: list[float] = []
+    runs: list[Mapping[str, Any]] = []
+    best = reranker
+    for seed in [None] if seeds is None else seeds:
+        start = reranker if seed is None else reranker.reseeded(seed)
+        own = stage if seed is None else dataclasses.replace(stage, fitter=stage.fitter.replace(seed=seed))
+        trained = fit_sequences(start, {STAGE: own}, [STAGE], validation=judge.frames, save_dir=save_dir)[STAGE]
+        value = judge.value(trained)
+        if value > max(values, default=-math.inf):
+            best = trained
+        values.append(value)
+        runs.append(trained.stages[-1].history[-1])
+    shown = {name: x if isinstance(x, int | float | str) else format_value(x) for name, x in setting.items()}
+    row = {**shown, judge.name: float(np.mean(values))}
+    if seeds is not None:
+        row |= {"lowest": min(values), "highest": max(values)}
+    row |= {name: np.mean([run[key] for run in runs]) for name, key in (("updates", "step"), ("seconds", "seconds"))}
+    return row, best
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Measures re-rankers on all validation queries, with the scores that `transform` gives."""
+
+    frames: ValidationFrames  # the user's
+    data: Validation
+    results: pd.DataFrame  # those of `data`, as input of `transform`
+
+    @classmethod
+    def of(cls, reranker: MonoCE, validation: ValidationFrames, metric: Any) -> "_Judge":
+        if validation is None:
+            raise ValueError("validation is required by fit_grid; got None")
+        results, qrels = validation
+        texts = TextSource(reranker.text_field, reranker.text)
+        frames = validation_frames(results, qrels, texts, with_scores=reranker.interpolate is not False)
+        if frames is None:
+            raise ValueError("validation must be results and qrels; got None")
+        return cls(validation, Validation(*frames, metric), frames[0].rename(columns={"text": reranker.text_field}))
+
+    @property
+    def name(self) -> str:
+        return str(self.data.metric)
+
+    def value(self, reranker: MonoCE) -> float:
+        return self.data.measure(reranker.transform(self.results)["score"].to_numpy())
+
+    def start(self, reranker: MonoCE) -> float | None:
+        """Return the value of a re-ranker before training; None if it can't score yet."""
+        is_new = reranker.cross_encoder.head_is_new or reranker.first_stage_weight is None
+        return None if is_new else self.value(reranker)
+
+    @property
+    def first_stage(self) -> float | None:
+        return self.data.first_stage if "score" in self.data.results else None

@@ -1,0 +1,214 @@
+"""The page of `report`: its sections, and its rendering."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import pyterrier as pt
+
+from pyterrier_msft import plots, significance
+from pyterrier_msft import study_tables as tables
+from pyterrier_msft.data.frames import as_ids, frame_digest
+from pyterrier_msft.study_tables import Picture, Table, TrainedModel
+
+EXTREMES = 5  # queries with the largest gains, and with the largest losses
+TOP_DOCUMENTS = 3  # of each of these queries
+QUERY_LENGTH, TEXT_LENGTH = 300, 160  # characters
+
+LEGEND = {
+    significance.DIFFERENT: "the t-test rejects that the means are equal.",
+    significance.EQUIVALENT: "the equivalence test (TOST) rejects a difference of the margin or more.",
+    significance.BOTH: "both tests reject: there is a difference, and it is smaller than the margin.",
+    significance.UNDECIDED: "neither rejects: there are too few queries to tell. It doesn't mean “no difference”.",
+}
+
+Run = tuple[str, Any]  # a system's name, and its seed or None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a page is made from."""
+
+    topics: pd.DataFrame
+    qrels: pd.DataFrame
+    perquery: pd.DataFrame
+    table: pd.DataFrame  # of equivalence_table
+    runs: dict[Run, Any]  # transformers or frames; empty if only the values by query are known
+    results: dict[Run, pd.DataFrame]
+    models: list[TrainedModel]
+
+    @property
+    def measures(self) -> list[str]:
+        """The compared measures."""
+        return list(self.table["measure"].unique())
+
+    @property
+    def baseline(self) -> str:
+        """The name of the system that the others are compared with."""
+        return str(self.table["baseline"].iloc[0])
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether seeds of training are known."""
+        return "seed" in self.perquery and bool(self.perquery["seed"].notna().any())
+
+    def results_of(self, system: str) -> pd.DataFrame | None:
+        """Return the results of a system, with the first of its seeds."""
+        return next((frame for (name, _), frame in self.results.items() if name == system), None)
+
+
+def render(study: Study, *, title: str, description: str, tests: Mapping[str, Any], command: str | None) -> str:
+    """Write the page as HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("pyterrier_msft", "templates"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    rows = study.table.to_dict("records")
+    systems = [str(row["system"]) for row in rows if row["measure"] == study.measures[0]]
+    forest = tables.picture(
+        lambda: plots.equivalence(study.table),
+        "Forest plot of the differences in the table, with their intervals and the margin.",
+        "Differences with their intervals; the margin is shaded.",
+    )
+    return environment.get_template("report.html").render(
+        title=title,
+        paragraphs=[part for part in description.split("\n\n") if part.strip()],
+        findings=[tables.in_words(row) for row in rows if row["measure"] == study.measures[0]],
+        setup=_setup(study, tests),
+        systems=_systems_table(study),
+        models=tables.models_table(study.models) if study.models else None,
+        stages=tables.stages_table(study.models) if any(model.stages for model in study.models) else None,
+        data_reports=tables.data_reports(study.models),
+        curves=tables.training_pictures(study.models, study.measures),
+        means=tables.means_table(study.perquery, study.measures),
+        comparisons=tables.comparison_table(study.table),
+        legend={verdict: text for verdict, text in LEGEND.items() if verdict in set(study.table["verdict"])},
+        forest=forest,
+        measure=study.measures[0],
+        by_query=[_by_query(study, system) for system in systems],
+        has_seeds=study.has_seeds,
+        versions=tables.versions_table(study.models),
+        command=command,
+    )
+
+
+def _setup(study: Study, tests: Mapping[str, Any]) -> dict[str, str]:
+    judged = study.topics["qid"].isin(study.qrels["qid"]).sum()
+    topics = study.topics[["qid", "query"]].sort_values("qid")
+    qrels = study.qrels[["qid", "docno", "label"]].sort_values(["qid", "docno"])
+    corrected = "Holm's correction over all comparisons" if tests["correction"] else "no correction for their number"
+    return {
+        "Test queries": f"{len(topics):,}, {judged:,} of them with judgments (digest {frame_digest(topics)[:16]})",
+        "Judgments": f"{len(qrels):,} (digest {frame_digest(qrels)[:16]})",
+        "Measures": ", ".join(study.measures),
+        "Baseline": study.baseline,
+        "Tests": f"paired t-test and equivalence test (TOST), alpha = {tests['alpha']:g}, {corrected}",
+    }
+
+
+def _systems_table(study: Study) -> Table:
+    """Tabulate what each system is."""
+    rows = []
+    for name in study.perquery["name"].unique():
+        system = next((each for (found, _), each in study.runs.items() if found == name), None)
+        results = study.results_of(name)
+        what = "results" if system is None or isinstance(system, pd.DataFrame) else _describe(system)
+        count = tables.UNKNOWN if results is None else f"{len(results):,} of {results['qid'].nunique():,} queries"
+        rows.append([str(name), what, count, ", ".join(_seeds(study, name)) or tables.UNKNOWN])
+    columns = [("System", "text"), ("What it is", "code"), ("Documents", "number"), ("Seeds", "text")]
+    columns = columns if study.has_seeds else columns[:-1]
+    return Table("Systems", columns, [row[: len(columns)] for row in rows])
+
+
+def _seeds(study: Study, name: str) -> list[str]:
+    if not study.has_seeds:
+        return []
+    return list(as_ids(study.perquery.loc[study.perquery["name"] == name, "seed"].dropna()).unique())
+
+
+def _describe(transformer: pt.Transformer) -> str:
+    """Return the repr, or the names of the classes where it is an address in memory."""
+    text = repr(transformer)
+    if " object at 0x" not in text:
+        return text
+    parts = ", ".join(_describe(part) for part in parts_of(transformer))
+    return f"{type(transformer).__name__}({parts})"
+
+
+def parts_of(transformer: pt.Transformer) -> list[pt.Transformer]:
+    """Return the transformers that a transformer uses."""
+    try:
+        found = pt.inspect.subtransformers(transformer).values()
+    except pt.inspect.InspectError:
+        return []
+    return [part for each in found for part in (each if isinstance(each, list) else [each])]
+
+
+# ---- differences by query
+
+
+def _by_query(study: Study, system: str) -> dict[str, Any]:
+    """Return a system's differences from the baseline: a plot, and the queries that gained and lost most."""
+    measure, baseline = study.measures[0], study.baseline
+    perquery = study.perquery[study.perquery["name"].isin([system, baseline])]
+    values = significance.query_values(perquery, measure)
+    difference = (values[system] - values[baseline]).round(12).sort_values(ascending=False, kind="stable")
+    gained = difference[difference > 0].head(EXTREMES)
+    lost = difference[difference < 0].iloc[::-1].head(EXTREMES)
+    by_query = values.to_dict("index")
+    queries = dict(zip(study.topics["qid"], study.topics["query"], strict=True))
+    columns = [("Query", "text"), ("qid", "code"), *((name, "number") for name in (baseline, system, "Difference"))]
+    parts, documents = [], []
+    for what, found in {"gained": gained, "lost": lost}.items():
+        rows = []
+        for qid, change in found.items():
+            query = tables.excerpt(queries.get(qid, qid), QUERY_LENGTH)
+            numbers = [tables.number(by_query[qid][name]) for name in (baseline, system)]
+            rows.append([query, str(qid), *numbers, tables.signed(change)])
+            documents.append({"query": query, "change": tables.signed(change), "qid": qid})
+        parts.append(Table(f"Queries that {what} most with {system}", columns, rows))
+    plot = _difference_plot(study, perquery, system, difference)
+    return {"system": system, "picture": plot, "tables": parts, "documents": _with_documents(study, system, documents)}
+
+
+def _difference_plot(study: Study, perquery: pd.DataFrame, system: str, difference: pd.Series) -> Picture:
+    measure = study.measures[0]
+    better, worse = int((difference > 0).sum()), int((difference < 0).sum())
+    counts = f"{better:,} queries better, {len(difference) - better - worse:,} equal, {worse:,} worse"
+    return tables.picture(
+        lambda: plots.query_differences(perquery, system, study.baseline, measure=measure, topics=study.topics),
+        f"Bar chart of the difference in {measure} between {system} and {study.baseline} by query: {counts}.",
+        f"Difference in {measure} by query: {counts}",
+    )
+
+
+def _with_documents(study: Study, system: str, queries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add the top documents of the baseline and of a system to queries; return none if there are no results."""
+    compared = {name: study.results_of(name) for name in (study.baseline, system)}
+    wanted = [query["qid"] for query in queries]
+    found = {name: frame[frame["qid"].isin(wanted)] for name, frame in compared.items() if frame is not None}
+    if not found:
+        return []
+    texts = {
+        row["docno"]: tables.excerpt(row["text"], TEXT_LENGTH)
+        for frame in found.values() if "text" in frame
+        for row in frame[frame["text"].notna()].to_dict("records")
+    }  # fmt: skip
+    judged = study.qrels[study.qrels["qid"].isin(wanted)]
+    labels = dict(zip(zip(judged["qid"], judged["docno"], strict=True), judged["label"], strict=True))
+    for query in queries:
+        query["lists"] = {}
+        for name, frame in found.items():
+            ranked = frame[frame["qid"] == query["qid"]].sort_values("score", ascending=False, kind="stable")
+            query["lists"][name] = [
+                {"docno": docno, "text": texts.get(docno, ""), "label": _label(labels.get((query["qid"], docno)))}
+                for docno in ranked["docno"].head(TOP_DOCUMENTS)
+            ]
+    return queries
+
+
+def _label(label: Any) -> str:
+    return "not judged" if label is None else f"relevance {label}"
