@@ -65,6 +65,7 @@ setup(
     packages=[
         "pyterrier_msft",
         "pyterrier_msft.data",
+        "pyterrier_msft.fitters",
         "pyterrier_msft.losses",
         "pyterrier_msft.model",
         "pyterrier_msft.training",

@@ -110,9 +110,7 @@ def choose_weight(parts: Sequence[Scored], metric: Any, *, spread: float) -> Int
     )
 
 
-def candidates_of(
-    results: TrainingResults, qrels: pd.DataFrame | None, texts: TextSource
-) -> ValidationFrames | None:
+def candidates_of(results: TrainingResults, qrels: pd.DataFrame | None, texts: TextSource) -> ValidationFrames | None:
     """Return the training results and qrels that can choose a weight; None, with a warning, if there are no labels.
 
     Raises:

@@ -117,8 +117,8 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
         check_number("seed", seed, integer=True, minimum_zero=True, required=True)
         if not isinstance(text_field, str) or text_field in RESULT_COLUMNS:
             raise ValueError(
-                f"text_field must be the name of a column of text; got {text_field!r}. Join several columns first, e.g. "
-                "with pt.apply.text(lambda row: row['title'] + ' ' + row['body'])"
+                f"text_field must be the name of a column of text; got {text_field!r}. Join several columns first, "
+                "e.g. with pt.apply.text(lambda row: row['title'] + ' ' + row['body'])"
             )
         TextSource(text_field, text)  # checks it
         self.cross_encoder = CrossEncoder(

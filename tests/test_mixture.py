@@ -18,7 +18,7 @@ from pyterrier_msft.fitting import prepare_stage
 from pyterrier_msft.training.batches import BatchSchedule, GroupDataset
 from pyterrier_msft.training.plan import plan_training
 
-CL = Contrastive(n_negatives=3, learning_rate=1e-2, max_steps=4, batch_size=8, loss=interruptible_lce)
+CL = Contrastive(n_negatives=3, learning_rate=1e-2, max_steps=2, batch_size=8, loss=interruptible_lce)
 BRIEF = dataclasses.replace(CL, max_steps=1)
 ALL = Contrastive(n_negatives=7, learning_rate=1e-2, max_steps=1, batch_size=1000, warmup=0, dropout=0.0, epochs=1)
 
@@ -144,7 +144,7 @@ def test_sources_in_sequences(ce, first, second, other, tmp_path):
     teacher = [(part.results, None) for part in (first, other)]
     stages = {"CL": Stage(CL, sources), "KD": Stage(Distillation(max_steps=1, batch_size=8), teacher)}
     expected = ce.clone().fit(sources, fitter=CL)
-    with interrupted_at(3), pytest.raises(KeyboardInterrupt):
+    with interrupted_at(1), pytest.raises(KeyboardInterrupt):
         fit_sequences(ce, stages, ["CL"], save_dir=tmp_path)
     both = fit_sequences(ce, stages, ["CL-KD"], save_dir=tmp_path)["CL-KD"]
     assert both.stages[0].fingerprint == expected.fingerprint

@@ -82,7 +82,7 @@ class Judge:
         texts = [*rankings.texts]
         return tuple(
             FalseNegative(
-                rankings.query_texts[query],
+                beginning(rankings.query_texts[query]),
                 beginning(texts[rankings.text[row]]),
                 float(scores[row]),
                 None if np.isnan(lowest[query]) else float(lowest[query]),

@@ -11,8 +11,8 @@ EXAMPLE_LENGTH = 60  # characters of a text
 class FalseNegative(NamedTuple):
     """A candidate that may be relevant, as an example in a data report."""
 
-    query: str
-    text: str  # its beginning
+    query: str  # its beginning
+    text: str  # the same
     score: float  # by the judge
     relevant_score: float | None  # the lowest of the query's relevant documents; None if the judge scored none of them
 
