@@ -16,11 +16,13 @@ import pandas as pd
 import pyterrier as pt
 
 from pyterrier_msft.data.frames import as_ids, order_key, require_columns, with_scores
+from pyterrier_msft.data.hard_negatives import read_hard_negatives
 from pyterrier_msft.data.permutations import read_labelled_passages, read_permutations, uncompressed_suffix
 from pyterrier_msft.data.rankings import clean_ranking, top_documents
 
 __all__ = [
-    "Cached", "cached", "check_teacher", "fuse", "get_ranking", "read_labelled_passages", "read_permutations",
+    "Cached", "cached", "check_teacher", "fuse", "get_ranking", "read_hard_negatives", "read_labelled_passages",
+    "read_permutations",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ import pickle
 import warnings
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import pyterrier as pt
@@ -333,6 +334,67 @@ def test_passages_without_ids_and_queries_on_several_lines(file):
 def test_invalid_labelled_passages(file, record, message):
     with pytest.raises(ValueError, match=message):
         teachers.read_labelled_passages(write(file, record))
+
+
+# ---- data sets of sentence-transformers
+
+
+MINED = {  # the same data in the forms of mine_hard_negatives
+    "n-tuple": {"anchor": ["x", "y"], "positive": [A, B], "negative_1": [B, C], "negative_2": [C, A]},
+    "triplet": {"query": ["x", "x", "y", "y"], "positive": [A, A, B, B], "negative": [B, C, C, A]},
+    "labeled-pair": {"q": [*"xxxyyy"], "passage": [A, B, C, B, C, A], "label": [1, 0, 0, 1, 0, 0]},
+    "labeled-list": {"q": ["x", "y"], "passages": [[A, B, C], [B, C, A]], "labels": [[1, 0, 0]] * 2},
+}
+
+
+@pytest.mark.parametrize("form", MINED)
+def test_mined_negatives(form):
+    for dataset in (pd.DataFrame(MINED[form]), datasets.Dataset.from_dict(MINED[form])):
+        results, qrels = teachers.read_hard_negatives(dataset)
+        assert [*zip(results["query"], results["text"], strict=True)] == [
+            ("x", A), ("x", B), ("x", C), ("y", B), ("y", C), ("y", A)
+        ]  # fmt: skip
+        assert qrels.to_numpy().tolist() == [[text_id("x"), text_id(A), 1], [text_id("y"), text_id(B), 1]]
+        groups, report = Contrastive().groups(results, qrels)
+        assert (report.groups, groups.labels[1].tolist()) == (2, [1, 0, 0])
+
+
+def test_mined_negatives_with_scores():
+    tuples = {**MINED["n-tuple"], "scores": [[3.5, 1.0, 2.25], [1.0, 2.0, 3.75]]}
+    results, qrels = teachers.read_hard_negatives(datasets.Dataset.from_dict(tuples))
+    assert results["score"].tolist() == [3.5, 1, 2.25, 1, 2, 3.75]
+    assert qrels["label"].tolist() == [1, 1]
+    groups, _ = Distillation(loss=losses.margin_mse).groups(results, None)
+    (group,) = groups.draw_all([(0, 0)], seed=1)
+    assert sorted(zip(group.texts, group.labels, strict=True)) == [(A, 3.5), (B, 1), (C, 2.25)]
+    pairs = {"q": ["x", "x"], "passage": [A, B], "score": [0.5, 0.25]}
+    results, qrels = teachers.read_hard_negatives(pd.DataFrame(pairs))
+    assert (results["score"].tolist(), len(qrels)) == ([0.5, 0.25], 0)
+
+
+def test_a_mined_passage_that_is_also_a_positive():
+    results, qrels = teachers.read_hard_negatives(
+        pd.DataFrame({"q": ["x", "x"], "positive": [A, B], "negative": [B, C]})
+    )
+    assert results["text"].tolist() == [A, B, C]
+    assert qrels["docno"].tolist() == [text_id(A), text_id(B)]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ({"query": ["x"], "positive": [A]}, r"dataset must have rows with .*; got 1 rows of \['query', 'positive'\]"),
+        ({"query": [], "positive": [], "negative": []}, "got 0 rows"),
+        ({"query": [1], "positive": [2], "negative": [3]}, "row 1: queries and passages must be texts; got 1. Ids"),
+        ({"query": ["x"], "passage": [7], "label": [1]}, "row 1: queries and passages must be texts; got 7"),
+        ({"q": ["x"], "passages": [[A, B]], "labels": [[1]]}, "row 1: labels must be one per passage; got 1 of 2"),
+    ],
+)
+def test_invalid_mined_negatives(dataset, message):
+    with pytest.raises(ValueError, match=message):
+        teachers.read_hard_negatives(pd.DataFrame(dataset))
+    with pytest.raises(ValueError, match="dataset must be a split or a frame; got dict"):
+        teachers.read_hard_negatives(dataset)
 
 
 # ---- fusion
