@@ -1,4 +1,4 @@
-"""What only a GPU shows: run with `pytest -m gpu -n 0`. The benchmark's dry run needs none."""
+"""What only a GPU shows: run with `pytest -m gpu -n 0`. The benchmark's dry run needs none: `-m benchmark`."""
 
 import gc
 import json
@@ -190,6 +190,7 @@ def test_a_resumed_run_reaches_the_uninterrupted_weights(new, train_part, tmp_pa
 # ---- the benchmark
 
 
+@pytest.mark.benchmark
 def test_the_benchmark_runs_every_part(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", [str(BENCHMARK), "--dry-run", "--minutes", "60", "--out", str(tmp_path / "gpu.json")]
