@@ -35,7 +35,7 @@ def test_quickstart(tmp_path, home):
     pytest.importorskip("bm25s")
     script = str(EXAMPLES / "quickstart.py")
     backbone = write_tiny_bert(tmp_path / "tiny")
-    arguments = ["--queries", "48", "--test-queries", "20", "--backbone", backbone]
+    arguments = ["--queries", "32", "--test-queries", "10", "--backbone", backbone]
     first = run(script, *arguments, cwd=tmp_path, home=home)
     out = tmp_path / "quickstart-out"
     results = pd.read_csv(out / "results.csv")
@@ -43,7 +43,7 @@ def test_quickstart(tmp_path, home):
     assert {"nDCG@10", "RR@10", "AP", "R@100", "nDCG@10 p-value"} <= set(results.columns)
     perquery = pd.read_csv(out / "perquery.csv")
     assert [*perquery.columns] == ["name", "qid", "measure", "value"]
-    assert len(perquery) == 6 * 20 * 4
+    assert len(perquery) == 6 * 10 * 4
     history = pd.read_csv(out / "history.csv")
     assert history.groupby("system")["stage"].max().to_dict() == {"CL": 1, "KD": 1, "CL-KD": 2, "KD-CL": 2}
     for plot in ("learning-curve.png", "query-differences.png"):
@@ -53,7 +53,7 @@ def test_quickstart(tmp_path, home):
     assert f"The report: {Path('quickstart-out') / 'report.html'}" in first.stdout
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Queries that" in page
-    assert "quickstart.py --queries 48 --test-queries 20" in page
+    assert "quickstart.py --queries 32 --test-queries 10" in page
 
     again = run(script, *arguments, cwd=tmp_path, home=home)
     assert "training with" in first.stderr
