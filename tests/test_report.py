@@ -83,7 +83,9 @@ class Page(HTMLParser):
 def trained(tmp_path_factory):
     """Two seeds of one stage, validated."""
     part = make_part("tr", n_queries=16, seed=1)
-    ce = MonoCE(write_tiny_bert(tmp_path_factory.mktemp("models") / "tiny"), max_length=24, dtype="float32", device="cpu")
+    ce = MonoCE(
+        write_tiny_bert(tmp_path_factory.mktemp("models") / "tiny"), max_length=24, dtype="float32", device="cpu"
+    )
     stage = Stage(
         Contrastive(n_negatives=3, max_steps=4, batch_size=8, eval_every=2, learning_rate=1e-2),
         part.results,
