@@ -208,7 +208,8 @@ class Cached(pt.Transformer):
         if (key := order_key(frame)) is not None:
             frame = frame.iloc[np.argsort(-key, kind="stable")]
         by_query = dict(tuple(frame.groupby("qid", sort=False)))
-        identity, columns = self._identity(), self._columns(frame)
+        identity, ignored = self._key_parts()
+        columns = sorted((column for column in frame.columns if column not in ignored), key=str)
         # in the order of the results
         keys = {qid: _cache_key(by_query[qid][columns], identity) for qid in qids.unique()}
         self._refresh()
@@ -223,19 +224,14 @@ class Cached(pt.Transformer):
         ranked = ~np.isnan(scores)
         return with_scores(inp[ranked], scores[ranked])
 
-    def _identity(self) -> list[Any]:
-        """Return what is known of the teacher: the weights and settings of a `MonoCE`."""
+    def _key_parts(self) -> tuple[list[Any], set[str]]:
+        """Return what is known of the teacher, a `MonoCE`'s weights and settings, and the columns that it ignores."""
         teacher = getattr(self.teacher, "reranker", self.teacher)  # that of MonoCE.cached
         if not hasattr(teacher, "fingerprint"):
-            return []
+            return [], {"score", "rank"}
         settings = teacher.scoring_settings() if hasattr(teacher, "scoring_settings") else {}
-        return [str(teacher.fingerprint), settings, getattr(teacher, "first_stage_weight", 0)]
-
-    def _columns(self, frame: pd.DataFrame) -> list[str]:
-        """Return the columns that a ranking depends on: all but score and rank, or with a score that is added."""
-        teacher = getattr(self.teacher, "reranker", self.teacher)
-        ignored = {"rank"} if getattr(teacher, "first_stage_weight", 0) else {"score", "rank"}
-        return sorted((column for column in frame.columns if column not in ignored), key=str)
+        weight = getattr(teacher, "first_stage_weight", 0)
+        return [str(teacher.fingerprint), settings, weight], {"rank"} if weight else {"score", "rank"}
 
     def _rank_and_store(self, candidates: dict[str, pd.DataFrame]) -> None:
         """Apply the teacher to the documents of some queries, given by cache key, and store its rankings."""

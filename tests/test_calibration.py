@@ -1,4 +1,3 @@
-import gc
 import json
 import pickle
 import shutil
@@ -19,14 +18,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 CL = Contrastive(n_negatives=3, learning_rate=2e-2, max_steps=8, batch_size=8, dropout=0.0, warmup=0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fast_garbage_collection():
-    """Exclude imported modules from garbage collection, which Trainer starts twice per training run."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("fast_garbage_collection")
 
 
 @pytest.fixture(scope="module")

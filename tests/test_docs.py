@@ -27,7 +27,6 @@ except for numbers, which are those of the real data and models.
 import ast
 import contextlib
 import doctest
-import gc
 import importlib.util
 import io
 import json
@@ -69,6 +68,7 @@ PAGES = sorted(path for path in FOUND if "_build" not in path.parts)
 MODULES = sorted(ROOT.glob("pyterrier_msft/**/*.py"))
 # Pages that show parts of programs, whose names come from elsewhere.
 WITH_NAMES = {path.relative_to(ROOT).as_posix() for path in PAGES if path.suffix == ".rst"}
+pytestmark = pytest.mark.usefixtures("fast_garbage_collection")
 # Pages whose code may be wider than the column of the HTML pages.
 WIDE = {"docs/development.md"}
 MAX_WIDTH = 76  # docs/ruff.toml
@@ -125,14 +125,6 @@ def stand_ins(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fast_garbage_collection() -> Iterator[None]:
-    """Exclude imported modules from garbage collection, which Trainer starts twice per training run."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

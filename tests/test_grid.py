@@ -1,4 +1,3 @@
-import gc
 import logging
 
 import matplotlib as mpl
@@ -22,17 +21,14 @@ CL = Contrastive(
 )  # fmt: skip
 RATES = [1e-5, 3e-2]
 GRID = {"n_negatives": [2], "learning_rate": RATES}
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Contrastive didn't improve", "ignore:Distillation didn't improve", "ignore:re-ranking is worse than the fir"
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fast_garbage_collection():
-    """Exclude imported modules from garbage collection, which Trainer starts twice per training run."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = [
+    pytest.mark.usefixtures("fast_garbage_collection"),
+    pytest.mark.filterwarnings(
+        "ignore:Contrastive didn't improve",
+        "ignore:Distillation didn't improve",
+        "ignore:re-ranking is worse than the fir",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
