@@ -92,7 +92,7 @@ setup(
         "demo": DEMO,
         "int8": INT8,
         "lora": LORA,
-        "docs": ["sphinx>=8", "furo>=2024.8", "myst-parser>=4", "sphinx-copybutton>=0.5"],
+        "docs": ["sphinx>=8", "furo>=2024.8", "myst-nb>=1.2", "myst-parser>=4", "sphinx-copybutton>=0.5"],
         "notebooks": NOTEBOOKS,
         "paper": PAPER,
         "parallel": PARALLEL,

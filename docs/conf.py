@@ -1,9 +1,12 @@
 """Sphinx configuration: `sphinx-build -W docs docs/_build` (extra `[docs]`). Needs no internet connection."""
 
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.config import Config
 from sphinx.util.inspect import signature, stringify_signature
 
 from pyterrier_msft import __version__
@@ -14,12 +17,16 @@ project_copyright = author
 version = release = __version__
 
 extensions = [
-    "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode",
+    "myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]  # fmt: skip
 myst_enable_extensions = ["dollarmath"]
+nb_execution_mode = "off"  # show the outputs that the notebooks have
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_static_path, html_css_files = ["_static"], ["notebooks.css"]
 html_title = f"pyterrier_msft {version}"
 html_theme_options = {"source_repository": "https://github.com/terrierteam/pyterrier_msft/", "source_branch": "main",
                       "source_directory": "docs/"}  # fmt: skip
@@ -65,6 +72,28 @@ def init_signature(
     ), None
 
 
+def copy_notebooks(app: Sphinx, config: Config) -> None:
+    """Copy the notebooks to docs/notebooks, because Sphinx reads only files below docs. Git ignores the copies."""
+    target = Path(app.srcdir, "notebooks")
+    target.mkdir(exist_ok=True)
+    for path in Path(app.srcdir).parent.glob("notebooks/*.ipynb"):
+        content, copy = path.read_bytes(), target / path.name
+        # Sphinx builds a page again if its file is newer.
+        if not copy.is_file() or copy.read_bytes() != content:
+            copy.write_bytes(content)
+
+
+def adapt_links(app: Sphinx, docname: str, content: list[str]) -> None:
+    """Adapt links between pages and notebooks, which are those of the repository, to the place of the copies."""
+    if docname.startswith("notebooks/"):
+        content[0] = content[0].replace("](../docs/", "](../")
+    else:
+        link = r"(\]\((?:\.\./)*)\.\./notebooks/"
+        content[0] = re.sub(link, r"\1notebooks/", content[0])
+
+
 def setup(app: Sphinx) -> None:
     """Register the handlers of this project."""
+    app.connect("config-inited", copy_notebooks)
+    app.connect("source-read", adapt_links)
     app.connect("autodoc-process-signature", init_signature)

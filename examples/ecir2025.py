@@ -30,7 +30,7 @@ from cost import Shape, matmul_speed
 from ir_measures import AP, RR, R, nDCG
 from quickstart import bm25, minilm, save
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots, teachers, unlabelled
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots, report, teachers, unlabelled
 from pyterrier_msft.data import runs
 from pyterrier_msft.model.precision import resolve_dtype
 from pyterrier_msft.significance import equivalence_table, seed_summary
@@ -144,7 +144,7 @@ class Data:
 
 
 def main() -> None:
-    """Estimate the cost; or train, evaluate, and write all tables to --out."""
+    """Estimate the cost; or train, evaluate, and write all tables and a report to --out."""
     args = arguments()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pyterrier_msft").setLevel(logging.INFO)
@@ -163,8 +163,9 @@ def main() -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     data = load(args, scale, out)
-    perquery = run(args, scale, data, out)
-    report(args, scale, perquery, out)
+    perquery, rerankers = run(args, scale, data, out)
+    write_tables(args, scale, perquery, out)
+    write_reports(data.tests, perquery, rerankers, out)
 
 
 def arguments() -> argparse.Namespace:
@@ -344,17 +345,21 @@ def first_queries(frame: pd.DataFrame, n: int | None) -> pd.DataFrame:
 # ---- training and evaluation
 
 
-def run(args: argparse.Namespace, scale: Scale, data: Data, out: Path) -> pd.DataFrame:
+Rerankers = dict[int, dict[str, MonoCE]]  # by seed and name
+
+
+def run(args: argparse.Namespace, scale: Scale, data: Data, out: Path) -> tuple[pd.DataFrame, Rerankers]:
     """Train all sequences with each seed and learning rate, and evaluate them by query.
 
     Returns:
         test, first_stage, name, seed, second_stage (the learning rate; NaN for one stage), qid, measure, value. A
-        sequence trained at a rate of the sweep has the rate in its name: `CL-KD 2e-05`.
+        sequence trained at a rate of the sweep has the rate in its name: `CL-KD 2e-05`. And the re-rankers, without
+        those of the sweep, which would need too much memory.
     """
     frames = [evaluate(test, test.first_stage, None) for test in data.tests]
     reranker = MonoCE(args.backbone, max_length=scale.max_length, text=data.text, verbose=True)
     cl, kd = Stage(scale.contrastive, *data.labels), Stage(scale.distillation, data.ranking)
-    default = scale.contrastive.learning_rate
+    default, rerankers = scale.contrastive.learning_rate, {}
     for seed in args.seeds:
         for rate in second_stage_rates(args, scale):
             stages = {"CL": cl, "KD": kd, "CL2": at_rate(cl, rate), "KD2": at_rate(kd, rate)}
@@ -368,9 +373,11 @@ def run(args: argparse.Namespace, scale: Scale, data: Data, out: Path) -> pd.Dat
                     logger.info("%s, seed %d: re-ranking %s of %s", name, seed, test.first_stage, test.name)
                     values = evaluate(test, name, ce.cached(out / "scores"), scale.depth)
                     frames.append(values.assign(seed=seed, second_stage=rate if "-" in sequence else math.nan))
+            if rate == default:
+                rerankers[seed] = {sequence.replace("2", ""): ce for sequence, ce in trained.items()}
     perquery = pd.concat(frames, ignore_index=True)
     perquery.to_csv(out / "perquery.csv", index=False)
-    return perquery
+    return perquery, rerankers
 
 
 def second_stage_rates(args: argparse.Namespace, scale: Scale) -> list[float]:
@@ -396,12 +403,29 @@ def evaluate(test: Test, name: str, system: pt.Transformer | None, depth: int = 
 # ---- results
 
 
-def report(args: argparse.Namespace, scale: Scale, perquery: pd.DataFrame, out: Path) -> None:
+def slug(test: str, first_stage: str) -> str:
+    """The part of a file's name that stands for a test; a dataset's name may have slashes."""
+    return re.sub(r"[^\w.-]+", "-", f"{test}-{first_stage}")
+
+
+def write_reports(tests: list[Test], perquery: pd.DataFrame, rerankers: Rerankers, out: Path) -> None:
+    """Write a page for each test."""
+    for test in tests:
+        values = perquery[(perquery["test"] == test.name) & (perquery["first_stage"] == test.first_stage)]
+        page = report(
+            values, test.topics, test.qrels, [MAIN], baseline="CL", margin=MARGIN, rerankers=rerankers,
+            title=f"Labels, a teacher's rankings, or both? {test.name}, top of {test.first_stage}",
+            path=out / f"report-{slug(test.name, test.first_stage)}.html",
+        )  # fmt: skip
+        logger.info("The report: %s", page)
+
+
+def write_tables(args: argparse.Namespace, scale: Scale, perquery: pd.DataFrame, out: Path) -> None:
     """Write and print tables of means, of verdicts and of the sweep, and save their plots."""
     means, verdicts = [], []
     for (test, first_stage), values in perquery.groupby(["test", "first_stage"], sort=False):
         place = {"test": test, "first_stage": first_stage}
-        slug = re.sub(r"[^\w.-]+", "-", f"{test}-{first_stage}")  # a dataset's name may have slashes
+        name = slug(test, first_stage)
         table = seed_summary(values)
         wide = table.pivot(index="name", columns="measure", values="mean").reindex(table["name"].unique())
         main = table[table["measure"] == str(MAIN)].set_index("name")
@@ -416,9 +440,9 @@ def report(args: argparse.Namespace, scale: Scale, perquery: pd.DataFrame, out: 
             rows = sweep.rename(str(MAIN)).reset_index().assign(**place)
             rows["learning_rate"] = rows["name"].map(rates)
             rows["system"] = rows["name"].str.split(" ").str[0]
-            rows.to_csv(out / f"sweep-{slug}.csv", index=False)
-            save(sweep_plot(rows), out / f"sweep-{slug}.png")
-        save(plots.equivalence(verdict), out / f"equivalence-{slug}.png")
+            rows.to_csv(out / f"sweep-{name}.csv", index=False)
+            save(sweep_plot(rows), out / f"sweep-{name}.png")
+        save(plots.equivalence(verdict), out / f"equivalence-{name}.png")
     mean_table, verdict_table = pd.concat(means, ignore_index=True), pd.concat(verdicts, ignore_index=True)
     mean_table.to_csv(out / "results.csv", index=False)
     verdict_table.to_csv(out / "equivalence.csv", index=False)

@@ -12,6 +12,7 @@ _MODULE_OF = {
     "Distillation": "fitters",
     "MonoCE": "reranker",
     "Stage": "sequences",
+    "explain": "explanation",
     "fit_grid": "grid",
     "fit_sequences": "sequences",
     "report": "study_report",
@@ -21,6 +22,7 @@ _MODULES = ("losses", "plots", "significance", "teachers", "unlabelled")
 
 if TYPE_CHECKING:
     from pyterrier_msft import losses, plots, significance, teachers, unlabelled
+    from pyterrier_msft.explanation import explain
     from pyterrier_msft.fitters import Contrastive, Distillation
     from pyterrier_msft.grid import fit_grid
     from pyterrier_msft.reranker import MonoCE
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
     from pyterrier_msft.study_report import report
 
 __all__ = [
-    "Contrastive", "Distillation", "MonoCE", "Stage", "fit_grid", "fit_sequences", "losses", "plots", "report",
-    "significance", "teachers", "tost", "unlabelled",
+    "Contrastive", "Distillation", "MonoCE", "Stage", "explain", "fit_grid", "fit_sequences", "losses", "plots",
+    "report", "significance", "teachers", "tost", "unlabelled",
 ]  # fmt: skip
 
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 
+from pyterrier_msft.data.frames import as_ids
 from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.data.validation import validation_frames
 from pyterrier_msft.notices import warn
+from pyterrier_msft.training.hyperparameters import check_number
 
 if TYPE_CHECKING:
     from pyterrier_msft.reranker import MonoCE
@@ -29,7 +31,7 @@ class Calibration:
     queries: int
     documents: int
     relevant: int  # documents
-    fingerprint: str  # of the weights that gave the scores
+    fingerprint: str | None  # of the model that gave the scores; None: unknown, in a record of an earlier version
     settings: dict[str, Any]  # of the re-ranker that affect its scores
     slope: float = 0.0  # logistic: 1 / (1 + exp(-(slope * score + intercept)))
     intercept: float = 0.0
@@ -58,6 +60,7 @@ class CalibrationMixin:
     """The methods of a re-ranker that estimate and add probabilities."""
 
     calibration: Calibration | None = None
+    _checked_calibration: Calibration | None = None  # the one that is known to be for the present weights
 
     def calibrate(
         self, results: pd.DataFrame, qrels: pd.DataFrame, *, method: str = "logistic", min_relevance: float = 1
@@ -65,8 +68,9 @@ class CalibrationMixin:
         """Learn how likely a document with a certain score is relevant; `transform` then adds this `probability`.
 
         The order of the documents stays the same. The probability holds for documents like those of `results`: use the
-        first stage and the depth that you re-rank later. Documents without a label count as not relevant, and a
-        passage is relevant if its document is.
+        first stage and the depth that you re-rank later. Documents without a label count as not relevant; queries
+        without a label are left out, with a warning. Of a document's passages (docnos such as `d1%p0`), the one with
+        the best score counts: the probability is that of the document, after `pt.text.max_passage()`.
 
         Args:
             results: A first stage's results, like those of `transform`. They must be of **other queries** than those
@@ -81,29 +85,39 @@ class CalibrationMixin:
             weights.
 
         Raises:
-            ValueError: If the model is untrained, or no document or every document is relevant.
+            ValueError: If the model is untrained, no document or every document is relevant, or `min_relevance` isn't
+                positive.
             ImportError: Without scikit-learn (extra `[calibrate]`).
         """
         self.calibration = estimate(self, results, qrels, method=method, min_relevance=min_relevance)  # type: ignore[arg-type]
         return self
 
     def add_probability(self, results: pd.DataFrame) -> pd.DataFrame:
-        """Add the probabilities to scored results if the re-ranker is calibrated."""
+        """Add the probabilities to scored results; without a calibration, drop those of an earlier re-ranker."""
         if self.calibration is None:
-            return results
+            return results.drop(columns=PROBABILITY, errors="ignore")
         return results.assign(**{PROBABILITY: self.calibration(results["score"].to_numpy(dtype=np.float64))})
 
     def check_calibration(self: Any) -> None:
-        """Raise a ValueError if the re-ranker has other settings than those of its calibration."""
+        """Raise a ValueError if the re-ranker has other settings or weights than those of its calibration.
+
+        The weights are compared once: `fit` removes the calibration when it changes them.
+        """
         if self.calibration is None:
             return
+        advice = "Call calibrate again, or set calibration = None"
         now, before = score_settings(self), self.calibration.settings
-        if changed := [name for name in now if now[name] != before.get(name)]:
+        if changed := [name for name in now if name in before and now[name] != before[name]]:
             name = changed[0]
-            raise ValueError(
-                f"{name} must be {before.get(name)!r}, as in calibrate; got {now[name]!r}. Call calibrate again, or "
-                "set calibration = None"
-            )
+            raise ValueError(f"{name} must be {before[name]!r}, as in calibrate; got {now[name]!r}. {advice}")
+        if self._checked_calibration is not self.calibration:
+            expected = self.calibration.fingerprint
+            if expected is not None and expected != (found := self.fingerprint):
+                raise ValueError(
+                    f"weights, tokenizer and template must be those of calibrate, with the fingerprint {expected}; got "
+                    f"{found}. {advice}"
+                )
+            self._checked_calibration = self.calibration
 
     def remove_stale_calibration(self: Any) -> None:
         """Remove the calibration, with a warning, if the weights have changed since."""
@@ -114,8 +128,7 @@ class CalibrationMixin:
 
 def score_settings(reranker: "MonoCE") -> dict[str, Any]:
     """Return the settings that affect scores; `dtype` only affects their precision."""
-    names = ("max_length", "max_query_length", "passages")
-    settings = {name: getattr(reranker, name) for name in names}
+    settings = {name: value for name, value in reranker.scoring_settings().items() if name != "dtype"}
     return {**settings, "interpolate": reranker.first_stage_weight}
 
 
@@ -125,6 +138,7 @@ def estimate(
     """Estimate the calibration of a re-ranker's scores, see `MonoCE.calibrate`."""
     if method not in METHODS:
         raise ValueError(f"method must be 'logistic' or 'isotonic'; got {method!r}")
+    check_number("min_relevance", min_relevance, required=True)
     if results is None or qrels is None:
         raise ValueError(f"{'results' if results is None else 'qrels'} are required by calibrate; got None")
     texts = TextSource(reranker.text_field, reranker.text)
@@ -135,9 +149,12 @@ def estimate(
         raise ValueError(f"calibrate needs a trained model; got {reranker!r}, whose head is untrained. Call fit first")
     uncalibrated = copy.copy(reranker)  # shares the weights
     uncalibrated.calibration = None
-    scores = uncalibrated.transform(frame.rename(columns={"text": reranker.text_field}))["score"].to_numpy()
+    _warn_of_left_out(results, frame)
+    scored = uncalibrated.transform(frame.rename(columns={"text": reranker.text_field}))
+    best = scored.groupby(["qid", "docno"], sort=False)["score"].max()  # of the passages of a document
+    scores = best.to_numpy()
     pairs = labels.loc[labels["label"] >= min_relevance, ["qid", "docno"]]
-    relevant = pd.MultiIndex.from_frame(frame[["qid", "docno"]]).isin(pd.MultiIndex.from_frame(pairs))
+    relevant = best.index.isin(pd.MultiIndex.from_frame(pairs))
     if relevant.all() or not relevant.any():
         found = "only relevant ones" if relevant.all() else "none that is relevant"
         raise ValueError(f"calibration results must have relevant documents and others; got {found}")
@@ -147,10 +164,23 @@ def estimate(
             f"{scores[relevant].mean():.3g} and {scores[~relevant].mean():.3g}. All probabilities are about the same"
         )
     return Calibration(
-        method=method, queries=int(frame["qid"].nunique()), documents=len(frame), relevant=int(relevant.sum()),
+        method=method, queries=int(frame["qid"].nunique()), documents=len(best), relevant=int(relevant.sum()),
         fingerprint=reranker.fingerprint, settings=score_settings(reranker),
         **(_isotonic if method == "isotonic" else _logistic)(scores, relevant),
     )  # fmt: skip
+
+
+def _warn_of_left_out(results: pd.DataFrame, judged: pd.DataFrame) -> None:
+    """Warn about queries without a label, and about rows with the same qid and docno."""
+    pairs = pd.DataFrame({name: as_ids(results[name]).to_numpy() for name in ("qid", "docno")})
+    queries = pairs["qid"].nunique()
+    if missing := queries - judged["qid"].nunique():
+        warn(
+            f"calibrate left out {missing:,} of {queries:,} queries, which have no label. If they have no relevant "
+            "document, probabilities will be too high: pass a label of 0 for each"
+        )
+    if repeated := int(pairs[pairs["qid"].isin(judged["qid"])].duplicated().sum()):
+        warn(f"calibrate found {repeated:,} duplicate results: each document counts once, with its best score")
 
 
 def _logistic(scores: np.ndarray, relevant: np.ndarray) -> dict[str, Any]:

@@ -150,9 +150,15 @@ def _naming_source(number: int, n_sources: int) -> Iterator[None]:
 
 def _part_data(fitter: Fitter, sources: Sequence[Source], found: Sequence[tuple[Groups, DataReport]]) -> PartData:
     """Combine the data of a part's sources."""
-    if len(sources) == 1:
+    if len(sources) == 1 and sources[0].weight == 1:
         groups, report = found[0]
         return PartData(fitter, groups, report, groups.digest())
+    for number, (source, (groups, _)) in enumerate(zip(sources, found, strict=True), 1):
+        if (draws := source.weight * len(groups)) < 0.5:
+            warn(
+                f"source {number} counts for more than its weight: each epoch draws one of its {len(groups):,} "
+                f"queries, but {source.weight:g} means {draws:.2g}. Use more of its queries, or a larger weight"
+            )
     mixed = MixedGroups(tuple(groups for groups, _ in found), tuple(float(source.weight) for source in sources))
     names = [
         f"source {number}" + ("" if source.weight == 1 else f", weight {source.weight:g}")
@@ -164,14 +170,18 @@ def _part_data(fitter: Fitter, sources: Sequence[Source], found: Sequence[tuple[
 
 def fit_stages(
     model: CrossEncoder, encoders: Sequence[PairEncoder], prepared: Sequence[StageData], stages: list[StageRecord], *,
-    validation: ValidationFrames | None, checkpoint_dir: Path | None, verbose: bool,
+    validation: ValidationFrames | None, checkpoint_dir: Path | None, verbose: bool, first_stage_weight: float = 0.0,
 ) -> None:  # fmt: skip
-    """Train a model in place, stage after stage, and add the stages' records to `stages`."""
+    """Train a model in place, stage after stage, and add the stages' records to `stages`.
+
+    Validation measures the model's score plus the weighted score of the first stage.
+    """
     for place, (data, encoder) in enumerate(zip(prepared, encoders, strict=True), 1):
         folder = _stage_dir(checkpoint_dir, place, len(prepared))
         _train_stage(
-            model, encoder, data, stages, place=place, validation=validation, checkpoint_dir=folder, verbose=verbose
-        )
+            model, encoder, data, stages, place=place, validation=validation, first_stage_weight=first_stage_weight,
+            checkpoint_dir=folder, verbose=verbose,
+        )  # fmt: skip
 
 
 def stages_to_resume(
@@ -188,7 +198,7 @@ def _stage_dir(checkpoint_dir: Path | None, place: int, n_stages: int) -> Path |
 
 def _train_stage(
     model: CrossEncoder, encoder: PairEncoder, data: StageData, stages: list[StageRecord], *, place: int,
-    validation: ValidationFrames | None, checkpoint_dir: Path | None, verbose: bool,
+    validation: ValidationFrames | None, first_stage_weight: float, checkpoint_dir: Path | None, verbose: bool,
 ) -> None:  # fmt: skip
     """Train a model in place, and add a record of the stage to `stages`.
 
@@ -197,7 +207,9 @@ def _train_stage(
     settings, before = data.settings, model.fingerprint
     resumed = _stages_to_resume(stages, checkpoint_dir) if place == 1 else []
     start = resumed[0].start if resumed else before
-    measured = Validation(*validation, settings.metric) if validation and settings.metric is not None else None
+    measured = None
+    if validation and settings.metric is not None:
+        measured = Validation(*validation, settings.metric, first_stage_weight)
     head_before = model.head_is_new
     was_new = resumed[0].head_was_new if resumed else head_before
     objectives = _objectives(model, data, head_is_new=was_new, validation=measured)
@@ -210,7 +222,7 @@ def _train_stage(
     try:
         train(
             model, encoder, objectives, settings, validation=measured, checkpoint_dir=checkpoint_dir,
-            identity=_identity(model, encoder, data, validation, start) if is_identified else {},
+            identity=_identity(model, encoder, data, validation, first_stage_weight, start) if is_identified else {},
             history=record.history, verbose=verbose,
         )  # fmt: skip
     except BaseException:
@@ -277,11 +289,14 @@ def _part_report(encoder: PairEncoder, data: PartData, plan: Plan) -> DataReport
 
 
 def _with_truncation(encoder: PairEncoder, report: DataReport, groups: Groups) -> DataReport:
+    """Add to a report how many queries and documents are truncated, in an even sample of lists and of their ranks."""
     step = max(1, len(groups) * 4 // TRUNCATION_SAMPLE)
     lists = [(i, groups.documents[i]) for i in range(0, len(groups), step)]
-    sample = [(i, document) for i, documents in lists for document in documents[:: even_step(len(documents), 4)]]
-    queries, texts = [groups.queries[i] for i, _ in sample], groups.text(document for _, document in sample)
-    query_rate, text_rate = encoder.truncation_rates(queries, texts)
+    sampled = [(i, documents[:: even_step(len(documents), 4)], len(documents)) for i, documents in lists]
+    pairs = [(i, document, length / len(kept)) for i, kept, length in sampled for document in kept]
+    queries, texts = [groups.queries[i] for i, _, _ in pairs], groups.text(document for _, document, _ in pairs)
+    # A document of a long list stands for more documents.
+    query_rate, text_rate = encoder.truncation_rates(queries, texts, [weight for _, _, weight in pairs])
     return dataclasses.replace(report, truncated_queries=query_rate, truncated_documents=text_rate)
 
 
@@ -303,8 +318,9 @@ def _new_record(encoder: PairEncoder, data: StageData, plans: Sequence[Plan], pl
 
 
 def _identity(
-    model: CrossEncoder, encoder: PairEncoder, data: StageData, validation: ValidationFrames | None, start: str
-) -> dict[str, str]:
+    model: CrossEncoder, encoder: PairEncoder, data: StageData, validation: ValidationFrames | None,
+    first_stage_weight: float, start: str,
+) -> dict[str, str]:  # fmt: skip
     """Return what determines the result of training, by name. A checkpoint with another identity is refused."""
     dropout = dropout_settings(model.network.config)
     return {
@@ -314,5 +330,6 @@ def _identity(
         "the model's dropout": ", ".join(f"{name}={value}" for name, value in dropout.items()),
         "data": data.digest[:16],
         "validation": sha256_of([*map(frame_digest, validation)])[:16] if validation else "none",
+        "the first stage's weight in validation": str(first_stage_weight if validation else 0.0),
         "start weights": start,
     }

@@ -36,7 +36,8 @@ class GridResult:
     Args:
         table: A row for each combination, in the order of the grid: its settings, the value of the metric for the
             validation queries (with seeds, the mean, and the columns lowest and highest), and the number of updates and
-            the seconds that training took (with seeds, their means).
+            the seconds that training took (with seeds, their means). Settings that look the same, such as two frames,
+            are numbered in the order of their list.
         best: The re-ranker with the best combination; with seeds, the best of its seeds.
         best_setting: That combination.
         metric: The column of the metric.
@@ -52,11 +53,13 @@ class GridResult:
     start: float | None
 
     def __repr__(self) -> str:
-        setting = ", ".join(f"{name}={format_value(value)}" for name, value in self.best_setting.items())
+        row = self.table.to_dict("records")[int(self.table[self.metric].to_numpy().argmax())]
+        setting = ", ".join(f"{name}={row[name]}" for name in self.best_setting)
         others = {"first stage": self.first_stage, "before training": self.start}
         known = "".join(f", {name} {value:.3f}" for name, value in others.items() if value is not None)
-        best = self.table[self.metric].max()
-        return f"GridResult(best of {len(self.table)}: {setting}; validation {self.metric} {best:.3f}{known})"
+        return (
+            f"GridResult(best of {len(self.table)}: {setting}; validation {self.metric} {row[self.metric]:.3f}{known})"
+        )
 
 
 def fit_grid(
@@ -87,8 +90,8 @@ def fit_grid(
         The table of all combinations, and the best re-ranker. Only the latter is kept in memory.
 
     Raises:
-        ValueError: If the fitter has no such setting, a value is out of range, or a list is empty; raised before
-            training.
+        ValueError: If the fitter has no such setting, a value is out of range, a list is empty, or the metric has no
+            value; raised before training.
     """
     if len(stage.fitter.stages) > 1:
         raise ValueError(
@@ -104,24 +107,25 @@ def fit_grid(
     if seeds is not None and not len(seeds):
         raise ValueError("seeds must be a non-empty list or None; got none")
     judge = _Judge.of(reranker, validation, fitter.parts[0].metric)
+    before = judge.start(reranker)
     rows: list[dict[str, Any]] = []
     best: tuple[float, MonoCE, dict[str, Any]] | None = None
-    for setting, candidate in combinations:
-        row, trained = _try(reranker, dataclasses.replace(stage, fitter=candidate), setting, judge, save_dir, seeds)
-        rows.append(row)
-        value = row[judge.name]
-        logger.info("%d of %d: %s has %s %.4f", len(rows), len(combinations), setting, judge.name, value)
+    for setting, shown, candidate in combinations:
+        found, trained = _try(reranker, dataclasses.replace(stage, fitter=candidate), judge, save_dir, seeds)
+        rows.append(shown | found)
+        value = found[judge.name]
+        logger.info("%d of %d: %s has %s %.4f", len(rows), len(combinations), shown, judge.name, value)
         if best is None or value > best[0]:
             best = value, trained, setting
         del trained  # so that no more models are in memory than needed
     assert best is not None
-    return GridResult(pd.DataFrame(rows), best[1], best[2], judge.name, judge.first_stage, judge.start(reranker))
+    return GridResult(pd.DataFrame(rows), best[1], best[2], judge.name, judge.first_stage, before)
 
 
 def _combinations(
     fitter: Fitter | FitterSum, grid: Mapping[str, Sequence[Any]]
-) -> list[tuple[dict[str, Any], Fitter | FitterSum]]:
-    """Return each combination of the settings with its fitter, which checks the values."""
+) -> list[tuple[dict[str, Any], dict[str, Any], Fitter | FitterSum]]:
+    """Return each combination of the settings, how the table shows it, and its fitter, which checks the values."""
     if not isinstance(grid, Mapping) or not grid:
         raise ValueError(f"grid must map settings to lists of values; got {grid!r}")
     lists = {}
@@ -132,30 +136,42 @@ def _combinations(
             values = values.tolist()  # noqa: PLW2901
         if not isinstance(values, list | tuple | range) or not len(values):
             raise ValueError(f"grid must map {name!r} to a non-empty list of values; got {format_value(values)}")
-        lists[name] = values
-    settings = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-    return [(setting, fitter.replace(**setting)) for setting in settings]
+        lists[name] = [*zip(values, _shown(values), strict=True)]
+    combinations = []
+    for chosen in itertools.product(*lists.values()):
+        setting = {name: value for name, (value, _) in zip(lists, chosen, strict=True)}
+        shown = {name: text for name, (_, text) in zip(lists, chosen, strict=True)}
+        combinations.append((setting, shown, fitter.replace(**setting)))
+    return combinations
+
+
+def _shown(values: Sequence[Any]) -> list[Any]:
+    """Return values as the table shows them: numbers and strings, or texts, numbered if several are the same."""
+    texts = [None if isinstance(value, int | float | str) else format_value(value) for value in values]
+    return [
+        value if text is None else f"{text} ({texts[: k + 1].count(text)})" if texts.count(text) > 1 else text
+        for k, (value, text) in enumerate(zip(values, texts, strict=True))
+    ]
 
 
 def _try(
-    reranker: MonoCE, stage: Stage, setting: Mapping[str, Any], judge: "_Judge", save_dir: str | Path | None,
-    seeds: Sequence[int] | None,
+    reranker: MonoCE, stage: Stage, judge: "_Judge", save_dir: str | Path | None, seeds: Sequence[int] | None
 ) -> tuple[dict[str, Any], MonoCE]:  # fmt: skip
-    """Train with one combination, once per seed; return its row of the table, and the best re-ranker."""
+    """Train with one combination, once per seed; return its results for the table, and the best re-ranker."""
     values: list[float] = []
     runs: list[Mapping[str, Any]] = []
-    best = reranker
+    best: MonoCE | None = None
     for seed in [None] if seeds is None else seeds:
         start = reranker if seed is None else reranker.reseeded(seed)
         own = stage if seed is None else dataclasses.replace(stage, fitter=stage.fitter.replace(seed=seed))
         trained = fit_sequences(start, {STAGE: own}, [STAGE], validation=judge.frames, save_dir=save_dir)[STAGE]
         value = judge.value(trained)
-        if value > max(values, default=-math.inf):
+        if best is None or value > max(values):
             best = trained
         values.append(value)
         runs.append(trained.stages[-1].history[-1])
-    shown = {name: x if isinstance(x, int | float | str) else format_value(x) for name, x in setting.items()}
-    row = {**shown, judge.name: float(np.mean(values))}
+    assert best is not None
+    row = {judge.name: float(np.mean(values))}
     if seeds is not None:
         row |= {"lowest": min(values), "highest": max(values)}
     row |= {name: np.mean([run[key] for run in runs]) for name, key in (("updates", "step"), ("seconds", "seconds"))}
@@ -179,7 +195,10 @@ class _Judge:
         frames = validation_frames(results, qrels, texts, with_scores=reranker.interpolate is not False)
         if frames is None:
             raise ValueError("validation must be results and qrels; got None")
-        return cls(validation, Validation(*frames, metric), frames[0].rename(columns={"text": reranker.text_field}))
+        data = Validation(*frames, metric)
+        if math.isnan(data.measure(np.zeros(len(frames[0])))):
+            raise ValueError(f"metric must have a value for the validation queries; got NaN of {data.metric}")
+        return cls(validation, data, frames[0].rename(columns={"text": reranker.text_field}))
 
     @property
     def name(self) -> str:

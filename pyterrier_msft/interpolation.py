@@ -31,6 +31,7 @@ HELD_OUT_QUERIES = 200
 MIN_QUERIES = 20
 SPREAD_QUERIES = 10  # to estimate the spread of the scores of a query's documents
 MAX_PAIRS = 10_000  # to score for the choice
+OUTLIER_RATIO = 8  # of the two estimates of the first stage's spread; for BM25, it is about 2 to 4
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Interpolation:
     """The choice of a weight: `score = model's score + weight * first stage's score`."""
 
     weight: float
-    relative_weight: float  # in standard deviations of the scores of a query's documents
+    relative_weight: float  # in standard deviations of the scores of a query's documents, maybe without outliers
     queries: int  # that chose it
     metric: str
     value: float  # of the metric, with the weight
@@ -77,6 +78,14 @@ def _spread(scores: np.ndarray, qids: pd.Series) -> float:
     return float(np.sqrt((deviations**2).mean())) or 1.0
 
 
+def _spread_without_outliers(scores: np.ndarray, qids: pd.Series) -> float:
+    """Estimate the standard deviation by medians of each query's distinct scores; NaN if no query has two."""
+    distinct = pd.DataFrame({"qid": qids.to_numpy(), "score": scores}).drop_duplicates()
+    deviations = (distinct["score"] - distinct.groupby("qid")["score"].transform("median")).abs()
+    medians = deviations.groupby(distinct["qid"]).median()
+    return 1.4826 * float(medians[medians > 0].median())  # the factor is that of a normal distribution
+
+
 def choose_weight(parts: Sequence[Scored], metric: Any, *, spread: float) -> Interpolation:
     """Choose the weight with the best value of a metric, as the mean of five neighbouring weights.
 
@@ -93,19 +102,26 @@ def choose_weight(parts: Sequence[Scored], metric: Any, *, spread: float) -> Int
         pd.concat([part.data.qrels for part in parts], ignore_index=True),
         metric,
     )
-    first_spread = float(np.mean([part.first_stage_spread for part in parts]))
     model = np.concatenate([part.scores / part.spread for part in parts])
-    first = everything.results["score"].to_numpy() / first_spread
-    values = np.array([everything.measure(model + weight * first) for weight in RELATIVE_WEIGHTS])
-    smooth = np.convolve(np.pad(values, 2, mode="edge"), np.full(5, 0.2), mode="valid")
-    best = int(smooth.argmax())
+    first = everything.results["score"].to_numpy()
+    units = [float(np.mean([part.first_stage_spread for part in parts]))]
+    typical = _spread_without_outliers(first, everything.results["qid"])
+    # A few extreme scores, such as -1e9 in a padded list, may make up the spread; no weight on the grid then suits the
+    # other documents. But they may also be what matters, so the metric decides between both units.
+    if units[0] > OUTLIER_RATIO * typical:
+        units.append(typical)
+    curves = np.array(
+        [[everything.measure(model + weight * (first / unit)) for weight in RELATIVE_WEIGHTS] for unit in units]
+    )
+    smooth = [np.convolve(np.pad(values, 2, mode="edge"), np.full(5, 0.2), mode="valid") for values in curves]
+    unit, best = (int(index) for index in np.unravel_index(np.argmax(smooth), curves.shape))
     return Interpolation(
-        weight=float(RELATIVE_WEIGHTS[best] * spread / first_spread),
+        weight=float(RELATIVE_WEIGHTS[best] * spread / units[unit]),
         relative_weight=RELATIVE_WEIGHTS[best],
         queries=everything.queries,
         metric=str(metric),
-        value=float(values[best]),
-        model=float(values[0]),
+        value=float(curves[unit, best]),
+        model=float(curves[0, 0]),
         first_stage=everything.measure(first),
     )
 
@@ -202,6 +218,7 @@ def fit_reranker(
         verbose: Whether to show progress bars.
     """
     metric = prepared[-1].settings.metric or nDCG @ 10
+    before: float | None = None  # the metric of the re-ranker before training
     parts: list[Validation] = []  # what chooses the weight
     halves: list[Scored] = []
     shrinkage: list[float] = []  # of the spread, from queries that a model was trained on to others
@@ -225,8 +242,14 @@ def fit_reranker(
                 del copy  # before the next one is made
     elif interpolate is True and validation is not None:
         parts = [_affordable(Validation(*validation, metric), MAX_PAIRS)]
-    fit_stages(model, encoders, prepared, stages, validation=validation, checkpoint_dir=checkpoint_dir, verbose=verbose)
-    if interpolate is False and validation is not None:
+        if stages and stages[-1].interpolation:
+            start = dataclasses.replace(parts[0], first_stage_weight=stages[-1].interpolation["weight"])
+            before = start.value(model.network, scorer, model.dtype)
+    fit_stages(
+        model, encoders, prepared, stages, validation=validation, checkpoint_dir=checkpoint_dir, verbose=verbose,
+        first_stage_weight=0.0 if interpolate is True else float(interpolate),
+    )  # fmt: skip
+    if interpolate is not True and validation is not None:
         _warn_if_below_first_stage(stages[-1], Validation(*validation, metric))
     if not parts:
         return
@@ -242,8 +265,18 @@ def fit_reranker(
         raise
     stages[-1].interpolation = dataclasses.asdict(choice)
     stages[-1].data_report["interpolation"] = str(choice)
+    _warn_if_not_better(choice, before)
+
+
+def _warn_if_not_better(choice: Interpolation, before: float | None) -> None:
     if choice.value <= choice.first_stage:
         warn(f"re-ranking isn't better than the first stage: {choice}")
+    if before is not None and choice.value < before:
+        warn(
+            f"re-ranking is worse than before this fit: validation {choice.metric} is {choice.value:.4f}, but was "
+            f"{before:.4f}. With interpolate=True, the model alone decides which weights are kept. Set a number as "
+            "interpolate, or keep a clone() of the re-ranker of before"
+        )
 
 
 def _warn_of_earlier_labels(stages: Sequence[StageRecord]) -> None:

@@ -1,5 +1,6 @@
 """`MonoCE`: a cross-encoder as a PyTerrier transformer."""
 
+import contextlib
 import copy
 from operator import attrgetter
 from pathlib import Path
@@ -18,7 +19,7 @@ from pyterrier_msft.data.frames import FIRST_STAGE_SCORE, first_stage_scores, wi
 from pyterrier_msft.data.mixture import TrainingResults
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.texts import TextSource
-from pyterrier_msft.data.validation import validation_frames, warn_of_shared_queries
+from pyterrier_msft.data.validation import validation_frames, warn_of_mixed_scores, warn_of_shared_queries
 from pyterrier_msft.fitters import Contrastive, Fitter
 from pyterrier_msft.fitting import prepare_stage
 from pyterrier_msft.interpolation import HeldOut, candidates_of, fit_reranker
@@ -148,7 +149,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
 
         Returns:
             The same rows in the same order, with new values of `score` (the model's raw output, unless `interpolate`)
-            and `rank` (from 0); after `calibrate`, also with `probability`.
+            and `rank` (from 0). After `calibrate`, also of `probability`; without, such a column is dropped.
         """
         inp = self.prepare(inp)
         return self.with_scores(inp, self.score(inp))
@@ -179,7 +180,8 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
                 f"fit is required after set_parameter('fitter', ...); got {self!r} with the weights of before. "
                 "pt.GridScan and pt.GridSearch never call fit: compare fitters with pyterrier_msft.fit_grid"
             )
-        self.check_calibration()
+        if len(inp):
+            self.check_calibration()
         if len(inp) and self.cross_encoder.head_is_new:
             warn(
                 f"{self!r} gives random scores: its head is untrained. Call fit(); PyTerrier fits an estimator "
@@ -224,7 +226,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
                 `Stage`.
             qrels_tr: qid, docno, label. Not needed for distillation.
             topics_or_res_va: Validation results, of other queries. The weights with the best value of the fitter's
-                metric are kept.
+                metric are kept: of the re-ranker's scores, but with `interpolate=True` of the model's alone.
             qrels_va: Their qrels.
             fitter: Used instead of the re-ranker's own.
             checkpoint_dir: Folder for checkpoints, which makes training resumable: repeat the call, in a new process
@@ -240,7 +242,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
         with distributed.silence_other_ranks():
             check_training_device(self.cross_encoder.device)
             validation = validation_frames(
-                topics_or_res_va, qrels_va, self._texts, with_scores=self.interpolate is True
+                topics_or_res_va, qrels_va, self._texts, with_scores=self.interpolate is not False
             )
             candidates = None
             if self.interpolate is True and validation is None:
@@ -250,6 +252,8 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
             ]
             if validation is not None:
                 warn_of_shared_queries(validation[0], {qid for data in prepared for qid in data.qids})
+                if self.interpolate is not False and topics_or_res_va is not None:
+                    warn_of_mixed_scores(topics_or_res_tr, topics_or_res_va)
             held_out = None if candidates is None else HeldOut.of(candidates, prepared)
             # Stages of the same length share an encoder, which keeps the token ids of texts.
             lengths = [data.settings.max_length for data in prepared]
@@ -269,6 +273,9 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
     def set_parameter(self, name: str, value: Any) -> None:
         """Set an attribute by name, as `pt.GridScan` does. After a change of the fitter, `transform` needs a `fit`."""
         before, replaced = self.fitter, self._replaced_fitter
+        is_setting = name in (MonoCE.__init__.__kwdefaults__ or {}) and name not in WEIGHTS_SETTINGS
+        if is_setting and hasattr(self, name):
+            value = getattr(MonoCE(**{"dtype": self._dtype, "device": self._device, name: value}), name)  # checks it
         super().set_parameter(name, value)
         if name == "fitter":
             original = replaced[0] if replaced is not None and replaced[1] is before else before
@@ -293,7 +300,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the weights, and of the configuration that affects scores. Loads the model."""
+        """A digest of the weights, the tokenizer, and the configuration that affects scores. Loads the model."""
         return self.cross_encoder.fingerprint
 
     def scoring_settings(self) -> dict[str, Any]:
@@ -313,13 +320,14 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
             weight = self.first_stage_weight
             parts.append(f"interpolate={self.interpolate if weight is None else weight!r}")
         if self.cross_encoder.is_loaded:
-            parts.append(f"fingerprint={self.fingerprint!r}")
+            with contextlib.suppress(ValueError):  # a model in memory, without a tokenizer
+                parts.append(f"fingerprint={self.fingerprint!r}")
         return f"MonoCE({', '.join(parts)})"
 
     def cached(self, folder: str | Path) -> CachedMonoCE:
         """Cache scores on disk. Neither `fit` nor edited texts make the cache stale.
 
-        The key of a score is the weights' fingerprint, the settings that affect scores, and the texts of the pair.
+        The key of a score is the fingerprint, the settings that affect scores, and the texts of the pair.
 
         Args:
             folder: Where to keep the caches, one for each combination of weights and settings.

@@ -17,6 +17,7 @@ from pyterrier_msft.model import adapters, hub, storage
 from pyterrier_msft.model.card import model_card
 from pyterrier_msft.model.cross_encoder import SOURCE_SETTINGS, CrossEncoder
 from pyterrier_msft.model.files import MODULES
+from pyterrier_msft.model.fingerprint import FINGERPRINT_VERSION
 from pyterrier_msft.model.record import RECORD, ModelRecord, StageRecord, library_versions
 from pyterrier_msft.training import distributed
 
@@ -103,12 +104,15 @@ class SavingMixin:
         `MonoCE(path)`, in contrast, loads only the weights, with new settings and no history. For cross-encoders that
         others published, both load only the weights.
 
+        The weights are loaded when they are first needed. A warning then says if they aren't those that were saved.
+
         Args:
             path: A folder, or a name on the Hugging Face hub.
             **settings: Arguments of `MonoCE` to use instead of the saved ones, e.g. `device="cpu"`.
 
         Raises:
-            ValueError: If there is no such model.
+            ValueError: If there is no such model or, when the weights are loaded, if the backbone of an adapter isn't
+                the one that it was trained on.
         """
         name = os.path.expanduser(path)
         folder = Path(name)
@@ -121,9 +125,10 @@ class SavingMixin:
         saved = {key: value for key, value in record.settings.items() if key in SAVED_SETTINGS}
         if saved.get("template") is None:  # older records have the words' defaults
             saved |= {"true": None, "false": None}
+        is_same_source = all(saved.get(key) == value for key, value in settings.items() if key in SOURCE_SETTINGS)
         settings = saved | settings
         adapter_folder = None
-        if (folder / adapters.CONFIG).is_file():
+        if adapters.is_adapter(folder, name, settings.get("revision")):
             adapter_folder = str(folder.absolute())
             name, settings["revision"] = adapters.backbone_of(folder)
         loaded = cls(name, **settings)  # type: ignore[call-arg]
@@ -132,8 +137,12 @@ class SavingMixin:
         if (folder / RECORD).is_file():  # without a record, the model itself is the base of what is trained from it
             loaded.cross_encoder.hub_name = record.base
         loaded.stages = record.stages
+        can_compare = record.fingerprint is not None and record.fingerprint_version == FINGERPRINT_VERSION
+        if can_compare and is_same_source:
+            loaded.cross_encoder.saved_record = dataclasses.replace(record, stages=[])
         if record.calibration is not None and record.calibration.get("fingerprint") == record.fingerprint:
-            loaded.calibration = Calibration.from_record(record.calibration)
+            known = {} if can_compare else {"fingerprint": None}
+            loaded.calibration = Calibration.from_record({**record.calibration, **known})
         return loaded
 
     def _write(self, folder: Path, *, merged: bool, **card: Any) -> None:
@@ -142,8 +151,11 @@ class SavingMixin:
         if model.kind != "several labels" and not is_adapter:
             settings["relevant"] = None  # two labels have become one
         fingerprint = model.write(folder, max_length=settings["max_length"], merged=merged)
-        record = ModelRecord(settings, model.hub_name, model.head_is_new, fingerprint, self.stages, library_versions())
-        if self.calibration is not None and self.calibration.fingerprint == model.fingerprint:
+        record = ModelRecord(
+            settings, model.hub_name, model.head_is_new, fingerprint, self.stages, library_versions(),
+            fingerprint_version=FINGERPRINT_VERSION,
+        )  # fmt: skip
+        if self.calibration is not None and self.calibration.fingerprint in {None, model.fingerprint}:
             # A merged adapter has another fingerprint, but the same scores.
             record.calibration = {**dataclasses.asdict(self.calibration), "fingerprint": fingerprint}
         (folder / storage.FIRST).write_text(json.dumps(ARTIFACT))

@@ -71,7 +71,7 @@ def reliability(
 
     Args:
         results: Scored results of a calibrated re-ranker, `MonoCE.calibrate`: qid, docno and probability. Take queries
-            that neither `fit` nor `calibrate` has seen.
+            that neither `fit` nor `calibrate` has seen. Of passages, `pt.text.max_passage()` makes documents.
         qrels: Their labels: qid, docno, label. Queries without a label are left out; in the others, documents without
             a label count as not relevant.
         n_bins: Number of bins of equal width.
@@ -79,8 +79,10 @@ def reliability(
         ax: The Axes to draw into. None: a new figure.
 
     Raises:
-        ValueError: If a column is missing, or no document is relevant.
+        ValueError: If a column is missing, no document is relevant, or `min_relevance` isn't positive.
     """
+    if not min_relevance > 0:
+        raise ValueError(f"min_relevance must be a positive number; got {min_relevance!r}")
     require_columns(results, ["qid", "docno", "probability"], "results")
     require_columns(qrels, ["qid", "docno", "label"], "qrels")
     rows = results[results["qid"].astype(str).isin(qrels["qid"].astype(str))]

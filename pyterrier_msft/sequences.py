@@ -27,7 +27,7 @@ from pyterrier_msft.training.checkpoints import check_writable
 logger = logging.getLogger(__name__)
 
 # Increase this when the same data, settings and initial weights would give other weights than before.
-SEMANTICS_VERSION = 2
+SEMANTICS_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Stage:
         results: First-stage results with columns qid, query, docno, text, and score or rank; or the path of a file of
             results, see `MonoCE.fit`. Or several sources: a list of (results, qrels) or (results, qrels, weight), for
             example the candidates of two first stages, or two data sets. Sources stay separate, even if they share
-            qids: each has its own lists. The weight (default: 1) is how often an epoch draws each of the source's
-            queries, compared with a source of weight 1: with 2 twice, each time with newly sampled documents, and
-            with 0.5 in every second epoch, which ones depends on the seed.
+            qids: each has its own lists and labels. The weight (default: 1) is how often an epoch draws each of the
+            source's queries: with 2 twice, each time with newly sampled documents, and with 0.5 in every second epoch,
+            which ones depends on the seed. An epoch draws at least one query of each source.
         qrels: Columns qid, docno and label. None if the fitter doesn't need them, or the results are several sources.
     """
 

@@ -10,6 +10,7 @@ import pyterrier as pt
 from pyterrier_msft import plots, significance
 from pyterrier_msft import study_tables as tables
 from pyterrier_msft.data.frames import as_ids, frame_digest
+from pyterrier_msft.pipelines import parts_of
 from pyterrier_msft.study_tables import Picture, Table, TrainedModel
 
 EXTREMES = 5  # queries with the largest gains, and with the largest losses
@@ -136,15 +137,6 @@ def _describe(transformer: pt.Transformer) -> str:
         return text
     parts = ", ".join(_describe(part) for part in parts_of(transformer))
     return f"{type(transformer).__name__}({parts})"
-
-
-def parts_of(transformer: pt.Transformer) -> list[pt.Transformer]:
-    """Return the transformers that a transformer uses."""
-    try:
-        found = pt.inspect.subtransformers(transformer).values()
-    except pt.inspect.InspectError:
-        return []
-    return [part for each in found for part in (each if isinstance(each, list) else [each])]
 
 
 # ---- differences by query

@@ -4,7 +4,8 @@ import importlib.util
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +14,11 @@ import pyterrier as pt
 
 from pyterrier_msft import significance
 from pyterrier_msft.data.frames import as_ids, require_columns
+from pyterrier_msft.data.labels import count_judged_twice, whole_grades
+from pyterrier_msft.notices import warn
+from pyterrier_msft.pipelines import all_parts_of
 from pyterrier_msft.reranker import MonoCE
-from pyterrier_msft.study_page import Run, Study, parts_of, render
+from pyterrier_msft.study_page import Run, Study, render
 from pyterrier_msft.study_tables import TrainedModel
 
 
@@ -44,7 +48,7 @@ def report(
             from each seed to a transformer or frame. Or the frame of `pt.Experiment(perquery=True)`, with a column
             `seed` if there are several; then the page has no documents.
         topics: The test queries: qid and query.
-        qrels: qid, docno and label.
+        qrels: qid, docno and label; of two labels of a document, the higher one counts.
         measures: Measures of ir_measures. Differences by query are shown for the first.
         baseline: The name of the system that the others are compared with. None: the first.
         margin: The smallest difference that matters, or a mapping from measure to margin, see `equivalence_table`.
@@ -67,38 +71,117 @@ def report(
     Example:
         >>> path = report(systems, test_topics, test_qrels, [nDCG @ 10, RR @ 10], baseline="BM25")
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError('report needs the extra [plot]: pip install "pyterrier-msft[plot]"')
-    path = Path(path).expanduser()
-    if path.is_dir():
-        raise ValueError(f"path must be a file, e.g. {str(path / 'report.html')!r}; got the folder {str(path)!r}")
-    topics = _with_ids(topics, ["qid", "query"], "topics")
-    qrels = _with_ids(qrels, ["qid", "docno", "label"], "qrels")
-    measures = list(measures) if isinstance(measures, Sequence) and not isinstance(measures, str) else [measures]
+    _require_matplotlib()
+    path = _page_path(path)
     tests: dict[str, Any] = {"margin": margin, "alpha": alpha, "correction": correction}
-    if isinstance(systems, pd.DataFrame):
-        runs: dict[Run, Any] = {}
-        results: dict[Run, pd.DataFrame] = {}
-        perquery = _with_ids(systems, ["name", "qid", "measure", "value"], "systems")
-        perquery["measure"] = perquery["measure"].map(str)
-        models = _models(runs, rerankers, perquery["name"].unique())
-    else:
-        runs = _runs(systems)
-        models = _models(runs, rerankers, systems)
-        trial = topics.head(1)[["qid"]].assign(docno="", score=0.0)
-        with warnings.catch_warnings(action="ignore"):
-            values = _evaluate(dict.fromkeys(runs, trial), topics, qrels, measures)
-        _compare(values, measures, baseline, tests)  # checks the arguments
-        results = {run: _results(system, topics, run[0]) for run, system in runs.items()}
-        perquery = _evaluate(results, topics, qrels, measures)
-    study = Study(topics, qrels, perquery, _compare(perquery, measures, baseline, tests), runs, results, models)
+    comparison = _Comparison.of(topics, qrels, measures, baseline, tests)
+    make_study = _study_of_values if isinstance(systems, pd.DataFrame) else _study_of_runs
+    study = make_study(systems, comparison, rerankers)
     html = render(study, title=title, description=description, tests=tests, command=command or _running_command())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, encoding="utf-8", errors="replace", newline="\n")
     return path
 
 
+@dataclass(frozen=True)
+class _Comparison:
+    """What systems are compared on, and how."""
+
+    topics: pd.DataFrame
+    qrels: pd.DataFrame
+    measures: Sequence[Any]
+    baseline: str | None
+    tests: Mapping[str, Any]  # the options of `equivalence_table`
+
+    @classmethod
+    def of(
+        cls, topics: pd.DataFrame, qrels: pd.DataFrame, measures: Any, baseline: Any, tests: Mapping[str, Any]
+    ) -> "_Comparison":
+        """Check the queries and their judgments."""
+        topics = _with_ids(topics, ["qid", "query"], "topics")
+        judgments = whole_grades(qrels, "labels")
+        if twice := count_judged_twice(qrels):
+            documents = "1 document" if twice == 1 else f"{twice:,} documents"
+            warn(f"qrels have {documents} with two labels: the higher one is used")
+        measures = list(measures) if isinstance(measures, Sequence) and not isinstance(measures, str) else [measures]
+        return cls(topics, judgments, measures, None if baseline is None else str(baseline), tests)
+
+    @property
+    def judged(self) -> set[str]:
+        """The queries with judgments."""
+        return {*self.topics["qid"]} & {*self.qrels["qid"]}
+
+    def evaluate(self, results: Mapping[Run, pd.DataFrame]) -> pd.DataFrame:
+        """Compute the values by query; with a column seed if a run has one."""
+        runs = list(results)
+        numbers = [str(k) for k in range(len(runs))]  # names must differ, and those of seeds are the same
+        values = pt.Experiment(
+            list(results.values()), self.topics, self.qrels, self.measures, names=numbers, perquery=True
+        )
+        of = [runs[int(number)] for number in values["name"]]
+        values = values.assign(name=[name for name, _ in of], measure=values["measure"].map(str))
+        seeds = pd.Series([seed for _, seed in of], index=values.index, dtype=object)
+        return values if seeds.isna().all() else values.assign(seed=seeds)
+
+    def table(self, perquery: pd.DataFrame) -> pd.DataFrame:
+        """Test the differences from the baseline; check the arguments of the tests."""
+        first = None if perquery.empty else perquery["name"].iloc[0]
+        baseline = first if self.baseline is None else self.baseline
+        return significance.equivalence_table(perquery, baseline=baseline, measures=self.measures, **self.tests)
+
+
+def _study_of_values(values: pd.DataFrame, comparison: _Comparison, rerankers: Mapping[Any, Any] | None) -> Study:
+    """Make a study of the values by query."""
+    perquery = _with_ids(values, ["name", "qid", "measure", "value"], "systems")
+    names = _distinct_names(perquery["name"].unique())
+    perquery = perquery.assign(name=perquery["name"].map(str), measure=perquery["measure"].map(str))
+    evaluated, judged = {*perquery.loc[perquery["value"].notna(), "qid"]}, comparison.judged
+    if other := evaluated ^ judged:
+        raise ValueError(
+            f"systems must have values for the {len(judged):,} topics that the qrels judge, and for no others; got "
+            f"{len(evaluated - judged):,} other queries and {len(judged - evaluated):,} topics without values, e.g. "
+            f"{min(other)!r}. Pass the topics and qrels that the values were computed with"
+        )
+    models = _models({}, rerankers, names)
+    return Study(comparison.topics, comparison.qrels, perquery, comparison.table(perquery), {}, {}, models)
+
+
+def _study_of_runs(systems: Any, comparison: _Comparison, rerankers: Mapping[Any, Any] | None) -> Study:
+    """Run each system once, and evaluate it."""
+    runs, topics = _runs(systems), comparison.topics
+    trial = topics.head(1)[["qid"]].assign(docno="", score=0.0)
+    with warnings.catch_warnings(action="ignore"):
+        comparison.table(comparison.evaluate(dict.fromkeys(runs, trial)))  # checks the arguments
+    models = _models(runs, rerankers, list(dict.fromkeys(name for name, _ in runs)))
+    results = {run: _results(system, topics, run[0]) for run, system in runs.items()}
+    _warn_of_missing_queries(results, comparison.judged)
+    perquery = comparison.evaluate(results)
+    return Study(topics, comparison.qrels, perquery, comparison.table(perquery), runs, results, models)
+
+
 # ---- arguments
+
+
+def _require_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('report needs the extra [plot]: pip install "pyterrier-msft[plot]"')
+
+
+def _page_path(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"path must be a file, e.g. {str(path / 'report.html')!r}; got the folder {str(path)!r}")
+    return path
+
+
+def _distinct_names(names: Collection[Any]) -> list[str]:
+    """Return names of systems as strings, which must differ."""
+    by_text: dict[str, Any] = {}
+    for name in names:
+        if str(name) in by_text:
+            raise ValueError(f"systems must have names that differ as text; got {by_text[str(name)]!r} and {name!r}")
+        by_text[str(name)] = name
+    return list(by_text)
 
 
 def _with_ids(frame: pd.DataFrame, columns: list[str], what: str) -> pd.DataFrame:
@@ -114,11 +197,11 @@ def _runs(systems: Mapping[str, Any]) -> dict[Run, Any]:
         got = list(systems) if isinstance(systems, Mapping) else type(systems).__name__
         raise ValueError(f"systems must be a dictionary of at least two systems by name, or a data frame; got {got}")
     runs: dict[Run, Any] = {}
-    for name, system in systems.items():
+    for name, system in zip(_distinct_names(systems), systems.values(), strict=True):
         by_seed = system if isinstance(system, Mapping) else {None: system}
         if not by_seed:
             raise ValueError(f"systems must have at least one seed each; got none for {name!r}")
-        runs |= {(str(name), seed): each for seed, each in by_seed.items()}
+        runs |= {(name, seed): each for seed, each in by_seed.items()}
     for (name, _), system in runs.items():
         if isinstance(system, pd.DataFrame):
             require_columns(system, ["qid", "docno", "score"], f"systems: the results of {name!r}")
@@ -128,32 +211,23 @@ def _runs(systems: Mapping[str, Any]) -> dict[Run, Any]:
     return runs
 
 
-def _models(runs: Mapping[Run, Any], rerankers: Mapping[Any, Any] | None, names: Iterable[str]) -> list[TrainedModel]:
+def _models(runs: Mapping[Run, Any], rerankers: Mapping[Any, Any] | None, names: list[str]) -> list[TrainedModel]:
     """Return the given re-rankers, or those in the pipelines."""
     given: dict[Run, Any] = {}
     for key, value in (rerankers or {}).items():
         by_seed = {key: value} if isinstance(value, Mapping) else {None: {key: value}}
-        given |= {(name, seed): each for seed, by_name in by_seed.items() for name, each in by_name.items()}
-    if unknown := [name for name, _ in given if name not in set(names)]:
-        raise ValueError(f"rerankers must have the names of systems, {list(names)}; got {unknown[0]!r}")
+        given |= {(str(name), seed): each for seed, by_name in by_seed.items() for name, each in by_name.items()}
+    if unknown := [name for name, _ in given if name not in names]:
+        raise ValueError(f"rerankers must have the names of systems, {names}; got {unknown[0]!r}")
     models = []
     for (name, seed), system in (runs if rerankers is None else given).items():
-        found = list(_rerankers_in(system))
+        found = [part for part in all_parts_of(system) if isinstance(part, MonoCE)]
         if rerankers is not None and not found:
             raise ValueError(f"rerankers must be MonoCE objects; got {type(system).__name__} for {name!r}")
         for place, ce in enumerate(found, 1):
             label = [f"seed {seed}"] * (seed is not None) + [f"re-ranker {place}"] * (len(found) > 1)
-            models.append(TrainedModel(name, ", ".join(label), _settings(ce), ce.stages))
+            models.append(TrainedModel(name, ", ".join(label), _settings(ce), ce.fingerprint, ce.stages))
     return models
-
-
-def _rerankers_in(system: Any) -> Iterator[MonoCE]:
-    """Find the re-rankers in a pipeline, in its order."""
-    if isinstance(system, MonoCE):
-        yield system
-    elif isinstance(system, pt.Transformer):
-        for part in parts_of(system):
-            yield from _rerankers_in(part)
 
 
 def _running_command() -> str | None:
@@ -171,24 +245,14 @@ def _results(system: Any, topics: pd.DataFrame, name: str) -> pd.DataFrame:
     return _with_ids(found, ["qid", "docno", "score"], f"systems: the results of {name!r}")
 
 
-def _evaluate(
-    results: Mapping[Run, pd.DataFrame], topics: pd.DataFrame, qrels: pd.DataFrame, measures: Sequence[Any]
-) -> pd.DataFrame:
-    """Compute the values by query; with a column seed if a run has one."""
-    runs = list(results)
-    numbers = [str(k) for k in range(len(runs))]  # names must differ, and those of seeds are the same
-    values = pt.Experiment(list(results.values()), topics, qrels, measures, names=numbers, perquery=True)
-    of = [runs[int(number)] for number in values["name"]]
-    values = values.assign(name=[name for name, _ in of], measure=values["measure"].map(str))
-    seeds = pd.Series([seed for _, seed in of], index=values.index, dtype=object)
-    return values if seeds.isna().all() else values.assign(seed=seeds)
-
-
-def _compare(
-    perquery: pd.DataFrame, measures: Sequence[Any], baseline: str | None, tests: Mapping[str, Any]
-) -> pd.DataFrame:
-    first = None if perquery.empty else str(perquery["name"].iloc[0])
-    return significance.equivalence_table(perquery, baseline=baseline or first, measures=measures, **tests)
+def _warn_of_missing_queries(results: Mapping[Run, pd.DataFrame], judged: set[str]) -> None:
+    for (name, seed), frame in results.items():
+        if missing := judged - {*frame["qid"]}:
+            system = f"{name!r}" if seed is None else f"{name!r}, seed {seed},"
+            warn(
+                f"systems: {system} has no results for {len(missing):,} of {len(judged):,} judged queries, e.g. "
+                f"{min(missing)!r}; their values are 0"
+            )
 
 
 def _settings(ce: MonoCE) -> str:

@@ -49,6 +49,7 @@ class TrainedModel:
     system: str
     label: str  # what tells it from others of the system; empty if there is only one
     settings: str
+    fingerprint: str
     stages: list[StageRecord]
 
     @property
@@ -137,12 +138,8 @@ def _interval(row: Mapping[Any, Any]) -> str:
 
 def models_table(models: Sequence[TrainedModel]) -> Table:
     """Tabulate the settings of re-rankers."""
-    rows = [[model.name, model.settings, _weights(model)] for model in models]
+    rows = [[model.name, model.settings, model.fingerprint] for model in models]
     return Table("Re-rankers", [("System", "text"), ("Re-ranker", "code"), ("Weights", "code")], rows)
-
-
-def _weights(model: TrainedModel) -> str:
-    return (model.stages[-1].fingerprint if model.stages else None) or UNKNOWN
 
 
 def stages_table(models: Sequence[TrainedModel]) -> Table:

@@ -19,6 +19,7 @@ from pyterrier_msft.data.frames import as_ids, order_key, require_columns, with_
 from pyterrier_msft.data.hard_negatives import read_hard_negatives
 from pyterrier_msft.data.permutations import read_labelled_passages, read_permutations, uncompressed_suffix
 from pyterrier_msft.data.rankings import clean_ranking, top_documents
+from pyterrier_msft.pipelines import all_parts_of
 
 __all__ = [
     "Cached", "cached", "check_teacher", "fuse", "get_ranking", "read_hard_negatives", "read_labelled_passages",
@@ -141,8 +142,9 @@ def cached(teacher: pt.Transformer, folder: str | Path, *, batch_size: int = 1, 
     """Cache a re-ranker's rankings on disk, so that an interrupted run can be resumed.
 
     The key of a ranking is the query and its documents in order, with their texts and other columns; scores and ranks
-    affect only that order. For a `MonoCE`, the key includes its fingerprint and settings, and the scores if it adds
-    them. Other properties of a teacher can't be detected, so use one folder per model and prompt.
+    affect only that order. For each `MonoCE` in the teacher, also within a pipeline, the key includes its fingerprint
+    and settings, and the scores if it adds them. Other properties of a teacher can't be detected, so use one folder per
+    model and prompt.
 
     Args:
         teacher: A transformer or pipeline that re-ranks results, e.g. an LLM.
@@ -225,13 +227,15 @@ class Cached(pt.Transformer):
         return with_scores(inp[ranked], scores[ranked])
 
     def _key_parts(self) -> tuple[list[Any], set[str]]:
-        """Return what is known of the teacher, a `MonoCE`'s weights and settings, and the columns that it ignores."""
-        teacher = getattr(self.teacher, "reranker", self.teacher)  # that of MonoCE.cached
-        if not hasattr(teacher, "fingerprint"):
-            return [], {"score", "rank"}
-        settings = teacher.scoring_settings() if hasattr(teacher, "scoring_settings") else {}
-        weight = getattr(teacher, "first_stage_weight", 0)
-        return [str(teacher.fingerprint), settings, weight], {"rank"} if weight else {"score", "rank"}
+        """Return what is known of the teacher, the weights and settings of each `MonoCE`, and the columns it ignores."""
+        identity, ignored = [], {"score", "rank"}
+        for part in all_parts_of(self.teacher):
+            if hasattr(part, "fingerprint"):
+                settings = part.scoring_settings() if hasattr(part, "scoring_settings") else {}
+                weight = getattr(part, "first_stage_weight", 0)
+                identity.append([str(part.fingerprint), settings, weight])
+                ignored -= {"score"} if weight else set()
+        return identity, ignored
 
     def _rank_and_store(self, candidates: dict[str, pd.DataFrame]) -> None:
         """Apply the teacher to the documents of some queries, given by cache key, and store its rankings."""

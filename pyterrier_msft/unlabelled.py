@@ -1,7 +1,10 @@
 """Training data without labels: queries made from a corpus, and a teacher that needs no LLM and no training."""
 
 import re
+import sys
+import unicodedata
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,16 @@ from pyterrier_msft.model.precision import autocast, resolve_device, resolve_dty
 from pyterrier_msft.training.hyperparameters import check_number
 
 MIN_WORDS, MAX_WORDS = 3, 32  # of a query
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-WORD = re.compile(r"\w+")
+# A full stop of a script without capitals needs no space after it.
+SENTENCE_END = re.compile(
+    r"(?<=[.!?])\s+|(?<=[\u0964\u0965\u06d4\u061f\u1362\u104b\u17d4\u3002\uff01\uff0e\uff1f\uff61])\s*"
+)
+# Scripts without spaces between words: Thai, Lao, Myanmar, Khmer, Japanese and Chinese.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+CHARACTERS_PER_WORD = 2  # of these scripts, roughly
+JOINERS = "\u200c\u200d"  # within words of Persian and of Indic scripts
 
 
 def make_queries(
@@ -29,33 +40,50 @@ def make_queries(
 
     A teacher's rankings of what a first stage finds for such queries train a re-ranker without any labels.
 
+    In scripts without spaces between words, such as Chinese and Thai, two characters count as a word.
+
     Args:
-        corpus: Documents with docno, text and maybe title, e.g. `dataset.get_corpus_iter()`.
+        corpus: Documents with docno, text and maybe title, e.g. `dataset.get_corpus_iter()`. Of several with the same
+            docno, such as the passages of a document, one gives a query.
         n: Number of queries at most; the documents are sampled.
         text_field: The field with the text.
         title_field: The field with the title. None: titles aren't used.
         seed: Seed of the sample.
 
     Returns:
-        Topics: qid, which ends in the document's docno, and query. Queries are distinct, and have only letters, digits
-        and spaces, so that no retrieval engine reads operators in them.
+        Topics: qid, which ends in the document's docno, and query. Both are distinct. Queries have only letters, with
+        their accents and vowel signs, digits, `_` and spaces, so that no retrieval engine reads operators in them.
 
     Raises:
         ValueError: If no document gives a query.
     """
     check_number("n", n, integer=True, required=True)
-    rows, seen = [], set()
+    queries: dict[str, str] = {}  # by docno
+    seen: set[str] = set()
     for document in corpus:
         fields = [str(document.get(field) or "") for field in (title_field, text_field) if field is not None]
         candidates = (sentence for text in fields for sentence in SENTENCE_END.split(text.strip()))
-        words = next((w for w in map(WORD.findall, candidates) if MIN_WORDS <= len(w) <= MAX_WORDS), None)
-        if words is not None and (query := " ".join(words)) not in seen:
+        found = (" ".join(_word().findall(sentence)) for sentence in candidates)
+        query = next((text for text in found if MIN_WORDS <= _count_words(text) <= MAX_WORDS), None)
+        if query is not None and query not in seen and (docno := str(document["docno"])) not in queries:
             seen.add(query)
-            rows.append((str(document["docno"]), query))
-    if not rows:
+            queries[docno] = query
+    if not queries:
         raise ValueError(f"corpus must have sentences of {MIN_WORDS} to {MAX_WORDS} words in {text_field!r}; got none")
+    rows = [(f"made-{docno}", query) for docno, query in queries.items()]
     sample = np.random.default_rng(seed).permutation(len(rows))[:n]
-    return pd.DataFrame([(f"made-{rows[i][0]}", rows[i][1]) for i in sample], columns=["qid", "query"])
+    return pd.DataFrame([rows[i] for i in sample], columns=["qid", "query"])
+
+
+@lru_cache(maxsize=1)
+def _word() -> re.Pattern[str]:
+    """Return the pattern of a word, which has combining marks, e.g. vowel signs; to Python, they aren't in `\\w`."""
+    marks = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in {"Mn", "Mc"})
+    return re.compile(rf"\w[\w{JOINERS}{marks}]*")
+
+
+def _count_words(text: str) -> int:
+    return len(UNSPACED.sub(" ", text).split()) + len(UNSPACED.findall(text)) // CHARACTERS_PER_WORD
 
 
 class BiEncoder(pt.Transformer):

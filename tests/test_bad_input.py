@@ -35,7 +35,7 @@ from transformers import (
     ViTConfig,
 )
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_grid, fit_sequences, losses, report
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, explain, fit_grid, fit_sequences, losses, report
 from pyterrier_msft.data.groups import Groups
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.texts import TextSource
@@ -626,6 +626,7 @@ def test_class_as_fitter():
         lambda: MonoCE(batch_size=True),
         lambda: MonoCE(max_length="256"),
         lambda: MonoCE(seed="a"),
+        lambda: MonoCE().set_parameter("interpolate", -1),
     ],
 )
 def test_invalid_settings(make):
@@ -744,16 +745,53 @@ def test_calibration_without_labels(new):
         new.calibrate(RESULTS, QRELS)
 
 
+def best_documents(ce: MonoCE) -> pd.DataFrame:
+    """Return qrels in which the document with the best score is relevant."""
+    return ce(RESULTS).sort_values("score").drop_duplicates("qid", keep="last")[["qid", "docno"]].assign(label=1)
+
+
 @row
-def test_settings_after_calibrate(new):
+def test_settings_after_calibrate(new, tmp_path):
     pytest.importorskip("sklearn")
-    best = new(RESULTS).sort_values("score").drop_duplicates("qid", keep="last")[["qid", "docno"]].assign(label=1)
-    new.calibrate(RESULTS, best)
+    new.calibrate(RESULTS, best_documents(new)).save(tmp_path / "model")
     new.max_length = LENGTH - 1
     with pytest.raises(ValueError, match=r"max_length must be 23, as in calibrate; got 22\. Call calibrate again"):
         new(RESULTS)
     new.calibration = None
     assert "probability" not in new(RESULTS)
+    load = {"device": "cpu", "dtype": "float32"}
+    other = MonoCE.load(tmp_path / "model", text_field="title", **load)
+    with pytest.raises(ValueError, match=r"text_field must be 'text', as in calibrate; got 'title'\. Call calibrate"):
+        other(RESULTS.assign(title="w1"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        other = MonoCE.load(tmp_path / "model", template="{query} w5 {text}", **load)
+        with pytest.raises(ValueError, match="weights, tokenizer and template must be those of calibrate, with the"):
+            other(RESULTS)
+        other.calibration = None
+        assert "probability" not in other(RESULTS)
+
+
+@row
+def test_calibration_rows(new):
+    pytest.importorskip("sklearn")
+    qrels = best_documents(new)
+    expected = new.calibrate(RESULTS, qrels).calibration
+    repeated = pd.concat([RESULTS.merge(qrels[["qid", "docno"]]), RESULTS])
+    with pytest.warns(UserWarning, match="calibrate found 8 duplicate results: each document counts once, with its"):
+        found = new.calibrate(repeated, qrels).calibration
+    assert found.slope == pytest.approx(expected.slope)
+    assert (found.documents, found.relevant) == (64, 8)
+    with pytest.warns(UserWarning, match="calibrate left out 3 of 8 queries, which have no label. If they have no rel"):
+        some = new.calibrate(RESULTS, qrels[3:]).calibration
+    assert (some.queries, some.documents, some.relevant) == (5, 40, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        everything = new.calibrate(RESULTS, pd.concat([qrels[3:], qrels[:3].assign(label=0)])).calibration
+    assert (everything.queries, everything.documents, everything.relevant) == (8, 64, 5)
+    for minimum in (0, -1, NAN, "1"):
+        with pytest.raises(ValueError, match=f"min_relevance must be a positive number; got {minimum!r}"):
+            new.calibrate(RESULTS, qrels, min_relevance=minimum)
 
 
 @row
@@ -820,6 +858,55 @@ def test_missing_weights(folder, backbone):
     unusable(folder, "model must be loadable by AutoModelForSequenceClassification; got")
     (folder / "model.safetensors").unlink()
     unusable(folder, "model must be a folder with safetensors or the name of a model")
+
+
+@row
+def test_missing_files(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").unlink(missing_ok=True)
+    unusable(folder, "model must have all its files; got .* without tokenizer.json. Copy the model again from where it")
+
+
+@row
+def test_replaced_weights(new, tmp_path):
+    pytest.importorskip("sklearn")
+    new.calibrate(RESULTS, best_documents(new)).save(tmp_path / "model")
+    network = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    network.classifier.weight.data.mul_(-1)
+    network.save_pretrained(tmp_path / "model")  # as another library does
+    loaded = MonoCE.load(tmp_path / "model", device="cpu", dtype="float32")
+    with (
+        pytest.warns(UserWarning, match="model' has other weights or another tokenizer than when its history was save"),
+        pytest.raises(ValueError, match="weights, tokenizer and template must be those of calibrate, with the finger"),
+    ):
+        loaded(RESULTS)
+    loaded.calibration = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # the warning comes once
+        assert "probability" not in loaded(RESULTS)
+        loaded.save(tmp_path / "model")
+        assert len(MonoCE.load(tmp_path / "model")(RESULTS)) == len(RESULTS)
+
+
+@row
+def test_changed_backbone(new, folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    new.save(tmp_path / "backbone")
+    adapter = peft.LoraConfig(r=4, target_modules=["query", "value"])
+    ce = MonoCE(tmp_path / "backbone", adapter=adapter, max_length=LENGTH, dtype="float32", device="cpu")
+    ce.save(tmp_path / "adapter", merged=False)
+    assert MonoCE.load(tmp_path / "adapter", seed=7).fingerprint  # another seed draws other weights, which aren't used
+    shutil.copytree(folder, tmp_path / "backbone", dirs_exist_ok=True)
+    loaded = MonoCE.load(tmp_path / "adapter", dtype="float32", device="cpu")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"backbone' must be the backbone as it was when the adapter .* got ano"):
+            loaded(RESULTS)
+    # Another version of transformers may read the same files in another way.
+    record = json.loads((tmp_path / "adapter" / "msft.json").read_text())
+    record["versions"]["transformers"] = "4.0.0"
+    (tmp_path / "adapter" / "msft.json").write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match=r"has changed since the adapter was saved: .* than 4\.0\.0 did"):
+        MonoCE.load(tmp_path / "adapter").fingerprint  # noqa: B018 loads the model
 
 
 @row
@@ -1058,6 +1145,23 @@ def test_report_text(tmp_path):
     assert page.count("&lt;script&gt;alert(&#39;&amp;amp;&#39;)&lt;/script&gt;") > 10
 
 
+# ---- explanations
+
+
+@row
+def test_explain_with_a_cutoff():
+    scorer = pt.apply.doc_score(lambda row: 1.0)
+    explain(scorer, RESULTS.head(1))
+    with pytest.raises(ValueError, match=r"reranker must return every row; got 3 rows for 7\. Pass only the re-ranker"):
+        explain(scorer % 3, RESULTS.head(1))
+    with pytest.raises(ValueError, match="max_words must be"):
+        explain(scorer, RESULTS, max_words=0)
+    with pytest.raises(ValueError, match=r"reranker: its results must have the columns .*'score'.*; got"):
+        explain(pt.Transformer.identity(), RESULTS.head(1).drop(columns="score"))
+    with pytest.raises(ValueError, match=r"results must have the columns .*; got .*'body'"):
+        explain(scorer, RESULTS.rename(columns={"text": "body"}))
+
+
 # ---- caches
 
 
@@ -1096,8 +1200,13 @@ def test_reused_experiment(new, tmp_path):
     new.fit(RESULTS, QRELS, fitter=Contrastive(n_negatives=3, learning_rate=1e-2, batch_size=2, epochs=8))
     now = pt.Evaluate(new(RESULTS), QRELS, [RR @ 10])["RR@10"]
     assert measured("CL") == before == before_named != pytest.approx(now)  # the old scores
-    assert measured(f"CL {new.fingerprint}") == pytest.approx(now)
-    assert len(set(names)) == 3
+    name = f"CL {new.fingerprint}"
+    assert measured(name) == pytest.approx(now)
+    new.interpolate = 100.0  # not part of the fingerprint
+    mixed = pt.Evaluate(new(RESULTS), QRELS, [RR @ 10])["RR@10"]
+    assert measured(name) == pytest.approx(now) != pytest.approx(mixed)  # the old scores
+    assert measured(f"{name} {new.interpolate}") == pytest.approx(mixed)
+    assert len(set(names)) == 4
 
 
 @row

@@ -2,10 +2,12 @@ import json
 import pickle
 import shutil
 import sys
+import warnings
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import pyterrier as pt
 import pytest
 from conftest import make_part
 from scipy.optimize import isotonic_regression, minimize
@@ -155,6 +157,51 @@ def test_interpolated_scores_and_passages(ce, held_out):
     np.testing.assert_allclose(out["probability"], platt(out["score"].to_numpy(), labels_of(out, qrels)), atol=1e-4)
 
 
+def test_a_record_of_an_earlier_version(ce, held_out, tmp_path):
+    """Its fingerprint was calculated in another way, so it says nothing about the weights."""
+    expected = ce.calibrate(*held_out)(held_out[0])
+    ce.save(tmp_path / "model")
+    file = tmp_path / "model" / "msft.json"
+    record = json.loads(file.read_text())
+    assert record.pop("fingerprint_version") == 2
+    record["fingerprint"] = record["calibration"]["fingerprint"] = "0123456789abcdef"
+    del record["calibration"]["settings"]["text_field"]
+    file.write_text(json.dumps(record))
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            loaded = MonoCE.load(tmp_path / "model", dtype="float32", device="cpu")
+            pd.testing.assert_frame_equal(loaded(held_out[0]), expected, atol=1e-6)
+        loaded.save(tmp_path / "model")
+    assert json.loads(file.read_text())["fingerprint"] == ce.fingerprint
+
+
+def test_probabilities_of_another_re_ranker_are_dropped(ce, held_out):
+    results, qrels = held_out
+    other = ce.clone()
+    other.max_length = 20
+    expected = other(results)
+    out = (ce.calibrate(results, qrels) >> other)(results)
+    pd.testing.assert_frame_equal(out, expected)
+
+
+def test_passages_count_as_their_document(ce, held_out):
+    """After max_passage, the probabilities are those of documents."""
+    results, qrels = held_out
+    words = results["text"].str.split()
+    halves = [
+        results.assign(docno=results["docno"] + f"%p{k}", text=words.str[3 * k : 3 * k + 3].str.join(" "))
+        for k in range(2)
+    ]
+    passages = pd.concat(halves, ignore_index=True)
+    out = pt.text.max_passage()(ce.calibrate(passages, qrels)(passages))
+    assert (ce.calibration.documents, ce.calibration.relevant) == (320, 40)
+    assert len(out) == 320
+    relevant = labels_of(out, qrels)
+    np.testing.assert_allclose(out["probability"], platt(out["score"].to_numpy(), relevant), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:calibrate left out 10 of 40 queries")
 def test_grades_and_unjudged_queries(ce, held_out):
     results, qrels = held_out
     expected = ce.calibrate(results, qrels).calibration
@@ -199,6 +246,8 @@ def test_reliability_diagram():
         1 + 1.96**2 / 4
     )
     np.testing.assert_allclose(bars.get_segments()[2][:, 1], expected)
+    with pytest.raises(ValueError, match="min_relevance must be a positive number; got 0"):
+        plots.reliability(results, qrels, min_relevance=0)
     with pytest.raises(ValueError, match=r"results must have the columns .*probability"):
         plots.reliability(results.drop(columns="probability"), qrels)
     with pytest.raises(ValueError, match="results must have a relevant document in the qrels; got none"):

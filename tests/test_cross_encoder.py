@@ -11,6 +11,7 @@ import pytest
 import transformers
 from conftest import WORDS, run_together
 from test_models import FAMILIES, PUBLISHED, write_published, write_tokenizer
+from tiny_models import decoder_config
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from pyterrier_msft import Contrastive, MonoCE
@@ -77,6 +78,119 @@ def test_a_saved_model_has_the_same_fingerprint(name, tmp_path, train_part):
     ce.save(tmp_path / "trained")
     assert MonoCE.load(tmp_path / "trained").fingerprint == ce.fingerprint != start
     assert ce.clone().fingerprint == ce.fingerprint
+
+
+# ---- the tokenizer's part of the fingerprint
+
+
+def edit_json(path: Path, edit) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def swap_words(content: dict) -> None:
+    vocabulary = content["model"]["vocab"]
+    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
+
+
+def shuffle_words(content: dict) -> None:
+    content["model"]["vocab"] = dict(reversed(content["model"]["vocab"].items()))
+
+
+def keep_case(content: dict) -> None:
+    content["normalizer"]["lowercase"] = False
+
+
+def set_call_options(content: dict) -> None:
+    """Set what a call of the tokenizer leaves behind, which the next call replaces."""
+    content["truncation"] = {"direction": "Right", "max_length": 7, "strategy": "LongestFirst", "stride": 0}
+    padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
+    content["padding"] = {**padding, "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
+
+
+@pytest.mark.filterwarnings("ignore:.*random scores")
+@pytest.mark.parametrize(
+    ("file", "edit", "is_other"),
+    [
+        ("tokenizer.json", swap_words, True),
+        ("tokenizer.json", keep_case, True),
+        ("tokenizer_config.json", lambda content: content.update(truncation_side="left"), True),
+        ("tokenizer.json", shuffle_words, False),
+        ("tokenizer.json", set_call_options, False),
+        ("tokenizer_config.json", lambda content: content.update(model_max_length=9, chat_template="{{ a }}"), False),
+    ],
+)
+def test_the_fingerprint_follows_the_tokenizer(backbone, tmp_path, file, edit, is_other):
+    pytest.importorskip("pyterrier_caching")
+    folder, settings = tmp_path / "model", {"max_length": 24, "device": "cpu", "dtype": "float32"}
+    MonoCE(backbone, max_length=24).save(folder)
+    texts = ["w1 w2 w1 W7", "w5 " + "w6 " * 40 + "w1"]
+    frame = pd.DataFrame({"qid": "q", "query": "w1 w3", "docno": ["a", "b"], "text": texts})
+    before = MonoCE(folder, **settings)
+    scores = before.cached(tmp_path / "cache")(frame)["score"].to_numpy()
+    edit_json(folder / file, edit)
+    if edit is keep_case:  # in both files
+        edit_json(folder / "tokenizer_config.json", lambda content: content.update(do_lower_case=False))
+    after = MonoCE(folder, **settings)
+    assert (after.fingerprint != before.fingerprint) == is_other
+    assert np.allclose(after(frame)["score"], scores) != is_other
+    np.testing.assert_allclose(after.cached(tmp_path / "cache")(frame)["score"], after(frame)["score"], atol=1e-6)
+    assert after.clone().fingerprint == after.fingerprint  # not changed by use
+
+
+def test_a_changed_tokenizer_changes_the_fingerprint_at_once(ce):
+    before, tokenizer = ce.fingerprint, ce.cross_encoder.tokenizer
+    tokenizer.truncation_side = "left"
+    changed = ce.fingerprint
+    tokenizer.truncation_side = "right"
+    assert ce.fingerprint == before != changed
+
+
+def test_the_fingerprint_of_a_tokenizer_in_python(tmp_path):
+    """PhoBERT's, which has a vocabulary and merges."""
+    words = [f"w{i}@@" for i in range(9)] + [*"0123456789w", "w1", "w2"]
+    (tmp_path / "vocab.txt").write_text("\n".join(f"{word} 1" for word in words))
+    (tmp_path / "bpe.codes").write_text("w 1</w> 9\nw 2</w> 8\n")
+    tokenizer = transformers.PhobertTokenizer(str(tmp_path / "vocab.txt"), str(tmp_path / "bpe.codes"))
+    config = copy.deepcopy(FAMILIES["roberta"])
+    config.num_labels = 1
+    network = AutoModelForSequenceClassification.from_config(config)
+    network.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    ce = MonoCE(tmp_path / "model", max_length=24, device="cpu")
+    assert not ce.cross_encoder.tokenizer.is_fast
+    ce.save(tmp_path / "saved")
+    assert MonoCE.load(tmp_path / "saved").fingerprint == ce.fingerprint
+    for file, old, new in (("bpe.codes", "w 1</w>", "w 3</w>"), ("vocab.txt", "w1 1\nw2 1", "w2 1\nw1 1")):
+        content = (tmp_path / "saved" / file).read_text()
+        assert old in content
+        (tmp_path / "saved" / file).write_text(content.replace(old, new))
+        assert MonoCE.load(tmp_path / "saved").fingerprint != ce.fingerprint
+        (tmp_path / "saved" / file).write_text(content)
+
+
+def test_a_new_padding_token_keeps_its_side(tmp_path):
+    """Llama's tokenizer has none, and its class pads on the left."""
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *"w0123456789"])}
+    transformers.LlamaTokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path / "llama")
+    config = decoder_config("llama", len(vocabulary))
+    config.num_labels, config.pad_token_id = 1, None
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "llama")
+    ce = MonoCE(tmp_path / "llama", max_length=24, device="cpu")
+    ce.save(tmp_path / "saved")
+    loaded = MonoCE.load(tmp_path / "saved")
+    assert ce.cross_encoder.tokenizer.padding_side == loaded.cross_encoder.tokenizer.padding_side == "right"
+    assert loaded.fingerprint == ce.fingerprint
+
+
+def test_a_model_in_memory_without_a_tokenizer_can_be_printed(tmp_path):
+    BertConfig(num_labels=1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    ce = MonoCE(AutoModelForSequenceClassification.from_config(config), device="cpu")
+    assert "fingerprint" not in repr(ce)
+    with pytest.raises(ValueError, match="model must have a tokenizer beside it"):
+        ce.fingerprint  # noqa: B018 is computed
 
 
 # ---- truncated queries

@@ -11,7 +11,7 @@ import pyterrier as pt
 import pytest
 from conftest import write_tiny_bert
 
-from pyterrier_msft import MonoCE
+from pyterrier_msft import MonoCE, pydocs, pydocs_collection
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -117,6 +117,10 @@ def test_ecir2025_on_pydocs(tmp_path, home):
     assert sorted(sweep["learning_rate"].dropna().unique()) == [6e-12, 2e-4]
     for plot in ("sweep-pydocs-BM25.png", "equivalence-pydocs-BM25.png"):
         assert (out / plot).read_bytes().startswith(b"\x89PNG")
+    page = (out / "report-pydocs-BM25.html").read_text(encoding="utf-8")
+    assert "ecir2025.py --scale small" in page
+    assert "CL-KD 6e-12: nDCG@10" in page
+    assert "KD-CL, seed 2" in page  # its settings and training
 
 
 def test_ecir2025_on_files(tmp_path, home):
@@ -193,6 +197,96 @@ def test_ecir2025_on_small_msmarco_files(tmp_path, monkeypatch, train_part):
     stage = json.loads(history.read_text())["stages"][-1]
     assert stage["queries"] == 63  # all but the held-out query 100
     assert "nDCG@10" in stage["history"][-1]  # validated
+
+
+# ---- the follow-up study
+
+
+@pytest.fixture
+def distillation2026(monkeypatch, fast_garbage_collection):
+    """The example as a function of its arguments."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import distillation2026
+
+    def main(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["distillation2026.py", *map(str, arguments)])
+        distillation2026.main()
+
+    return main
+
+
+def test_dry_run_of_the_follow_up_study(distillation2026, capsys):
+    distillation2026("--dry-run", "--backbone", "minilm-l12", "--objective", "bce")
+    model, fitter, data = capsys.readouterr().out.splitlines()
+    assert model == "microsoft/MiniLM-L12-H384-uncased"
+    assert "learning_rate=7e-06, max_steps=200000, batch_size=64" in fitter
+    assert "bert_cat_ensemble" in data
+    distillation2026("--dry-run", "--backbone", "minilm-l12", "--objective", "ranknet")
+    assert "batch_size=1," in capsys.readouterr().out
+
+
+def test_follow_up_study_on_pydocs(distillation2026, tmp_path, monkeypatch):
+    pytest.importorskip("bm25s")
+    code = []
+    for i in range(200):
+        details = " ".join(f"Details on river {i} in chapter {number}." for number in range(12))
+        code.append(f'def river_{i}():\n    """Measure river number {i}.\n\n    {details}\n    """\n')
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "__init__.py").write_text("\n".join(code))
+    package = pydocs_collection.Package("toy", "1.0", "toy", tmp_path / "toy")
+    monkeypatch.setattr(pydocs, "installed_packages", lambda: (package,))
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
+    backbone = write_tiny_bert(tmp_path / "tiny")
+    distillation2026("--tiny", "--objective", "margin-mse", "--backbone", backbone, "--out", tmp_path / "out")
+    assert MonoCE.load(tmp_path / "out" / "model").history["step"].max() == 3
+    results = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert results["name"].tolist() == ["first stage", "re-ranked"]
+    assert results["nDCG@10"].between(0, 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:re-ranking is worse")  # after two steps
+@pytest.mark.parametrize("objective", ["hinge", "margin-mse", "infonce", "adr-mse"])
+def test_follow_up_study_on_small_msmarco_files(objective, distillation2026, tmp_path, monkeypatch, train_part):
+    """Replace MS MARCO by small data, and the downloads by --data."""
+    pytest.importorskip("polars")
+    import distillation2026 as module
+
+    results, qrels = train_part.results, train_part.qrels
+
+    class Dataset:
+        def get_topics(self):
+            return results[["qid", "query"]].drop_duplicates()
+
+        def get_qrels(self):
+            return qrels
+
+        def text_loader(self, fields=None):
+            texts = results.drop_duplicates("docno").set_index("docno")["text"]
+            return pt.apply.text(lambda row: texts[row["docno"]])
+
+    monkeypatch.setattr(pt, "get_dataset", lambda name: Dataset())
+    ranking = results.assign(Q0="Q0", tag="run")[["qid", "Q0", "docno", "rank", "score", "tag"]]
+    for name, rows in {"run": ranking[:256], "dev": ranking[256:384], "test": ranking[384:]}.items():
+        rows.to_csv(tmp_path / name, sep=" ", header=False, index=False)
+    positives = qrels.rename(columns={"docno": "positive"})[["qid", "positive"]]
+    triples = results.merge(positives, on="qid").query("docno != positive").assign(score_of_positive=9.5)
+    columns = ["score_of_positive", "score", "qid", "positive", "docno"]
+    triples[columns].to_csv(tmp_path / "triples.tsv", sep="\t", header=False, index=False)
+    fitter = module.OBJECTIVES[objective].replace(max_steps=2, warmup=0, learning_rate=1e-2)
+    monkeypatch.setitem(module.OBJECTIVES, objective, fitter)
+    data = tmp_path / ("triples.tsv" if objective not in module.DATA else "run")
+    backbone = write_tiny_bert(tmp_path / "tiny", positions=300)
+    distillation2026(
+        "--objective", objective, "--backbone", backbone, "--data", data, "--out", tmp_path / "out",
+        "--test", f"any={tmp_path / 'test'}", f"other={tmp_path / 'test'}", "--validate", f"any={tmp_path / 'dev'}",
+    )  # fmt: skip
+    ce = MonoCE.load(tmp_path / "out" / "model")
+    # The triples of 2 steps of 32 are read; with infonce and adr-mse, 32 queries with 8 documents.
+    sizes = (64, 128) if objective not in module.DATA else (32, 256)
+    assert (ce.data_report.groups, ce.data_report.documents) == sizes
+    assert pd.notna(ce.history["nDCG@10"].iloc[-1])  # validated
+    tests = pd.read_csv(tmp_path / "out" / "results.csv")["test"].str.partition("=")[0]
+    assert tests.tolist() == ["any", "any", "other", "other"]
 
 
 # ---- other examples

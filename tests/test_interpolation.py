@@ -33,6 +33,11 @@ def train() -> Part:
 
 
 @pytest.fixture(scope="module")
+def dev() -> Part:
+    return with_first_stage(make_part("va", n_queries=30, seed=2), quality=1.5, seed=2)
+
+
+@pytest.fixture(scope="module")
 def test() -> Part:
     return with_first_stage(make_part("te", n_queries=60, seed=3), quality=1.5, seed=1)
 
@@ -120,20 +125,27 @@ def test_inspection_knows_the_columns(fitted, backbone):
 def test_the_weight_must_be_known(backbone, test):
     with pytest.raises(ValueError, match="interpolate must be a number until fit chooses it; got True"):
         new(backbone)(test.results)
-    for wrong in (-1, np.nan, "yes", None):
+    ce = new(backbone)
+    for wrong in (-1, np.nan, "yes", None, np.True_):
         with pytest.raises(ValueError, match="interpolate must be"):
             new(backbone, interpolate=wrong)
+        with pytest.raises(ValueError, match="interpolate must be"):
+            ce.set_parameter("interpolate", wrong)
+    assert ce.interpolate is True
+    ce.set_parameter("interpolate", 1)
+    assert ce.first_stage_weight == 1.0
+    with pytest.raises(ValueError, match="max_length must be a positive integer; got -1"):
+        ce.set_parameter("max_length", -1)
 
 
 # ---- the choice of the weight
 
 
 @pytest.mark.parametrize("how", ["cross-validation", "held out", "validation"])
-def test_a_chosen_weight_beats_model_and_first_stage(backbone, train, test, how, monkeypatch):
+def test_a_chosen_weight_beats_model_and_first_stage(backbone, train, dev, test, how, monkeypatch):
     if how == "held out":
         monkeypatch.setattr(interpolation, "MIN_QUERIES_FOR_HOLD_OUT", 40)
         monkeypatch.setattr(interpolation, "HELD_OUT_QUERIES", 20)
-    dev = with_first_stage(make_part("va", n_queries=30, seed=2), quality=1.5, seed=2)
     validation = (dev.results, dev.qrels) if how == "validation" else ()
     # So short a run that the model learns only part of what there is to know.
     ce = new(backbone, seed=1).fit(train.results, train.qrels, *validation, fitter=replace(FITTER, epochs=2))
@@ -163,6 +175,67 @@ def test_a_useless_first_stage_gets_no_weight_and_a_useless_model_all(backbone, 
     with pytest.warns(UserWarning, match="re-ranking isn't better than the first stage"):
         ce = new(backbone).fit(perfect.results, perfect.qrels, fitter=FITTER)
     assert ndcg(ce(perfect.results), perfect) > 0.99
+
+
+def test_scores_that_stand_for_none_do_not_change_the_choice(backbone, train, dev):
+    """Lists padded with -1e9: in a query, or in all."""
+    fitter = replace(FITTER, max_steps=4, metric=None)
+    choices = []
+    for padded in (0, 1, 30):
+        last = dev.results.sort_values("score").drop_duplicates("qid").head(padded).index
+        scores = dev.results["score"].where(~dev.results.index.isin(last), -1e9)
+        ce = new(backbone).fit(train.results, train.qrels, dev.results.assign(score=scores), dev.qrels, fitter=fitter)
+        choices.append(ce.stages[-1].interpolation)
+    clean, *others = choices
+    assert clean["value"] > clean["model"] + 0.05
+    for choice in others:
+        assert choice["weight"] == pytest.approx(clean["weight"], rel=0.5)
+        assert choice["value"] == pytest.approx(clean["value"], abs=0.03)
+
+
+@pytest.mark.filterwarnings("ignore:.*(random scores|is worse than the first stage)")
+def test_validation_measures_what_the_re_ranker_scores(backbone, train, dev, tmp_path):
+    fitter = replace(FITTER, max_steps=4, eval_every=2)
+    start = new(backbone, interpolate=0.2)
+    ce = start.clone().fit(train.results, train.qrels, dev.results, dev.qrels, fitter=fitter, checkpoint_dir=tmp_path)
+    values = ce.history["nDCG@10"].dropna().tolist()
+    assert len(values) == 3
+    assert values[0] == pytest.approx(ndcg(start(dev.results), dev))
+    assert max(values) == pytest.approx(ndcg(ce(dev.results), dev))
+    assert max(values) > ndcg(alone(ce)(dev.results), dev) + 0.02
+    with pytest.raises(ValueError, match=r"the first stage's weight in validation is 0\.2 there and 0\.3 here"):
+        new(backbone, interpolate=0.3).fit(
+            train.results, train.qrels, dev.results, dev.qrels, fitter=fitter, checkpoint_dir=tmp_path
+        )
+    with pytest.raises(ValueError, match=r"validation results must have the columns \['score'\]"):
+        start.fit(train.results, train.qrels, dev.results.drop(columns="score"), dev.qrels, fitter=fitter)
+
+
+def test_a_fit_that_makes_the_sum_worse_warns(fitted, train, dev):
+    texts = np.random.default_rng(1).permutation(train.results["text"])
+    ruin = replace(FITTER, learning_rate=5e-2, max_steps=6, metric=None)
+    before = ndcg(fitted(dev.results), dev)
+    ce = fitted.clone()
+    with pytest.warns(UserWarning, match="re-ranking is worse than before this fit") as caught:
+        ce.fit(train.results.assign(text=texts), train.qrels, dev.results, dev.qrels, fitter=ruin)
+    after = ndcg(ce(dev.results), dev)
+    messages = [str(warning.message) for warning in caught]
+    assert any(f"validation nDCG@10 is {after:.4f}, but was {before:.4f}." in message for message in messages)
+
+
+@pytest.mark.parametrize("where", ["training", "validation", "both"])
+def test_a_first_stage_score_in_only_some_results_warns(backbone, train, dev, where):
+    def old(part: Part, name: str) -> pd.DataFrame:
+        return part.results.assign(first_stage_score=1.0) if where in {name, "both"} else part.results
+
+    ce = new(backbone, interpolate=0.2)
+    fitter = replace(FITTER, max_steps=1, metric=None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ce.fit(old(train, "training"), train.qrels, old(dev, "validation"), dev.qrels, fitter=fitter)
+    found = [str(warning.message) for warning in caught if "first_stage_score" in str(warning.message)]
+    assert len(found) == (where != "both")
+    assert all(message.startswith(f"only the {where} results have the column") for message in found)
 
 
 def test_a_worse_re_ranker_warns(backbone, train):

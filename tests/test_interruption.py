@@ -304,8 +304,6 @@ def test_another_programs_checkpoints_are_refused_and_kept(ce, data, tmp_path, n
     if is_used:
         with interrupted_at(1), pytest.raises(KeyboardInterrupt):
             ce.clone().fit(*data[:2], fitter=CL, checkpoint_dir=tmp_path)
-        if name == "1" and state is None:
-            pytest.skip("it could be an incomplete one of ours")
     foreign = tmp_path / f"checkpoint-{name}"
     foreign.mkdir()
     (foreign / "weights.bin").write_text("mine")
@@ -314,6 +312,21 @@ def test_another_programs_checkpoints_are_refused_and_kept(ce, data, tmp_path, n
     with pytest.raises(ValueError, match=f"must not have checkpoints of another program; got checkpoint-{name}. Use"):
         ce.fit(*data[:2], fitter=CL, checkpoint_dir=tmp_path)
     assert (foreign / "weights.bin").read_text() == "mine"
+    if is_used and state == FOREIGN_STATE:  # without it, training continues
+        foreign.rename(tmp_path / "elsewhere")
+        assert ce.fit(*data[:2], fitter=CL, checkpoint_dir=tmp_path).stages[-1].updates == 24
+
+
+def test_an_older_checkpoint_of_another_run_is_refused_and_kept(ce, data, tmp_path):
+    for seed, step, name in ((1, 1, "other"), (42, 3, "own")):
+        with interrupted_at(step), pytest.raises(KeyboardInterrupt):
+            fitter = dataclasses.replace(CL, seed=seed, trainer_args={"save_total_limit": None})
+            ce.clone().fit(*data[:2], fitter=fitter, checkpoint_dir=tmp_path / name)
+    older = tmp_path / "own" / "checkpoint-1"
+    (tmp_path / "other" / "checkpoint-0").rename(older)
+    with pytest.raises(ValueError, match=r"holds a checkpoint of another training run: .*seed is 1 there and 42 here"):
+        ce.fit(*data[:2], fitter=fitter, checkpoint_dir=tmp_path / "own")
+    assert (older / "model.safetensors").is_file()
 
 
 def test_a_first_checkpoint_that_was_killed_is_ours(ce, data, tmp_path):

@@ -76,6 +76,12 @@ def test_false_negatives_as_relevant_documents():
     assert report.copies_of_positives == 1
 
 
+def test_skipped_documents_are_not_relabelled():
+    found, report = judged(false_negatives="relevant", skip=1, n_positives=None)
+    assert found == {"q1": [("b", 1), ("c", 0), ("f", 0)], "q2": [("d", 2), ("e", 1), ("g", 1), ("h", 0)]}
+    assert report.relabelled == 1
+
+
 def test_documents_without_a_score_stay_negatives():
     judge = JUDGE[~JUDGE["docno"].isin(["a", "b"])]
     assert negatives(judge=judge) == {"q1": "acf", "q2": "ah"}

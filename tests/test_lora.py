@@ -60,6 +60,13 @@ def test_the_fingerprint_depends_on_the_scale_of_an_adapter(backbone):
     assert new(backbone).fingerprint != new(backbone, adapter=strong).fingerprint
 
 
+def test_the_fingerprint_ignores_settings_that_this_version_of_peft_adds(backbone, monkeypatch):
+    before = new(backbone).fingerprint
+    to_dict = peft.LoraConfig.to_dict
+    monkeypatch.setattr(peft.LoraConfig, "to_dict", lambda self: {**to_dict(self), "of_the_future": None})
+    assert new(backbone).fingerprint == before
+
+
 def test_a_merged_model_is_an_ordinary_one(trained, test_part, tmp_path):
     trained.save(tmp_path / "model")
     assert not (tmp_path / "model" / adapters.CONFIG).exists()

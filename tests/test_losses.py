@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from pyterrier_msft import losses
-from pyterrier_msft.losses import ADRMSE, ApproxNDCG, BinaryCrossEntropy, KLDivergence, LambdaLoss, combine
+from pyterrier_msft.losses import ADRMSE, ApproxNDCG, BinaryCrossEntropy, Hinge, KLDivergence, LambdaLoss, combine
 
 LN = [log(3), log(1), log(4)]  # scores with the exponentials 3, 1 and 4
 
@@ -39,6 +39,10 @@ BY_HAND = [
     # The mean is over the pairs of the batch (2, 0 and 0), not over lists.
     (losses.ranknet, [[0.0, 0.0, log(3)], [0.0, 5.0, 5.0], [1.0, 2.0, 3.0]], [[1, 0, 0], [0, 0, 0], [7, 7, 7]],
      (log(2) + log(1 + 3)) / 2),
+    # Margins of the pairs in the labels' order: 3 - 1, 3 - 4 and 4 - 1.
+    (losses.hinge, [3.0, 1.0, 4.0], [3, 1, 2], (0 + (1 + 1) + 0) / 3),
+    (Hinge(margin=4), [3.0, 1.0, 4.0], [3, 1, 2], ((4 - 2) + (4 + 1) + (4 - 3)) / 3),
+    (losses.hinge, [[0.0, 0.5], [2.0, 1.75], [1.0, 2.0]], [[1, 0], [1, 0], [0, 0]], ((1 + 0.5) + (1 - 0.25)) / 2),
     # Ranks by LN are 2, 3, 1.
     (losses.weighted_ranknet, LN, [3, 1, 2],
      (log(1 + 1 / 3) / (2 + 3) + log(1 + 4 / 3) / (2 + 1) + log(1 + 1 / 4) / (1 + 3)) / 3),
@@ -171,6 +175,10 @@ def _ranknet(batch):
     return _average(_logistic(docs, i, j) for docs in batch for i, j in _pairs(docs))
 
 
+def _hinge(batch, margin=1.0):
+    return _average(max(0.0, margin - (docs[i][0] - docs[j][0])) for docs in batch for i, j in _pairs(docs))
+
+
 def _weighted_ranknet(batch):
     values = []
     for docs in batch:
@@ -280,6 +288,8 @@ LOSSES = {
     BinaryCrossEntropy(soft_labels=True): lambda batch: _binary_cross_entropy(batch, soft=True),
     losses.mse: _mse,
     losses.ranknet: _ranknet,
+    losses.hinge: _hinge,
+    Hinge(margin=0.3): lambda batch: _hinge(batch, margin=0.3),
     losses.weighted_ranknet: _weighted_ranknet,
     losses.lambda_loss: _lambda_loss,
     LambdaLoss(k=2): lambda batch: _lambda_loss(batch, k=2),
@@ -615,7 +625,8 @@ def test_a_perfect_student_has_no_loss():
         assert loss(labels + 7, labels, mask).item() == pytest.approx(0, abs=1e-6)
     assert losses.mse(labels, labels, mask) == 0
     assert losses.mse(labels + 7, labels, mask) == 49
-    for loss in (losses.adr_mse, losses.approx_ndcg, losses.ranknet, losses.lambda_loss, losses.list_mle):
+    order_losses = (losses.adr_mse, losses.approx_ndcg, losses.ranknet, losses.hinge, losses.lambda_loss)
+    for loss in (*order_losses, losses.list_mle):
         assert loss(100 * labels, labels, mask).item() == pytest.approx(0, abs=1e-6)
 
 
@@ -674,7 +685,7 @@ def test_repr_can_be_evaluated():
 @pytest.mark.parametrize(
     ("parts", "labels"),
     [
-        ((losses.ranknet,), "order"),
+        ((losses.ranknet, losses.hinge), "order"),
         ((losses.ranknet, losses.localized_contrastive), "binary"),
         ((losses.lambda_loss, losses.localized_contrastive), "graded"),
         ((losses.margin_mse, losses.ranknet), "scores"),
@@ -704,6 +715,9 @@ def test_invalid_parameters_are_rejected():
     for weight in (0, -1, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"pos_weight must be a finite number > 0; got {weight}"):
             BinaryCrossEntropy(pos_weight=weight)
+    for margin in (0, -1, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"margin must be a finite number > 0; got {margin}"):
+            Hinge(margin=margin)
     for loss in (KLDivergence, ADRMSE, ApproxNDCG):
         with pytest.raises(ValueError, match="temperature must be a finite number > 0; got 0"):
             loss(temperature=0)

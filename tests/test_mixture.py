@@ -1,6 +1,7 @@
 """Several sources of training data in one stage."""
 
 import dataclasses
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -63,6 +64,7 @@ def test_sources_with_the_same_queries_stay_separate(first, second):
     assert any(a.texts != b.texts for a, b in pairs)
 
 
+@pytest.mark.filterwarnings("ignore:source 2 counts for more than its weight")
 @pytest.mark.parametrize("weight", [0.5, 1, 1.6, 2, 0.01])
 def test_a_weight_is_how_often_an_epoch_draws_a_query(first, other, weight):
     groups = groups_of((first.results, first.qrels), (other.results, other.qrels, weight))
@@ -80,6 +82,41 @@ def test_a_weight_is_how_often_an_epoch_draws_a_query(first, other, weight):
     assert len(totals) == 5
     assert np.array_equal(epochs[4], groups.epoch(4, seed=3))
     assert groups.drawn_documents() == 8 * 4 + 4 * per_epoch
+
+
+def test_the_weight_of_a_single_source(ce, first):
+    source = (first.results, first.qrels)
+    counts = [groups_of((*source, weight)).groups_per_epoch() for weight in (0.5, 1, 2)]
+    assert counts == [4, 8, 16]
+    ce.fit([(*source, 2)], fitter=dataclasses.replace(BRIEF, max_steps=None, epochs=1))
+    assert ce.stages[-1].updates == 2
+    assert repr(ce.data_report).splitlines()[1] == "  source 1, weight 2:"
+
+
+def test_a_weight_below_a_query_per_epoch_warns(first, other):
+    one = (first.results, first.qrels)
+    with pytest.warns(UserWarning, match=r"source 2 .*draws one of its 5 queries, but 0\.01 means 0\.05\. Use more"):
+        groups_of(one, (other.results, other.qrels, 0.01))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        groups_of(one, (other.results, other.qrels, 0.1))
+
+
+def test_random_negatives_of_sources_with_the_same_labels(first):
+    """A document that only the second source finds for a query isn't its random negative in the first source."""
+    query, relevant = first.qrels["qid"][0], first.qrels["docno"][0]
+    results = first.results
+    moved = results["docno"] == relevant
+    one = results.assign(
+        qid=results["qid"].where(~moved, "q1"),
+        query=results["query"].where(~moved, results["query"][results["qid"] == "q1"].iloc[0]),
+    )
+    labels = pd.concat([first.qrels, pd.DataFrame({"qid": [query], "docno": ["q0d0"], "label": [1]})])
+    groups = groups_of((one, labels), (results, labels), fitter=Contrastive(n_random=1000))
+    text = results["text"][moved].item()
+    drawn = {group.qid: group.texts for group in groups.draw_all([(i, 0) for i in range(8)], seed=1)}
+    assert text not in drawn[query]
+    assert text in drawn["q2"]
 
 
 def test_a_query_that_is_drawn_twice_gets_other_documents(first, other):

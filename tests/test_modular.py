@@ -202,7 +202,7 @@ def test_the_hub(modular, train_part, tmp_path, monkeypatch):
     frame = train_part.results.head(8)
     found = new("user/modular", revision="other")(frame)["score"]
     np.testing.assert_array_equal(found, new(modular)(frame)["score"])
-    message = "as a sentence-transformers CrossEncoder; got 'user/modular': its 4_Dense/config.json is missing"
+    message = "got 'user/modular' without 4_Dense/config.json in the hub's cache, and no connection. Download all of it"
     with pytest.raises(ValueError, match=message):
         new("user/modular").fingerprint  # noqa: B018 loads the model
     # Without a connection, a file that isn't in the cache may exist.
@@ -213,6 +213,9 @@ def test_the_hub(modular, train_part, tmp_path, monkeypatch):
     known = repo / ".no_exist" / ("main" * 10) / "modules.json"
     known.parent.mkdir(parents=True)
     known.touch()
+    with pytest.raises(ValueError, match=r"got 'user/modular' without modules.json. Copy"):  # its other files need it
+        new("user/modular").fingerprint  # noqa: B018 loads the model
+    (repo / "snapshots" / ("main" * 10) / "config_sentence_transformers.json").unlink()
     assert new("user/modular").cross_encoder.head_is_new
 
 
@@ -318,5 +321,5 @@ def test_unsupported_modules(backbone, modular, tmp_path):
         new(tmp_path / "t5").fingerprint  # noqa: B018 loads the model
     shutil.copytree(modular, tmp_path / "model")
     (tmp_path / "model/2_Dense/model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"as a sentence-transformers CrossEncoder; got .*Dense"):
+    with pytest.raises(ValueError, match=r"all its files; got .* without 2_Dense/model.safetensors. Copy the model"):
         new(tmp_path / "model").fingerprint  # noqa: B018 loads the model

@@ -14,6 +14,7 @@ from tiny_models import write_modular
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pyterrier_msft import Contrastive, MonoCE
+from pyterrier_msft.model import quantized
 
 if importlib.util.find_spec("openvino") is None:  # importing it here would turn on its telemetry
     pytest.skip("needs openvino", allow_module_level=True)
@@ -42,6 +43,18 @@ def check_close(ce: MonoCE, frame: pd.DataFrame) -> None:
     exact = scores(ce.apply_attributes(dtype="float32"), frame)
     error = scores(ce, frame) - exact
     assert 0 < error.std() < 0.2 * exact.std()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "vnni", "warnings"), [("x86_64", False, 1), ("x86_64", True, 0), ("aarch64", False, 0)]
+)
+def test_processor_without_vnni(tmp_path, frame, monkeypatch, recwarn, architecture, vnni, warnings):
+    processor = {"architecture": architecture, "avx512_vnni": vnni, "avx_vnni": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
+    quantized._warn_if_slow.cache_clear()
+    for name in ("a", "b"):
+        new(write_tiny_bert(tmp_path / name))(frame.head(2))
+    assert sum("no faster than float32" in str(w.message) for w in recwarn) == warnings
 
 
 def test_scores_do_not_depend_on_the_batch(family, frame):  # noqa: F811

@@ -16,6 +16,7 @@ from pandas.testing import assert_frame_equal
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE
+from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import ModelRecord
 
 FAST = {"learning_rate": 1e-2, "epochs": 3, "batch_size": 8}
@@ -298,6 +299,44 @@ def test_the_data_report(ce, train_part):
     assert report.truncated_documents == 1.0
     assert report.truncated_queries == 0.0
     assert "100.0% of the documents are truncated" in repr(report)
+
+
+@pytest.mark.parametrize("passages", [1, 2])
+def test_the_rate_of_truncated_documents_is_of_an_even_sample(backbone, passages):
+    """Of 600 lists with 8 documents each, the last 4 documents of the last 300 lists are long: a quarter of all."""
+    length = np.where((np.arange(4800) // 8 >= 300) & (np.arange(4800) % 8 >= 4), 100, 2)
+    results = pd.DataFrame({
+        "qid": np.arange(4800) // 8, "query": "w1", "docno": np.arange(4800) % 8, "score": -np.arange(4800.0),
+        "text": [" ".join(["w2"] * n) for n in length],
+    })  # fmt: skip
+    calls = []
+    original = PairEncoder.truncation_rates
+
+    def counted(encoder, queries, *args):
+        calls.append(len(queries))
+        return original(encoder, queries, *args)
+
+    ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu", passages=passages)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairEncoder, "truncation_rates", counted)
+        ce.fit(results.astype({"qid": str, "docno": str}), fitter=Distillation(depth=8, max_steps=1, batch_size=1))
+    assert ce.data_report.truncated_documents == 0.25
+    assert ce.data_report.truncated_queries == 0
+    assert "25.0% of the documents are truncated" in repr(ce.data_report)
+    assert calls == [1200]  # a sample, rather than all 4800
+
+
+def test_the_rate_of_truncated_documents_counts_documents_rather_than_queries(ce):
+    """One list of 16 short documents, and one of 4 long ones, in one source or in two."""
+    rows = [
+        (qid, "w1", f"{qid}{i}", text, -i) for qid, text, n in (("a", "w2", 16), ("b", "w2 " * 30, 4)) for i in range(n)
+    ]
+    results = pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "score"])
+    fitter = Distillation(depth=16, max_steps=1, batch_size=2)
+    sources = [(results[results["qid"] == qid], None) for qid in ("a", "b")]
+    for data in (results, sources):
+        report = ce.clone().fit(data, fitter=fitter).data_report
+        assert report.truncated_documents == pytest.approx(4 / 20)
 
 
 @pytest.mark.parametrize(

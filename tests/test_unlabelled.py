@@ -1,5 +1,7 @@
 """Queries made from a corpus, and a teacher that needs no LLM."""
 
+import unicodedata
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -42,6 +44,40 @@ def test_a_corpus_without_sentences_is_refused():
         make_queries(CORPUS, n=10, text_field="body", title_field=None)
     with pytest.raises(ValueError, match="n must be a positive integer; got 0"):
         make_queries(CORPUS, n=0)
+
+
+def test_queries_keep_accents_and_vowel_signs():
+    titles = {
+        "hi": "हिन्दी भाषा का इतिहास",
+        "bn": "বাংলা ভাষা আন্দোলন কী",
+        "fr": unicodedata.normalize("NFD", "Résumé de théorie générale"),
+        "fa": "می\u200cخواهم به خانه بروم",
+    }
+    made = make_queries([{"docno": docno, "title": title} for docno, title in titles.items()], n=10)
+    assert made.set_index("qid")["query"].to_dict() == {f"made-{docno}": title for docno, title in titles.items()}
+
+
+def test_sentences_without_spaces_or_latin_full_stops():
+    texts = {
+        "hi": "नहीं। यह दूसरा वाक्य है। और",
+        "ja": "短い。これは二番目の文です。三番目。",
+        "th": "ประวัติศาสตร์ของประเทศไทย",
+        "zh": "检索。信息检索的历史和方法！完",
+        "short": "信息检索",
+        "long": "信" * 66,
+    }
+    made = make_queries([{"docno": docno, "text": text} for docno, text in texts.items()], n=10)
+    assert made.set_index("qid")["query"].to_dict() == {
+        "made-hi": "यह दूसरा वाक्य है",
+        "made-ja": "これは二番目の文です",
+        "made-th": texts["th"],
+        "made-zh": "信息检索的历史和方法",
+    }
+
+
+def test_documents_with_the_same_docno_give_one_query():
+    corpus = [{"docno": docno, "text": f"{docno} {i} is a text"} for i, docno in enumerate("aab")]
+    assert sorted(make_queries(corpus, n=10)["qid"]) == ["made-a", "made-b"]
 
 
 @pytest.fixture

@@ -74,8 +74,7 @@ def from_qrels(
         )
     if judge is not None:
         judge.check_overlap()
-    judged_twice = int((_labels_by_pair(qrels).min() < grades).sum())
-    report = replace(DataReport.total(reports), judged_twice=judged_twice)
+    report = replace(DataReport.total(reports), judged_twice=count_judged_twice(qrels))
     avoided = own.avoided(relevant.frame) if n_random else None
     sampling = NegativeSampling(n_positives, n_negatives, skip, sample)
     return builder.build(sampling, n_random=n_random, avoided=avoided), report
@@ -129,6 +128,24 @@ class OwnDocuments:
 def grades_of(qrels: pd.DataFrame) -> pd.Series:
     """Return the labels of qrels, indexed by qid and docno as strings; if a pair has two labels, the higher one."""
     return _labels_by_pair(qrels).max()
+
+
+def whole_grades(qrels: pd.DataFrame, what: str) -> pd.DataFrame:
+    """Return the grades of qrels, see `grades_of`, as a frame: qid, docno, label; `what` names the labels.
+
+    Raises:
+        ValueError: If a label isn't a whole number, which the measures of ir_measures need.
+    """
+    grades = grades_of(qrels)
+    if (fractions := grades[grades % 1 != 0]).size:
+        raise ValueError(f"{what} must be whole numbers, which measures need; got {fractions.iloc[0]}")
+    return grades.astype(int).reset_index(name="label")
+
+
+def count_judged_twice(qrels: pd.DataFrame) -> int:
+    """Return how many pairs of qid and docno have different labels in qrels."""
+    labels = _labels_by_pair(qrels)
+    return int((labels.min() < labels.max()).sum())
 
 
 def relevant_of(grades: pd.Series, min_relevance: float) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Several sources of training data in one stage: their groups, and how often an epoch draws from each."""
+"""Sources of training data in one stage: their groups, and how often an epoch draws from each."""
 
 import hashlib
 import math
@@ -58,11 +58,12 @@ def _as_source(item: Any, number: int) -> Source:
 
 @dataclass(frozen=True)
 class MixedGroups:
-    """The groups of several sources, which stay separate; has the methods of `Groups` that training needs.
+    """The groups of weighted sources, which stay separate; has the methods of `Groups` that training needs.
 
     An epoch draws each query of a source with the weight 1 once. A source of n queries with the weight w gives
-    round(w * n) groups: each query floor(w) times, each time with newly sampled documents, and the rest from a random
-    order of its queries, which the next epoch continues. So over the epochs, its queries are drawn equally often.
+    round(w * n) groups, at least one: each query floor(w) times, each time with newly sampled documents, and the rest
+    from a random order of its queries, which the next epoch continues. So over the epochs, its queries are drawn
+    equally often.
     """
 
     sources: tuple[Groups, ...]

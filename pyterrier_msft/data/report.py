@@ -98,11 +98,12 @@ class DataReport:
 
     @classmethod
     def total(cls, reports: Sequence["DataReport"]) -> "DataReport":
-        """Combine the reports of chunks: add up counts, average rates over groups, keep a few examples."""
+        """Combine the reports of chunks: add up counts, average rates over groups or documents, keep a few examples."""
         examples = [example for report in reports for example in report.false_negative_examples]
         values: dict[str, Any] = {"false_negative_examples": tuple(examples[:EXAMPLES])}
         for f in fields(cls):
-            found = [(getattr(report, f.name), report.groups) for report in reports]
+            unit = "documents" if f.name == "truncated_documents" else "groups"
+            found = [(getattr(report, f.name), getattr(report, unit)) for report in reports]
             known = [(value, weight) for value, weight in found if value is not None]
             if f.name in values:
                 continue

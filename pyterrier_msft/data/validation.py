@@ -7,6 +7,7 @@ import pandas as pd
 
 from pyterrier_msft.data.diagnosis import explain_mismatch
 from pyterrier_msft.data.frames import (
+    FIRST_STAGE_SCORE,
     PASSAGE_SUFFIX,
     as_ids,
     as_texts,
@@ -15,7 +16,8 @@ from pyterrier_msft.data.frames import (
     order_key,
     require_columns,
 )
-from pyterrier_msft.data.labels import grades_of
+from pyterrier_msft.data.labels import whole_grades
+from pyterrier_msft.data.mixture import TrainingResults, as_sources
 from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.notices import warn
 
@@ -35,9 +37,7 @@ def validation_frames(
         missing, given = ("results", "qrels") if results is None else ("qrels", "results")
         raise ValueError(f"{what} {missing} are required with {what} {given}; got None")
     require_columns(results, ["qid", "query", "docno"], f"{what} results")
-    labels = grades_of(qrels).rename("label").reset_index()
-    if (fractions := labels["label"][labels["label"] % 1 != 0]).size:
-        raise ValueError(f"{what} labels must be whole numbers, which measures need; got {fractions.iloc[0]}")
+    labels = whole_grades(qrels, f"{what} labels")
     results = texts.add_to(results.reset_index(drop=True))
     require_columns(results, ["qid", "query", "docno", texts.field], f"{what} results")
     # A passage has the label of its document, as in training.
@@ -60,10 +60,22 @@ def validation_frames(
         raise ValueError(f"{what} results must contain a relevant document; got none{': ' * bool(reason)}{reason}")
     if blank := int((is_blank(results["query"]) | is_blank(results[texts.field]))[judged].sum()):
         warn(f"{blank:,} {what} documents have no text or no query; it is read as empty")
-    return frame[judged].reset_index(drop=True), labels.astype({"label": int})
+    return frame[judged].reset_index(drop=True), labels
 
 
 def warn_of_shared_queries(results: pd.DataFrame, trained: Collection[str]) -> None:
     """Warn if validation queries are trained on."""
     if shared := int(results["qid"].drop_duplicates().isin(trained).sum()):
         warn(f"{shared} validation queries are also training queries; the metric will be too optimistic")
+
+
+def warn_of_mixed_scores(training: TrainingResults, validation: pd.DataFrame) -> None:
+    """Warn if only some of the results have the column that replaces `score` as the first stage's score."""
+    frames = [source.results for source in as_sources(training, None) if isinstance(source.results, pd.DataFrame)]
+    has_column = [FIRST_STAGE_SCORE in frame.columns for frame in (*frames, validation)]
+    if any(has_column) and not all(has_column):
+        which = "validation" if has_column[-1] else "training"
+        warn(
+            f"only the {which} results have the column {FIRST_STAGE_SCORE!r}, which is read in place of 'score': the "
+            "first stage's scores may be of two scales. Drop it where 'score' is the first stage's"
+        )

@@ -35,12 +35,12 @@ class Contrastive(Fitter):
         n_negatives: Maximum number of negatives per group.
         depth: Number of top results to sample negatives from; relevant documents may have any rank. None: all.
         skip: Number of first ranks that no negative comes from, because many documents there are relevant without being
-            judged.
+            judged. A judge doesn't relabel them either.
         sample: How negatives are drawn from the top `depth`: "uniform"; "top", the first ones, the same in each epoch;
             or "log", where the weight of the k-th possible negative is 1 / log2(1 + skip + k).
         n_random: Maximum number of further negatives per group, drawn uniformly from the documents of all other groups:
             what the first stage found for other queries, and their relevant documents. Never one that is relevant to
-            the query or in its own top `depth`.
+            the query or in its own top `depth`. Of several sources, each has its own documents and labels.
         min_relevance: Minimum label of a relevant document.
         add_missing_positives: Whether to add relevant documents that the first stage missed, with texts from
             `MonoCE(..., text=...)`.

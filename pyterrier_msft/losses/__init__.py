@@ -32,19 +32,19 @@ from pyterrier_msft.losses.listwise import (
     multi_positive,
     position_aware_list_mle,
 )
-from pyterrier_msft.losses.pairwise import LambdaLoss, lambda_loss, margin_mse, ranknet, weighted_ranknet
+from pyterrier_msft.losses.pairwise import Hinge, LambdaLoss, hinge, lambda_loss, margin_mse, ranknet, weighted_ranknet
 from pyterrier_msft.losses.pointwise import BinaryCrossEntropy, binary_cross_entropy, mse
 
 __all__ = [
-    "ADRMSE", "ApproxNDCG", "BinaryCrossEntropy", "Combination", "KLDivergence", "Labels", "LambdaLoss", "Loss",
-    "adr_mse", "approx_ndcg", "binary_cross_entropy", "combine", "kl_divergence", "lambda_loss", "list_mle", "listnet",
-    "localized_contrastive", "margin_mse", "mse", "multi_positive", "needs", "position_aware_list_mle", "ranknet",
-    "weighted_ranknet",
+    "ADRMSE", "ApproxNDCG", "BinaryCrossEntropy", "Combination", "Hinge", "KLDivergence", "Labels", "LambdaLoss",
+    "Loss", "adr_mse", "approx_ndcg", "binary_cross_entropy", "combine", "hinge", "kl_divergence", "lambda_loss",
+    "list_mle", "listnet", "localized_contrastive", "margin_mse", "mse", "multi_positive", "needs",
+    "position_aware_list_mle", "ranknet", "weighted_ranknet",
 ]  # fmt: skip
 
 # Digests, pickles and printed settings name a loss where users find it, whichever file it is in.
 for _public in [
-    ADRMSE, ApproxNDCG, BinaryCrossEntropy, Combination, KLDivergence, LambdaLoss, combine, list_mle, listnet,
+    ADRMSE, ApproxNDCG, BinaryCrossEntropy, Combination, Hinge, KLDivergence, LambdaLoss, combine, list_mle, listnet,
     localized_contrastive, margin_mse, mse, multi_positive, needs, position_aware_list_mle, ranknet, weighted_ranknet,
 ]:  # fmt: skip
     _public.__module__ = __name__

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import relu, softplus
 
 from pyterrier_msft.losses.base import Labels, needs
 from pyterrier_msft.losses.tensors import (
@@ -31,6 +31,30 @@ def ranknet(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """
     scores, labels = masked(scores, labels, mask)
     return mean(softplus(-differences(scores)), preference_pairs(labels, mask))
+
+
+@dataclass(frozen=True)
+class Hinge:
+    """The pair-wise hinge loss: a document's score must exceed that of a worse one by a margin.
+
+    max(0, m - (s_i - s_j)) for y_i > y_j. Joachims, KDD 2002 (RankSVM), without its penalty on the weights. Pairs that
+    are further apart than the margin m have no gradient. Usable pairs have different labels.
+    """
+
+    margin: float = 1.0
+    labels: ClassVar[Labels] = "order"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.margin < math.inf:
+            raise ValueError(f"margin must be a finite number > 0; got {self.margin!r}")
+
+    def __call__(self, scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """Compute the loss."""
+        scores, labels = masked(scores, labels, mask)
+        return mean(relu(self.margin - differences(scores)), preference_pairs(labels, mask))
+
+
+hinge = Hinge()
 
 
 @needs("order")

@@ -8,9 +8,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pyterrier_msft.model.decoders import WordLayer, words_of
+from pyterrier_msft.model.files import is_unknown, missing_files
 from pyterrier_msft.model.loading import isolated_rng
 
 CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 # Fields of an adapter's configuration that don't affect what it computes.
 ORIGIN_FIELDS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
@@ -53,6 +55,16 @@ def load(network: PreTrainedModel, folder: str | Path) -> Any:
     return peft_model
 
 
+def is_adapter(folder: Path, name: str, revision: str | None) -> bool:
+    """Whether the model of a name has an adapter's files in a folder; a ValueError if there are only some of them."""
+    has_config, has_weights = (folder / CONFIG).is_file(), any((folder / file).is_file() for file in WEIGHTS)
+    if has_config and not has_weights:
+        raise missing_files(name, WEIGHTS[:1], revision)
+    if has_weights and not has_config and is_unknown(name, CONFIG, revision):
+        raise missing_files(name, [CONFIG], revision)
+    return has_config
+
+
 def backbone_of(folder: str | Path) -> tuple[str, str | None]:
     """Return the backbone (name or folder) of a saved adapter, and its revision."""
     config = _peft().PeftConfig.from_pretrained(str(folder))
@@ -67,10 +79,16 @@ def merge(peft_model: Any) -> PreTrainedModel:
 
 def digestible_config(peft_model: Any) -> dict[str, Any]:
     """Return the fields of an adapter's configuration that affect its scores or its training, for a digest."""
+    config = peft_model.active_peft_config
+    try:
+        defaults = type(config)().to_dict()
+    except (TypeError, ValueError):  # a class without defaults
+        defaults = {}
+    # Other versions of peft have more fields, with defaults.
     return {
         key: sorted(set(value)) if isinstance(value, set | list | tuple) else value
-        for key, value in peft_model.active_peft_config.to_dict().items()
-        if key not in ORIGIN_FIELDS
+        for key, value in config.to_dict().items()
+        if key not in ORIGIN_FIELDS and (key not in defaults or value != defaults[key])
     }
 
 

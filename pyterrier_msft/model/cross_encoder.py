@@ -15,7 +15,7 @@ from pyterrier_msft.model import adapters
 from pyterrier_msft.model.card import Kind
 from pyterrier_msft.model.decoders import prompt_of, words_of
 from pyterrier_msft.model.encoding import PairEncoder
-from pyterrier_msft.model.files import IDENTITY, LOGIT_SCORE
+from pyterrier_msft.model.files import IDENTITY, LOGIT_SCORE, missing_files
 from pyterrier_msft.model.fingerprint import fingerprint_of
 from pyterrier_msft.model.loading import as_single_score, load_model, load_tokenizer, quiet_transformers, token_limit
 from pyterrier_msft.model.modular import ModularNetwork
@@ -75,9 +75,10 @@ class CrossEncoder:
         self._peft_model: Any = None  # wraps the network if there is an adapter
         self._head_is_new = False
         self.was_saved_untrained = False  # according to the record of a saved re-ranker
+        self.saved_record: ModelRecord | None = None  # to compare with what is still to be loaded
         self._source: str | None = None  # folder or name to load the present weights from
         self._expected_fingerprint: str | None = None  # of weights still to be loaded
-        self._int8: tuple[str, QuantizedNetwork] | None = None  # the weights' fingerprint, and their quantized copy
+        self._int8: tuple[str, QuantizedNetwork] | None = None  # the fingerprint, and the quantized copy of the weights
         self._warned_encoders: frozenset[tuple[int, int | None]] = frozenset()  # whose truncated queries were reported
 
     @property
@@ -118,28 +119,39 @@ class CrossEncoder:
 
     def _load(self) -> PreTrainedModel:
         if self._network is None:
-            self._network, self._tokenizer, self._head_is_new = load_model(
-                self.name, seed=self.seed, revision=self.revision, trust_remote_code=self.trust_remote_code,
-                relevant=self.relevant, prompt=self._prompt,
-            )  # fmt: skip
-            self._head_is_new |= self.was_saved_untrained or ModelRecord.read(self.name).head_is_new
+            self._network, self._peft_model = self._read_source()
             self._source = self.name
-        if self._peft_model is None and self.adapter_folder is not None:
-            self._peft_model = adapters.load(self._network, self.adapter_folder)
-            self._head_is_new = self.was_saved_untrained
-        elif self._peft_model is None and self.adapter is not None:
+        if self._peft_model is None and self.adapter is not None:
             self._peft_model = adapters.add(
                 self._network, self.adapter, base=_absolute(self.name), revision=self.revision, seed=self.seed
             )
         if self._expected_fingerprint is not None:
-            if (found := fingerprint_of(self._network, self._peft_model)) != self._expected_fingerprint:
+            found = fingerprint_of(self._network, self._peft_model, self._tokenizer)
+            if found != self._expected_fingerprint:
                 self._network = self._peft_model = None
-                expected = f"the weights that were pickled, {self._expected_fingerprint}"
+                expected = f"the weights and the tokenizer that were pickled, {self._expected_fingerprint}"
                 raise ValueError(f"{self.name} must hold {expected}; got {found}. Pickle the re-ranker again")
             self._expected_fingerprint = None
         if self._network.device != self.device:
             self._network.to(self.device)
         return self._network
+
+    def _read_source(self) -> tuple[PreTrainedModel, Any]:
+        network, self._tokenizer, self._head_is_new = load_model(
+            self.name, seed=self.seed, revision=self.revision, trust_remote_code=self.trust_remote_code,
+            relevant=self.relevant, prompt=self._prompt,
+        )  # fmt: skip
+        peft_model, record = None, ModelRecord.read(self.name)
+        if self._head_is_new and record.fingerprint is not None and not record.head_is_new:
+            raise missing_files(self.name, ["the weights of its trained head"])
+        self._head_is_new |= self.was_saved_untrained or record.head_is_new
+        if self.adapter_folder is not None:
+            peft_model, self._head_is_new = adapters.load(network, self.adapter_folder), self.was_saved_untrained
+        if self.saved_record is not None:
+            found = fingerprint_of(network, peft_model, self._tokenizer)
+            self.saved_record.check_fingerprint(found, self.name, self.adapter_folder)
+            self.saved_record = None
+        return network, peft_model
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -188,8 +200,8 @@ class CrossEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the weights, see `fingerprint_of`. Computed at each access, since weights may change."""
-        return fingerprint_of(self.network, self._peft_model)
+        """A digest of weights and tokenizer, see `fingerprint_of`. Computed at each access, since both may change."""
+        return fingerprint_of(self.network, self._peft_model, self.tokenizer)
 
     def pair_encoder(self, *, max_length: int, max_query_length: int | None = None, passages: int = 1) -> PairEncoder:
         """Return an encoder of pairs; a ValueError if the model has fewer positions than `max_length`."""
@@ -246,7 +258,7 @@ class CrossEncoder:
         # With other settings, loading the source again would give another model, e.g. other random weights.
         is_same = all(getattr(self, name) == getattr(other, name) for name in SOURCE_SETTINGS)
         self._source = other._source if is_same else None
-        self.adapter_folder, self._head_is_new = other.adapter_folder, other._head_is_new
+        self.adapter_folder, self._head_is_new, self.saved_record = other.adapter_folder, other._head_is_new, None
 
     def mark_changed(self) -> None:
         """Record that the weights are no longer those on disk."""
@@ -258,7 +270,7 @@ class CrossEncoder:
             self._source = str(folder)
 
     def write(self, folder: Path, *, max_length: int, merged: bool) -> str:
-        """Write weights and tokenizer into a folder and return the fingerprint of the weights written.
+        """Write weights and tokenizer into a folder and return the fingerprint of what was written.
 
         The format is that of transformers or, for an adapter that isn't merged, of peft.
         """
@@ -282,7 +294,7 @@ class CrossEncoder:
             else:
                 network.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        return fingerprint_of(network, peft_model)
+        return fingerprint_of(network, peft_model, tokenizer)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_int8": None}

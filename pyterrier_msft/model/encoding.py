@@ -103,17 +103,22 @@ class PairEncoder:
             is_truncated[long] = self._exceeds_length([queries[i] for i in long], [texts[i] for i in long])
         return is_truncated
 
-    def truncation_rates(self, queries: Sequence[Any], texts: Sequence[Any]) -> tuple[float, float]:
-        """Return the shares (0 to 1) of the pairs whose query, and whose text, is truncated."""
+    def truncation_rates(
+        self, queries: Sequence[Any], texts: Sequence[Any], weights: Sequence[float] | None = None
+    ) -> tuple[float, float]:
+        """Return the shares (0 to 1) of the pairs whose query, and whose text, is truncated.
+
+        `weights` are how many texts each text stands for.
+        """
         if not len(queries):
             return 0.0, 0.0
         query_rate = float(self.truncates_query(queries, texts).mean())
         if self.passages > 1:
             _, pair = replace(self, passages=self.passages + 1).windows(queries, texts)
-            return query_rate, float(np.mean(np.bincount(pair) > self.passages))
+            return query_rate, float(np.average(np.bincount(pair) > self.passages, weights=weights))
         # A text is truncated if it doesn't fit beside the shortest form of the query.
         capped = replace(self, max_query_length=self.query_limit)
-        return query_rate, float(capped._exceeds_length(queries, texts).mean())
+        return query_rate, float(np.average(capped._exceeds_length(queries, texts), weights=weights))
 
     @cached_property
     def query_limit(self) -> int:

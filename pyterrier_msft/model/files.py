@@ -15,9 +15,37 @@ TRANSFORMER = "sentence_bert_config.json"
 CROSS_ENCODER_FILES = (MODULES, SETTINGS, TRANSFORMER)
 PACKAGE = "sentence_transformers."
 LOGIT_SCORE = "LogitScore"  # the module that scores with the probability of a word
+OLD_MODULES = f"{PACKAGE}models."  # the package of all modules before version 5.4, which no CrossEncoder had
 IDENTITY = "torch.nn.modules.linear.Identity"
 # Arguments of a tokenizer that don't affect the tokens of a pair that isn't truncated.
 FORMAT_ARGUMENTS = {"logits_to_keep", "max_length", "padding", "restore_suffix", "return_tensors", "truncation"}
+
+
+class MissingFilesError(ValueError):
+    """Files of a model are missing, in its folder or in the hub's cache."""
+
+
+def missing_files(name: str, files: Sequence[str], revision: str | None = None, *, advice: str = "") -> ValueError:
+    """Return the error for files that a model should have; its message says what to do, and ends with `advice`."""
+    found = f"model must have all its files; got {name!r} without {', '.join(files)}"
+    if not any(is_unknown(name, file, revision) for file in files):
+        return MissingFilesError(f"{found}. Copy the model again from where it was saved{advice}")
+    version = "" if revision is None else f" --revision {revision}"
+    return MissingFilesError(
+        f"{found} in the hub's cache, and no connection. Download all of it while connected: hf download {name}"
+        f"{version}{advice}"
+    )
+
+
+def is_unknown(name: str, file: str, revision: str | None = None) -> bool:
+    """Whether only the hub could tell if a model has a file: the cache knows neither the file nor that there is none.
+
+    A snapshot with `.gitattributes`, which every repository has, was downloaded as a whole.
+    """
+    if Path(name).is_dir():
+        return False
+    found = [try_to_load_from_cache(name, each, revision=revision) for each in (file, ".gitattributes")]
+    return found[0] is None and not isinstance(found[1], str)
 
 
 def find_file(name: str, file: str, revision: str | None = None) -> Path | None:
@@ -30,9 +58,7 @@ def find_file(name: str, file: str, revision: str | None = None) -> Path | None:
     try:
         return Path(hf_hub_download(name, file, revision=revision))
     except LocalEntryNotFoundError:
-        # Unless the cache knows that there is no such file, it returns a path or None.
-        is_unknown = isinstance(try_to_load_from_cache(name, file, revision=revision), str | None)
-        if is_unknown and not constants.HF_HUB_OFFLINE:
+        if is_unknown(name, file, revision) and not constants.HF_HUB_OFFLINE:
             raise
         return None
     except EntryNotFoundError:
@@ -61,12 +87,25 @@ class CrossEncoderFiles:
 
     @classmethod
     def read(cls, name: str, revision: str | None) -> Self | None:
-        """Read the files of a model; None if it isn't a CrossEncoder with such files."""
+        """Read the files of a model; None if it isn't a CrossEncoder with such files.
+
+        Raises:
+            MissingFilesError: If it may be one, but only a part of it is in the hub's cache, without a connection.
+        """
         modules = read_json(name, MODULES, revision)
-        # Bi-encoders have modules too. Without their head, they are backbones.
-        if not modules or (settings := read_json(name, SETTINGS, revision)).get("model_type") != "CrossEncoder":
+        if not modules:
             return None
-        return cls(modules, read_json(name, TRANSFORMER, revision), settings)
+        settings = read_json(name, SETTINGS, revision)
+        is_old = all(str(module.get("type")).startswith(OLD_MODULES) for module in modules)
+        if not settings and not is_old and is_unknown(name, SETTINGS, revision):
+            raise missing_files(name, [SETTINGS], revision)
+        # Bi-encoders have modules too. Without their head, they are backbones.
+        if settings.get("model_type") != "CrossEncoder":
+            return None
+        transformer = read_json(name, TRANSFORMER, revision)
+        if not transformer and is_unknown(name, TRANSFORMER, revision):
+            raise missing_files(name, [TRANSFORMER], revision)
+        return cls(modules, transformer, settings)
 
     @property
     def module_names(self) -> list[str]:

@@ -25,7 +25,16 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pyterrier_msft.model.decoders import set_prompt
-from pyterrier_msft.model.files import LOGIT_SCORE, CrossEncoderFiles
+from pyterrier_msft.model.files import (
+    LOGIT_SCORE,
+    MODULES,
+    SETTINGS,
+    CrossEncoderFiles,
+    MissingFilesError,
+    is_unknown,
+    missing_files,
+    read_json,
+)
 from pyterrier_msft.model.labels import check_labels, score_label
 from pyterrier_msft.model.modular import Head, ModularNetwork
 from pyterrier_msft.model.prompts import Prompt
@@ -50,6 +59,8 @@ def load_model(
     with _explain_errors(name), quiet_transformers():
         config = AutoConfig.from_pretrained(name, **options)
         files = CrossEncoderFiles.read(name, revision)
+        if files is None:
+            _check_modules(config, name, revision, has_prompt=prompt is not None)
     kind = _kind(config, files, prompt, name)
     has_labels = any("SequenceClassification" in architecture for architecture in config.architectures or [])
     label = check_labels(config if kind == "classifier" and has_labels else None, relevant, name)
@@ -57,6 +68,11 @@ def load_model(
         config.num_labels = 1
     with _explain_errors(name), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        if not _has_vocabulary(tokenizer):
+            raise missing_files(name, ["tokenizer.json"], revision)
+        if files is None and prompt is None and tokenizer.chat_template and is_unknown(name, MODULES, revision):
+            # A classifier whose pairs may belong in a chat template; modules.json would say so.
+            raise missing_files(name, [MODULES], revision, advice=", or pass template=")
     # Pickled weights can run code when they are loaded; safetensors can't.
     options |= {"output_loading_info": True, "use_safetensors": True, "dtype": torch.float32}
     auto = AutoModelForCausalLM if kind == "words" else AutoModelForSequenceClassification
@@ -86,6 +102,24 @@ def load_model(
     return model.eval(), tokenizer, bool(missing)
 
 
+def _check_modules(config: transformers.PretrainedConfig, name: str, revision: str | None, *, has_prompt: bool) -> None:
+    """Raise a ValueError for a model without modules.json whose head may be in modules, or in a word's logit.
+
+    That is so if its other files say so, or if only the hub knows.
+    """
+    architectures = config.architectures or []
+    is_word = not has_prompt and any(each.endswith("ForCausalLM") for each in architectures)
+    is_headless = any("For" not in each and "LMHead" not in each for each in architectures)
+    if not is_word and not is_headless:
+        return
+    is_known = not is_unknown(name, SETTINGS, revision)
+    if is_known and read_json(name, SETTINGS, revision).get("model_type") == "CrossEncoder":
+        raise missing_files(name, [MODULES], revision)
+    if is_unknown(name, MODULES, revision):
+        advice = "pass template=" if is_word else "give MonoCE the folder of a backbone that has no such file"
+        raise missing_files(name, [MODULES], revision, advice=f", or {advice}")
+
+
 def _load_modular(
     name: str, files: CrossEncoderFiles, revision: str | None, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, list[str]]:
@@ -101,6 +135,8 @@ def load_tokenizer(model: PreTrainedModel, *, trust_remote_code: bool = False) -
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=trust_remote_code)
+        if not _has_vocabulary(tokenizer):
+            raise OSError(f"there is no vocabulary at {model.name_or_path}")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model must have a tokenizer beside it; got a loaded model without one at {model.name_or_path!r}. Save "
@@ -110,6 +146,11 @@ def load_tokenizer(model: PreTrainedModel, *, trust_remote_code: bool = False) -
     return tokenizer
 
 
+def _has_vocabulary(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer knows any words: without its files, transformers makes one with special tokens only."""
+    return bool(tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens, "▁"})  # T5's new one has a blank
+
+
 def ensure_pad_token(tokenizer: Tokenizer, model: PreTrainedModel, name: str) -> None:
     """Set the padding token of a tokenizer that has none, e.g. GPT-2's; a ValueError if it doesn't fit the model."""
     if tokenizer.pad_token_id is None:
@@ -117,7 +158,8 @@ def ensure_pad_token(tokenizer: Tokenizer, model: PreTrainedModel, name: str) ->
         if tokenizer.pad_token_id is None:
             raise ValueError(f"tokenizer must have a pad, eos or unk token; got none of them in {name!r}")
         # Padding on the left shifts positions. A tokenizer with a padding token keeps its side: XLNet scores the end.
-        tokenizer.padding_side = "right"
+        # In the settings that are saved too: with a padding token, a class's own side would apply to a saved model.
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
     if model.config.pad_token_id is None:  # decoders score from the last token before the padding
         model.config.pad_token_id = tokenizer.pad_token_id
     size = model.get_input_embeddings().weight.shape[0]
@@ -229,6 +271,8 @@ def _explain_errors(name: str, loader: str = "by AutoModelForSequenceClassificat
     """Turn what is raised while loading a model into a ValueError that says what to do."""
     try:
         yield
+    except MissingFilesError:
+        raise
     except OSError as error:
         raise ValueError(
             "model must be a folder with safetensors or the name of a model on the Hugging Face hub; got "

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from pyterrier_msft.model.files import CrossEncoderFiles, find_file, read_json, write_json
+from pyterrier_msft.model.files import CrossEncoderFiles, find_file, missing_files, read_json, write_json
 
 # Modes of pooling, in the order in which several are concatenated, and their names in older configurations.
 POOLING_MODES = {
@@ -137,18 +137,26 @@ class Head(nn.Module):
 
     @classmethod
     def load(cls, name: str, revision: str | None, files: CrossEncoderFiles) -> Self:
-        """Load the modules of a model. A ValueError says what isn't supported."""
+        """Load the modules of a model. A ValueError says what isn't supported, or what is missing."""
         parts: list[HeadModule] = []
+        missing: list[str] = []
         for kind, module in zip(files.module_names[1:], files.modules[1:], strict=True):
             if kind not in HEAD_MODULES:
                 raise ValueError(f"its module {kind} isn't one of {', '.join(HEAD_MODULES)}")
-            config = read_json(name, f"{module['path']}/config.json", revision)
+            file = f"{module['path']}/config.json"
+            config = read_json(name, file, revision)
             if not config and kind != Normalize.__name__:  # older versions write none for it
-                raise ValueError(f"its {module['path']}/config.json is missing")
-            part = HEAD_MODULES[kind](config)
-            weights = find_file(name, f"{module['path']}/model.safetensors", revision)
-            part.load_state_dict({} if weights is None else load_file(weights))
+                missing.append(file)
+                continue
+            part, file = HEAD_MODULES[kind](config), f"{module['path']}/model.safetensors"
+            weights = find_file(name, file, revision)
+            if weights is not None:
+                part.load_state_dict(load_file(weights))
+            elif part.state_dict():
+                missing.append(file)
             parts.append(part)
+        if missing:
+            raise missing_files(name, missing, revision)
         names = ["token_embeddings", *(part.output for part in parts)]
         if [part.input for part in parts] != names[:-1] or names[-1] != "scores" or "Pooling" not in files.module_names:
             raise ValueError("its modules must be a chain from token_embeddings through Pooling to scores")

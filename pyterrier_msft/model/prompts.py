@@ -8,9 +8,19 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from pyterrier_msft.model.files import FORMAT_ARGUMENTS, LOGIT_SCORE, PACKAGE, CrossEncoderFiles, read_json, write_json
+from pyterrier_msft.model.files import (
+    FORMAT_ARGUMENTS,
+    LOGIT_SCORE,
+    PACKAGE,
+    CrossEncoderFiles,
+    is_unknown,
+    missing_files,
+    read_json,
+    write_json,
+)
 
 QUERY, TEXT = "{query}", "{text}"
+CHAT_TEMPLATE = "chat_template.jinja"
 # Stand for query and text while a chat template is read.
 MARKERS = {QUERY: "\ue000query\ue001", TEXT: "\ue000text\ue001"}
 # A pair that a chat template must not change, e.g. strip, cut or escape.
@@ -48,11 +58,15 @@ class Prompt:
             ValueError: If the chat template can't be read as a text with a query and a document in it.
         """
         if template is None:
+            if not tokenizer.chat_template and is_unknown(name, CHAT_TEMPLATE, revision):
+                raise missing_files(name, [CHAT_TEMPLATE], revision)
             template = _read_template(files, tokenizer)
         if LOGIT_SCORE not in files.module_names:
             return cls(template)
         file = f"{files.modules[-1]['path']}/config.json"
         words = read_json(name, file, revision)
+        if not words:
+            raise missing_files(name, [file], revision)
         true, false = words.get("true_token_id"), words.get("false_token_id")
         for word in (true, *([] if false is None else [false])):
             if type(word) is not int or not 0 <= word < len(tokenizer):

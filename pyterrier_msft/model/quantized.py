@@ -19,6 +19,7 @@ from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.first_token import first_token_only
 from pyterrier_msft.model.loading import quiet_transformers, token_limit
 from pyterrier_msft.model.scoring import evaluation_mode
+from pyterrier_msft.notices import warn
 
 GROUP_SIZE = 32  # consecutive numbers of a token's vector with a scale of their own: larger is faster and less precise
 # With this multiple of tokens per pair, sums of numbers have the same order in every batch. In another order, they
@@ -37,6 +38,7 @@ class QuantizedNetwork(nn.Module):
 
     def __init__(self, network: PreTrainedModel, encoder: PairEncoder) -> None:
         super().__init__()
+        _warn_if_slow()
         self.config = network.config
         tokenizer = encoder.tokenizer
         self._limit = token_limit(network, tokenizer)
@@ -77,6 +79,14 @@ class QuantizedNetwork(nn.Module):
             name: nn.functional.pad(values, (0, missing), value=self._padding.get(name, 0))
             for name, values in batch.items()
         }
+
+
+@cache
+def _warn_if_slow() -> None:
+    """Warn once if the processor lacks the instructions that make int8 fast."""
+    processor = getattr(torch.cpu, "get_capabilities", dict)()  # torch of 2024 has none
+    if processor.get("architecture") == "x86_64" and not (processor["avx512_vnni"] or processor["avx_vnni"]):
+        warn("int8 is no faster than float32 on this processor, which has no VNNI instructions: use dtype='float32'")
 
 
 class _Ordered(nn.Module):

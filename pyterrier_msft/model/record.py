@@ -11,6 +11,7 @@ from typing import Any, Self
 import pandas as pd
 
 from pyterrier_msft import __version__
+from pyterrier_msft.notices import warn
 
 RECORD = "msft.json"
 
@@ -80,6 +81,7 @@ class ModelRecord(_Record):
     stages: list[StageRecord] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None  # from scores to probabilities
+    fingerprint_version: int = 1  # see `fingerprint.FINGERPRINT_VERSION`
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -97,6 +99,28 @@ class ModelRecord(_Record):
     def write(self, folder: Path) -> None:
         """Write the record into a folder."""
         (folder / RECORD).write_text(json.dumps(dataclasses.asdict(self), indent=1))
+
+    def check_fingerprint(self, found: str, name: str, adapter_folder: str | None) -> None:
+        """Warn if the model of a folder or on the hub isn't the one that was saved.
+
+        Raises:
+            ValueError: If it is an adapter's backbone. With another version of transformers, which may read the same
+                files in another way, there is only the warning.
+        """
+        if found == self.fingerprint:
+            return
+        then, now = self.versions.get("transformers"), importlib.metadata.version("transformers")
+        reason = "" if then == now else f". Or transformers {now} reads it in another way than {then} did"
+        digests = f"its fingerprint is {found}, and {self.fingerprint} in {RECORD}{reason}"
+        if adapter_folder is None:
+            warn(f"{name!r} has other weights or another tokenizer than when its history was saved: {digests}")
+        elif reason:
+            warn(f"{name!r} or the adapter in {adapter_folder!r} has changed since the adapter was saved: {digests}")
+        else:
+            raise ValueError(
+                f"{name!r} must be the backbone as it was when the adapter in {adapter_folder!r} was saved; got "
+                f"another: {digests}. Restore the backbone, or train the adapter again"
+            )
 
 
 def history_frame(stages: Sequence[StageRecord]) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from pyterrier_msft.training import distributed
 
 BEST_WEIGHTS_NAME = "best.safetensors"
-MARKER_NAME = ".pyterrier_msft"  # in a folder for checkpoints: those without a state are ours, and may be deleted
+MARKER_NAME = ".pyterrier_msft"  # the first file of each checkpoint: even an incomplete one is known to be ours
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class Checkpoint:
 
 def newest_checkpoint(folder: str | Path) -> Checkpoint | None:
     """Find the newest complete checkpoint in a folder; None if there is none."""
-    paths = sorted(Path(folder).glob("checkpoint-*"), key=_step, reverse=True)
-    return next((checkpoint for path in paths if (checkpoint := read_checkpoint(path)) is not None), None)
+    return next(_complete_checkpoints(Path(folder)), None)
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
@@ -80,8 +79,8 @@ def checkpoint_to_resume(folder: Path, identity: Mapping[str, str]) -> Checkpoin
     """Find the checkpoint to resume from, the same one on all ranks, and delete incomplete ones beside it.
 
     Raises:
-        ValueError: If it belongs to another training run; the message names what differs. Or if the folder has
-            checkpoints of another program, which training would delete.
+        ValueError: If a checkpoint in the folder belongs to another training run; the message names what differs. Or if
+            another program wrote it. Training would delete both.
     """
 
     def find() -> Checkpoint | None:
@@ -90,25 +89,22 @@ def checkpoint_to_resume(folder: Path, identity: Mapping[str, str]) -> Checkpoin
                 f"checkpoint_dir {folder} must not have checkpoints of another program; got {', '.join(foreign)}. Use "
                 "another checkpoint_dir"
             )
-        (folder / MARKER_NAME).touch()  # before the first checkpoint, which may be interrupted
-        newest = newest_checkpoint(folder)
-        if newest is None:
-            return None
-        found = newest.identity
-        differences = [
-            f"{name} is {found.get(name, 'unknown')} there and {value} here"
-            for name, value in identity.items()
-            if found.get(name) != value
-        ]
-        if differences:
-            raise ValueError(
-                f"checkpoint_dir {folder} holds a checkpoint of another training run: {', '.join(differences)}. Use "
-                "another checkpoint_dir, or delete this one"
+        checkpoints = [*_complete_checkpoints(folder)]
+        for found in (checkpoint.identity for checkpoint in checkpoints):
+            differences = ", ".join(
+                f"{name} is {found.get(name, 'unknown')} there and {value} here"
+                for name, value in identity.items()
+                if found.get(name) != value
             )
+            if differences:
+                raise ValueError(
+                    f"checkpoint_dir {folder} holds a checkpoint of another training run: {differences}. Use another "
+                    "checkpoint_dir, or delete this one"
+                )
         for path in folder.glob("checkpoint-*"):
             if read_checkpoint(path) is None:
                 shutil.rmtree(path, ignore_errors=True)
-        return newest
+        return checkpoints[0] if checkpoints else None
 
     return distributed.run_on_rank_zero(find)
 
@@ -134,14 +130,21 @@ def check_writable(folder: str | Path, name: str) -> Path:
     return path
 
 
+def _complete_checkpoints(folder: Path) -> Iterator[Checkpoint]:
+    """Yield the complete checkpoints in a folder, the newest first."""
+    for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        if (checkpoint := read_checkpoint(path)) is not None:
+            yield checkpoint
+
+
 def _is_foreign(path: Path) -> bool:
-    """Whether another program wrote a checkpoint. One without a state, in a folder of ours, is ours but incomplete."""
-    if not path.is_dir():
-        return False  # never deleted
+    """Whether another program wrote a checkpoint. One without a state is ours, but incomplete, if it has our marker."""
+    if not path.is_dir() or not any(path.iterdir()):
+        return False  # nothing in it can be deleted
     try:
         state = json.loads((path / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
-        return _step(path) < 0 or not (path.parent / MARKER_NAME).is_file()
+        return _step(path) < 0 or not (path / MARKER_NAME).is_file()
     return not isinstance(state, dict) or "CheckpointCallback" not in state.get("stateful_callbacks", {})
 
 

@@ -26,7 +26,7 @@ from pyterrier_msft.training.batches import (
     StepSchedule,
 )
 from pyterrier_msft.training.callbacks import BestWeightsCallback, CheckpointCallback, CollapseCallback, HistoryCallback
-from pyterrier_msft.training.checkpoints import BEST_WEIGHTS_NAME, Checkpoint, save_weights
+from pyterrier_msft.training.checkpoints import BEST_WEIGHTS_NAME, MARKER_NAME, Checkpoint, save_weights
 from pyterrier_msft.training.gradient_cache import Chunk, gradient_cache_step, max_graph_tokens, split_chunks
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 from pyterrier_msft.training.objectives import Objective
@@ -220,7 +220,7 @@ class ListwiseTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Compute the validation metric, and notify the callbacks."""
         assert self.validation is not None
-        value = self.validation.measure(self.validation.score(self.network, self.encoder, self.dtype))
+        value = self.validation.value(self.network, self.encoder, self.dtype)
         metrics = {f"eval_{self.validation.metric}": value}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -233,9 +233,10 @@ class ListwiseTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the weights, and the best so far, into a checkpoint."""
         assert output_dir is not None
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARKER_NAME).touch()  # on every rank, because each writes files of its own
         if distributed.rank() == 0:
-            folder = Path(output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # it marks a checkpoint as complete
             save_weights(self.network.state_dict(), folder / SAFE_WEIGHTS_NAME)
             if self.best is not None and self.best.best_weights is not None:

@@ -22,6 +22,7 @@ class Validation:
     results: pd.DataFrame  # qid, query, docno, text, and maybe the first stage's score; ids as strings
     qrels: pd.DataFrame  # qid, docno, label; ids as strings
     metric: Any  # of ir_measures
+    first_stage_weight: float = 0.0  # of the results' score in what `value` measures
 
     @property
     def queries(self) -> int:
@@ -51,6 +52,13 @@ class Validation:
                 "learning_rate"
             )
         return scores
+
+    def value(self, network: PreTrainedModel, encoder: PairEncoder, dtype: torch.dtype) -> float:
+        """Score the results as the re-ranker does, and measure them."""
+        scores = self.score(network, encoder, dtype)
+        if self.first_stage_weight:
+            scores = scores + self.first_stage_weight * self.results["score"].to_numpy()
+        return self.measure(scores)
 
     def measure(self, scores: np.ndarray) -> float:
         """Return the metric's mean over the queries, for a score of each row of the results."""
