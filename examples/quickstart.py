@@ -173,7 +173,7 @@ class Scores:
         self.started = time.perf_counter()
 
     def add(self, name: str, system: pt.Transformer) -> None:
-        """Run a system on the test queries, followed by the documents it didn't re-rank, and print its row and the time."""
+        """Run a system on the test queries, followed by the documents it didn't re-rank; print its row and the time."""
         pipeline = system if system is self.first_stage else system ^ self.first_stage
         self.results[name] = pipeline(self.topics)
         row = pt.Experiment([self.results[name]], self.topics, self.qrels, MEASURES, names=[name]).round(4)

@@ -75,8 +75,10 @@ def report(
     path = _page_path(path)
     tests: dict[str, Any] = {"margin": margin, "alpha": alpha, "correction": correction}
     comparison = _Comparison.of(topics, qrels, measures, baseline, tests)
-    make_study = _study_of_values if isinstance(systems, pd.DataFrame) else _study_of_runs
-    study = make_study(systems, comparison, rerankers)
+    if isinstance(systems, pd.DataFrame):
+        study = _study_of_values(systems, comparison, rerankers)
+    else:
+        study = _study_of_runs(systems, comparison, rerankers)
     html = render(study, title=title, description=description, tests=tests, command=command or _running_command())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, encoding="utf-8", errors="replace", newline="\n")

@@ -227,7 +227,7 @@ class Cached(pt.Transformer):
         return with_scores(inp[ranked], scores[ranked])
 
     def _key_parts(self) -> tuple[list[Any], set[str]]:
-        """Return what is known of the teacher, the weights and settings of each `MonoCE`, and the columns it ignores."""
+        """Return the weights and settings of each `MonoCE` of the teacher, and the columns it ignores."""
         identity, ignored = [], {"score", "rank"}
         for part in all_parts_of(self.teacher):
             if hasattr(part, "fingerprint"):

@@ -84,7 +84,7 @@ class QuantizedNetwork(nn.Module):
 @cache
 def _warn_if_slow() -> None:
     """Warn once if the processor lacks the instructions that make int8 fast."""
-    processor = getattr(torch.cpu, "get_capabilities", dict)()  # torch of 2024 has none
+    processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions lack it
     if processor.get("architecture") == "x86_64" and not (processor["avx512_vnni"] or processor["avx_vnni"]):
         warn("int8 is no faster than float32 on this processor, which has no VNNI instructions: use dtype='float32'")
 
