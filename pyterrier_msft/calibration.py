@@ -180,7 +180,7 @@ def _warn_of_left_out(results: pd.DataFrame, judged: pd.DataFrame) -> None:
             "document, probabilities will be too high: pass a label of 0 for each"
         )
     if repeated := int(pairs[pairs["qid"].isin(judged["qid"])].duplicated().sum()):
-        warn(f"calibrate dropped {repeated:,} duplicate results: each document counts once, with its best score")
+        warn(f"calibrate counts each document once, with its best score: {repeated:,} results are duplicates")
 
 
 def _logistic(scores: np.ndarray, relevant: np.ndarray) -> dict[str, Any]:
