@@ -778,7 +778,7 @@ def test_calibration_rows(new):
     qrels = best_documents(new)
     expected = new.calibrate(RESULTS, qrels).calibration
     repeated = pd.concat([RESULTS.merge(qrels[["qid", "docno"]]), RESULTS])
-    with pytest.warns(UserWarning, match="calibrate counts each document once, with its best score: 8 results are duplicates"):
+    with pytest.warns(UserWarning, match="each document once, with its best score: 8 results are duplicates"):
         found = new.calibrate(repeated, qrels).calibration
     assert found.slope == pytest.approx(expected.slope)
     assert (found.documents, found.relevant) == (64, 8)
