@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ir_measures
 import numpy as np
 import pandas as pd
 import pyterrier as pt
@@ -19,7 +20,7 @@ import torch
 from conftest import WORDS, make_part, run_together
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ir_measures import RR
+from ir_measures import RR, nDCG
 from pandas.testing import assert_frame_equal
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -35,7 +36,18 @@ from transformers import (
     ViTConfig,
 )
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, explain, fit_grid, fit_sequences, losses, report
+from pyterrier_msft import (
+    Contrastive,
+    Distillation,
+    MonoCE,
+    Stage,
+    explain,
+    fit_grid,
+    fit_sequences,
+    losses,
+    report,
+    teachers,
+)
 from pyterrier_msft.data.groups import Groups
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.texts import TextSource
@@ -1132,6 +1144,120 @@ def test_report_arguments(tmp_path):
     with pytest.raises(ValueError, match="qrels must have the columns"):
         report(rr, topics, topics, [RR], path=tmp_path / "page.html")
     assert not [*tmp_path.iterdir()]
+
+
+REPORT, OTHERS = make_part("te", n_queries=12, seed=3), make_part("va", n_queries=8, seed=2)
+REPORT_TOPICS = REPORT.results[["qid", "query"]].drop_duplicates()
+REPORT_BETTER = REPORT.results.assign(score=REPORT.results["quality"] - REPORT.results["rank"] / 100)
+
+
+@row
+def test_report_of_other_queries(tmp_path):
+    perquery = pt.Experiment(
+        [REPORT.results, REPORT_BETTER], REPORT_TOPICS, REPORT.qrels, [RR], names=["a", "b"], perquery=True
+    )
+    others = OTHERS.results[["qid", "query"]].drop_duplicates()
+    path = tmp_path / "page.html"
+    with pytest.raises(ValueError, match=r"values for the 8 topics .*; got 12 other queries and 8 topics without"):
+        report(perquery, others, OTHERS.qrels, [RR], path=path)
+    with pytest.raises(ValueError, match=r"values for the 12 topics .*; got 0 other queries and 2 topics without"):
+        report(
+            perquery[~perquery["qid"].isin(REPORT_TOPICS["qid"].head(2))], REPORT_TOPICS, REPORT.qrels, [RR], path=path
+        )
+    with pytest.raises(ValueError, match=r"values for the 11 topics .*; got 1 other queries and 0 topics without"):
+        report(perquery, REPORT_TOPICS.head(11), REPORT.qrels, [RR], path=path)
+    assert not path.exists()
+    assert report(perquery, REPORT_TOPICS, REPORT.qrels, [RR], path=path).is_file()
+
+
+@row
+def test_report_with_contradictory_qrels(tmp_path):
+    clean = report(
+        {"a": REPORT.results, "b": REPORT_BETTER},
+        REPORT_TOPICS,
+        REPORT.qrels,
+        [nDCG @ 5],
+        path=tmp_path / "clean.html",
+        command="x",
+    )
+    both = pd.concat([REPORT.qrels, REPORT.qrels.head(5).assign(label=0), REPORT.qrels.tail(1)])
+    with pytest.warns(UserWarning, match="qrels have 5 documents with two labels: the higher one is used"):
+        page = report(
+            {"a": REPORT.results, "b": REPORT_BETTER},
+            REPORT_TOPICS,
+            both,
+            [nDCG @ 5],
+            path=tmp_path / "both.html",
+            command="x",
+        )
+    assert page.read_bytes() == clean.read_bytes()
+    with pytest.raises(ValueError, match=r"labels must be whole numbers, which measures need; got 1\.5"):
+        report(
+            {"a": REPORT.results, "b": REPORT_BETTER},
+            REPORT_TOPICS,
+            REPORT.qrels.assign(label=1.5),
+            [RR],
+            path=tmp_path / "c.html",
+        )
+
+
+@row
+def test_report_without_some_results(tmp_path):
+    half = REPORT_BETTER[REPORT_BETTER["qid"].isin(REPORT_TOPICS["qid"].head(7))]
+    match = "^systems: 'b', seed 3, has no results for 5 of 12 judged queries, e.g. 'te"
+    systems = {"a": REPORT.results, "b": {3: half, 4: REPORT_BETTER}}
+    with pytest.warns(UserWarning, match=match) as caught:
+        report(systems, REPORT_TOPICS, REPORT.qrels, [RR], path=tmp_path / "page.html")
+    assert sum("no results" in str(each.message) for each in caught) == 1
+
+
+@row
+def test_report_names_that_collide(tmp_path):
+    systems = {1: REPORT.results, "1": REPORT_BETTER, "c": REPORT.results}
+    with pytest.raises(ValueError, match="systems must have names that differ as text; got 1 and '1'"):
+        report(systems, REPORT_TOPICS, REPORT.qrels, [RR], path=tmp_path / "page.html")
+    perquery = pt.Experiment(
+        [REPORT.results, REPORT_BETTER], REPORT_TOPICS, REPORT.qrels, [RR], names=["1", "0"], perquery=True
+    )
+    perquery["name"] = perquery["name"].astype(int)
+    page = report(perquery, REPORT_TOPICS, REPORT.qrels, [RR], baseline=0, path=tmp_path / "page.html").read_text()
+    assert "Differences from 0" in page
+
+
+@row
+@pytest.mark.parametrize("name", ["id", "query_id", "qid", "docno", "doc_ids", "passage-id", "queryId", "corpusid"])
+def test_mined_ids(name):
+    frame = pd.DataFrame({name: ["q1"], "query": ["what is x"], "positive": ["x is y"], "negative": ["no z"]})
+    with pytest.raises(ValueError, match=f"dataset must have texts instead of ids; got the column '{name}'"):
+        teachers.read_hard_negatives(frame)
+
+
+@row
+def test_mined_conflicts():
+    texts = pd.DataFrame({"query": ["q"], "idea": ["x is y"], "grid": ["no z"]})
+    assert len(teachers.read_hard_negatives(texts)[0]) == 2
+    with pytest.warns(UserWarning, match="no passage of dataset has a space, e.g. 'd1'"):
+        teachers.read_hard_negatives(pd.DataFrame({"query": ["q1"], "positive": ["d1"], "negative": ["d7"]}))
+    scored = pd.DataFrame({"q": ["a b"] * 3, "passage": ["p q", "p q", "r s"], "score": [0.9, 0.1, 0.5]})
+    with pytest.warns(UserWarning, match="dataset has 1 pair of a query and a passage with several scores: the first"):
+        results, _ = teachers.read_hard_negatives(scored)
+    assert results["score"].tolist() == [0.9, 0.5]
+    labelled = scored.rename(columns={"score": "label"}).assign(label=[0, 1, 0])
+    with pytest.warns(
+        UserWarning, match="1 pair of a query and a passage with several labels: the highest one is used"
+    ):
+        _, qrels = teachers.read_hard_negatives(labelled)
+    assert qrels["label"].tolist() == [1]
+
+
+@row
+def test_metric_without_a_value():
+    nothing = ir_measures.define_byquery(lambda qrels, run: float("nan"), name="Nothing")
+    with pytest.raises(ValueError, match="metric must have a value for the validation queries; got NaN of Nothing"):
+        fit_grid(
+            MonoCE("nobody/nothing"), Stage(SHORT, RESULTS, QRELS), {"n_negatives": [3]},
+            validation=(OTHERS.results, OTHERS.qrels), metric=nothing,
+        )  # fmt: skip
 
 
 @row

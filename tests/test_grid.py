@@ -299,3 +299,22 @@ def test_clone_with_a_fitter(ce):
     assert other.fingerprint == ce.fingerprint
     with pytest.raises(ValueError, match="fitter must be an object; got the class Contrastive"):
         ce.clone(fitter=Contrastive)
+
+
+@pytest.mark.filterwarnings("ignore:.*gives random")
+def test_values_that_look_the_same(start, train_part, dev):
+    part = train_part.results[train_part.results["qid"].isin([f"tr{i}" for i in range(16)])]
+    fitter = Distillation(depth=8, max_steps=1, learning_rate=1e-2, batch_size=8)
+    two = [part, part.assign(score=part["quality"] - part["rank"] / 100)]
+    found = fit_grid(start, Stage(fitter, part), {"teacher": two}, validation=dev, metric=RR)
+    assert found.table["teacher"].tolist() == ["<128 rows> (1)", "<128 rows> (2)"]
+    assert f"teacher={found.table['teacher'][int(found.table['RR'].argmax())]};" in repr(found)
+    assert [tick.get_text() for tick in plots.grid(found).get_xticklabels()] == ["<128 rows> (1)", "<128 rows> (2)"]
+
+
+def test_a_start_that_cannot_be_scored_is_refused_before_training(start, stage, dev, monkeypatch):
+    ce = start.clone().fit(stage.results, stage.qrels, fitter=CL)
+    ce.set_parameter("fitter", CL)  # transform needs a fit
+    monkeypatch.setattr(MonoCE, "fit", lambda *args, **options: pytest.fail("trained"))
+    with pytest.raises(ValueError, match="fit is required after set_parameter"):
+        fit_grid(ce, stage, {"n_negatives": [3]}, validation=dev)

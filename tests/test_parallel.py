@@ -67,7 +67,9 @@ def test_an_overwritten_folder(trained, train_part, tmp_path):
     assert other.fingerprint == trained.fingerprint
     late = pickle.loads(named)
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"must hold the weights that were pickled, {trained.fingerprint}"):
+        with pytest.raises(
+            ValueError, match=f"must hold the weights and the tokenizer that were pickled, {trained.fingerprint}"
+        ):
             late(train_part.results)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
+import torch
 from conftest import make_part, write_tiny_bert
 from ir_measures import RR, nDCG
 from scipy import stats
@@ -243,3 +244,18 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     with pytest.raises(ImportError, match=r'report needs the extra \[plot\]: pip install "pyterrier-msft\[plot\]"'):
         report({"a": BASE, "b": BETTER}, TOPICS, QRELS, [RR])
+
+
+@pytest.mark.filterwarnings("ignore:.*gives random")
+def test_digest_of_the_evaluated_weights(backbone, tmp_path):
+    part = make_part("tr", n_queries=16, seed=1)
+    ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu")
+    ce.fit(part.results, part.qrels, fitter=Contrastive(n_negatives=3, max_steps=1, warmup=0, learning_rate=1e-2))
+    old = ce.fingerprint
+    with torch.no_grad():
+        ce.cross_encoder.network.classifier.weight.mul_(-1)
+    systems = {"a": BASE, "b": pt.Transformer.from_df(BASE) >> ce}
+    page = report(systems, TOPICS, QRELS, [RR], path=tmp_path / "page.html").read_text()
+    assert ce.fingerprint != old
+    assert ce.fingerprint in page
+    assert old not in page

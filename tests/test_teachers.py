@@ -707,3 +707,21 @@ def test_fit_with_files(ce, train_part, tmp_path):
     assert (ce.data_report.groups, ce.data_report.documents) == (64, 512)
     ce.fit(*teachers.read_labelled_passages(write(tmp_path / "cl.jsonl", *labelled)), fitter=Contrastive(**quick))
     assert (ce.data_report.groups, ce.data_report.documents) == (64, 512)
+
+
+@pytest.mark.filterwarnings("ignore:re-ranking")
+def test_cached_pipelines_know_their_weights(backbone, train_part, tmp_path):
+    results, qrels = train_part.results.head(128), train_part.qrels
+    short = Contrastive(n_negatives=3, max_steps=1, warmup=0, learning_rate=1e-2, batch_size=8)
+    ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu").fit(results, qrels, fitter=short)
+    pipeline = pt.apply.generic(lambda frame: frame) >> ce
+    cached = teachers.cached(pipeline, tmp_path)
+    before = cached(results)["score"]
+    np.testing.assert_allclose(before, pipeline(results)["score"], atol=1e-6)
+    ce.fit(results, qrels, fitter=short)
+    after = cached(results)["score"]
+    assert not np.allclose(before, after)
+    np.testing.assert_allclose(after, pipeline(results)["score"], atol=1e-6)
+    ce.interpolate = 2.0
+    for frame in (results, results.assign(score=results["score"] * 3)):
+        np.testing.assert_allclose(cached(frame)["score"], pipeline(frame)["score"], atol=1e-5)
