@@ -138,10 +138,11 @@ class Study:
             train = self.candidates(fold.train.sample(size, random_state=seed))
             ce.fit(train, fold.train_qrels, fitter=Contrastive(n_negatives=3, dropout=0.0, seed=seed))
             print(ce.data_report, flush=True)
-            alone = ce.apply_attributes(interpolate=False)(test)
+            both = ce(test)
+            alone = both.assign(score=both["score"] - ce.first_stage_weight * both["first_stage_score"])
             weight = ce.first_stage_weight * spread(test) / spread(alone)  # in standard deviations of both scores
             self._append(self.weights_path, [recipe, size, seed, number, "weight"], pd.DataFrame({"value": [weight]}))
-            self._save(recipe, size, seed, number, {ALONE: alone, INTERPOLATED: ce(test)})
+            self._save(recipe, size, seed, number, {ALONE: alone, INTERPOLATED: both})
 
     def _distil(self, seed: int) -> MonoCE:
         """Distil the teacher's rankings for the made queries; once per seed."""

@@ -11,7 +11,7 @@ import pandas as pd
 from ir_measures import nDCG
 
 from pyterrier_msft.algebra import weighted_sum
-from pyterrier_msft.data.mixture import TrainingResults
+from pyterrier_msft.data.mixture import TrainingResults, as_sources
 from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.data.validation import validation_frames
 from pyterrier_msft.fitting import StageData, ValidationFrames, fit_stages, stages_to_resume
@@ -60,6 +60,11 @@ class Scored:
 
     data: Validation
     scores: np.ndarray
+
+    @classmethod
+    def by(cls, model: CrossEncoder, encoder: PairEncoder, data: Validation) -> "Scored":
+        """Score the results."""
+        return cls(data, data.score(model.network, encoder, model.dtype))
 
     @property
     def spread(self) -> float:
@@ -132,9 +137,11 @@ def candidates_of(results: TrainingResults, qrels: pd.DataFrame | None, texts: T
     Raises:
         ValueError: If the results have no scores, or the labels aren't whole numbers.
     """
-    if not isinstance(results, pd.DataFrame) or qrels is None:
-        is_list = isinstance(results, list | tuple)
-        found = "several sources" if is_list else "without qrels" if qrels is None else "in a file"
+    sources = as_sources(results, qrels)
+    is_mixture = len(sources) > 1 or sources[0].weight != 1
+    results, qrels = sources[0].results, sources[0].qrels
+    if is_mixture or not isinstance(results, pd.DataFrame) or qrels is None:
+        found = "several or weighted sources" if is_mixture else "without qrels" if qrels is None else "in a file"
         warn(
             f"no weight is chosen for the first stage's score: the training results are {found}, and there are no "
             "validation results. Pass these, call fit again with labels, or set a number as interpolate"
@@ -195,6 +202,31 @@ def _without(data: StageData, qids: set[str]) -> StageData:
     return StageData(weighted_sum(zip(weights, fitters, strict=True)), tuple(parts))
 
 
+@dataclass(frozen=True)
+class CrossValidation:
+    """Halves of the queries, each scored by a copy of the model that was trained on the other half."""
+
+    scored: list[Scored]
+    shrinkage: float  # of the spread of scores, from queries that a model was trained on to others
+
+
+def _cross_validate(
+    model: CrossEncoder, encoders: Sequence[PairEncoder], prepared: Sequence[StageData], stages: list[StageRecord], *,
+    held_out: HeldOut, parts: Sequence[Validation], scorer: PairEncoder, checkpoint_dir: Path | None, verbose: bool,
+) -> CrossValidation:  # fmt: skip
+    """Train a copy of the model without each half of the queries, and score the half; see `fit_reranker`."""
+    scored, shrinkage = [], []
+    for number, qids in enumerate(held_out.parts):
+        copy, rest = model.clone(), [_without(data, qids) for data in prepared]
+        folder = None if checkpoint_dir is None else checkpoint_dir / f"half-{number + 1}"
+        fit_stages(copy, encoders, rest, [*stages], validation=None, checkpoint_dir=folder, verbose=verbose)
+        scored.append(Scored.by(copy, scorer, parts[number]))
+        seen = Scored.by(copy, scorer, parts[1 - number].sample(SPREAD_QUERIES))
+        shrinkage.append(scored[-1].spread / seen.spread)
+        del copy  # before the next one is made
+    return CrossValidation(scored, float(np.mean(shrinkage)))
+
+
 def fit_reranker(
     model: CrossEncoder, encoders: Sequence[PairEncoder], prepared: Sequence[StageData], stages: list[StageRecord], *,
     interpolate: bool | float, scorer: PairEncoder, held_out: HeldOut | None, validation: ValidationFrames | None,
@@ -220,12 +252,7 @@ def fit_reranker(
     metric = prepared[-1].settings.metric or nDCG @ 10
     before: float | None = None  # the metric of the re-ranker before training
     parts: list[Validation] = []  # what chooses the weight
-    halves: list[Scored] = []
-    shrinkage: list[float] = []  # of the spread, from queries that a model was trained on to others
-
-    def score(model: CrossEncoder, data: Validation) -> Scored:
-        return Scored(data, data.score(model.network, scorer, model.dtype))
-
+    halves: CrossValidation | None = None
     if held_out is not None:
         resumed = stages_to_resume(stages, checkpoint_dir, len(prepared))
         _warn_of_earlier_labels(stages[: len(stages) - len(resumed)])
@@ -233,13 +260,10 @@ def fit_reranker(
         if len(parts) == 1:
             prepared = [data.without(held_out.parts[0]) for data in prepared]
         else:
-            for part, qids in enumerate(held_out.parts):
-                copy, rest = model.clone(), [_without(data, qids) for data in prepared]
-                folder = None if checkpoint_dir is None else checkpoint_dir / f"half-{part + 1}"
-                fit_stages(copy, encoders, rest, [*stages], validation=None, checkpoint_dir=folder, verbose=verbose)
-                halves.append(score(copy, parts[part]))
-                shrinkage.append(halves[-1].spread / score(copy, parts[1 - part].sample(SPREAD_QUERIES)).spread)
-                del copy  # before the next one is made
+            halves = _cross_validate(
+                model, encoders, prepared, stages, held_out=held_out, parts=parts, scorer=scorer,
+                checkpoint_dir=checkpoint_dir, verbose=verbose,
+            )  # fmt: skip
     elif interpolate is True and validation is not None:
         parts = [_affordable(Validation(*validation, metric), MAX_PAIRS)]
         if stages and stages[-1].interpolation:
@@ -254,11 +278,12 @@ def fit_reranker(
     if not parts:
         return
     try:
-        if halves:
-            spread = float(np.mean([score(model, data.sample(SPREAD_QUERIES)).spread for data in parts]))
-            choice = choose_weight(halves, metric, spread=spread * float(np.mean(shrinkage)))
+        if halves is not None:
+            trained = [Scored.by(model, scorer, data.sample(SPREAD_QUERIES)).spread for data in parts]
+            spread = float(np.mean(trained)) * halves.shrinkage
+            choice = choose_weight(halves.scored, metric, spread=spread)
         else:
-            unseen = score(model, parts[0])
+            unseen = Scored.by(model, scorer, parts[0])
             choice = choose_weight([unseen], metric, spread=unseen.spread)
     except BaseException:
         stages[-1].interrupted = stages[-1].updates  # so that a repeated call resumes here

@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["BM25"]
 
 K1, B = 0.9, 0.4  # the parameters of Anserini and of PISA
-WORD = re.compile(r"[^\W_]+")
+JOINERS = "\u200c\u200d"  # within words of Persian and of Indic scripts
 DOCNOS = "docnos.json"
 
 
@@ -33,7 +35,7 @@ class BM25(pt.Transformer):
 
     The scores are those of Lucene's BM25 with Anserini's parameters, k1 = 0.9 and b = 0.4. Words are sequences of
     letters and digits in lower case, without bm25s' 179 English stop words ("english_plus"), and stemmed by Snowball's
-    English stemmer.
+    English stemmer. It isn't for scripts without spaces between words, such as Chinese and Thai: use Terrier for these.
 
     The index is in memory, for up to some hundred thousand documents. For more, use PISA or Terrier.
 
@@ -169,7 +171,8 @@ def _fields(document: Mapping[Any, Any]) -> tuple[str, str]:
 
 def _words(text: str) -> list[str]:
     stop_words = _stop_words()
-    return [word for word in WORD.findall(text.lower()) if word not in stop_words]
+    text = unicodedata.normalize("NFC", text).lower()  # a letter and its accent may be one character or two
+    return [word for word in _word().findall(text) if word not in stop_words]
 
 
 def _engine() -> Any:
@@ -180,6 +183,17 @@ def _engine() -> Any:
         raise ImportError('BM25 needs the extra [demo]: pip install "pyterrier-msft[demo]"') from error
     logging.getLogger(bm25s.__name__).setLevel(logging.WARNING)  # bm25s sets DEBUG, which every handler would print
     return bm25s
+
+
+@lru_cache(maxsize=1)
+def combining_marks() -> str:
+    """Return the characters that add accents and vowel signs to a letter; to Python, they aren't in `\\w`."""
+    return "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in {"Mn", "Mc"})
+
+
+@lru_cache(maxsize=1)
+def _word() -> re.Pattern[str]:
+    return re.compile(rf"[^\W_]+(?:[{JOINERS}{combining_marks()}]+[^\W_]*)*")
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from pyterrier_msft.calibration import CalibrationMixin
 from pyterrier_msft.data.frames import FIRST_STAGE_SCORE, first_stage_scores, with_scores
 from pyterrier_msft.data.mixture import TrainingResults
 from pyterrier_msft.data.report import DataReport
-from pyterrier_msft.data.texts import TextSource
+from pyterrier_msft.data.texts import TextSource, check_text_source
 from pyterrier_msft.data.validation import validation_frames, warn_of_mixed_scores, warn_of_shared_queries
 from pyterrier_msft.fitters import Contrastive, Fitter
 from pyterrier_msft.fitting import prepare_stage
@@ -109,35 +109,26 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
         true: str | None = None, false: str | None = None, verbose: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_number("max_length", max_length, integer=True, required=True)
-        check_number("max_query_length", max_query_length, integer=True)
-        if not isinstance(interpolate, bool):
-            check_number("interpolate", interpolate, minimum_zero=True, required=True)
-        check_number("passages", passages, integer=True, required=True)
-        check_number("batch_size", batch_size, integer=True)
-        check_number("seed", seed, integer=True, minimum_zero=True, required=True)
-        if not isinstance(text_field, str) or text_field in RESULT_COLUMNS:
-            raise ValueError(
-                f"text_field must be the name of a column of text; got {text_field!r}. Join several columns first, "
-                "e.g. with pt.apply.text(lambda row: row['title'] + ' ' + row['body'])"
-            )
-        TextSource(text_field, text)  # checks it
-        self.cross_encoder = CrossEncoder(
-            model, adapter=adapter, dtype=dtype, device=device, seed=seed, revision=revision,
-            trust_remote_code=trust_remote_code, relevant=relevant, template=template, true=true, false=false,
-        )  # fmt: skip
-        self.fitter = None if fitter is None else check_fitter(fitter)
+        self.fitter = fitter
         self.text_field = text_field
         self.text = text
         self.max_length = max_length
         self.max_query_length = max_query_length
-        self.interpolate = interpolate if isinstance(interpolate, bool) else float(interpolate)
+        self.interpolate = interpolate
         self.passages = passages
         self.batch_size = batch_size
         self.verbose = verbose
+        check_number("seed", seed, integer=True, minimum_zero=True, required=True)
+        self.cross_encoder = CrossEncoder(
+            model, adapter=adapter, dtype=dtype, device=device, seed=seed, revision=revision,
+            trust_remote_code=trust_remote_code, relevant=relevant, template=template, true=true, false=false,
+        )  # fmt: skip
         self.stages: list[StageRecord] = []  # one per stage of training
         # The fitters before and after `set_parameter`, until `fit`.
         self._replaced_fitter: tuple[Any, Any] | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _checked_setting(name, value))
 
     # ---- scoring
 
@@ -273,9 +264,6 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
     def set_parameter(self, name: str, value: Any) -> None:
         """Set an attribute by name, as `pt.GridScan` does. After a change of the fitter, `transform` needs a `fit`."""
         before, replaced = self.fitter, self._replaced_fitter
-        is_setting = name in (MonoCE.__init__.__kwdefaults__ or {}) and name not in WEIGHTS_SETTINGS
-        if is_setting and hasattr(self, name):
-            value = getattr(MonoCE(**{"dtype": self._dtype, "device": self._device, name: value}), name)  # checks it
         super().set_parameter(name, value)
         if name == "fitter":
             original = replaced[0] if replaced is not None and replaced[1] is before else before
@@ -355,11 +343,12 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
         """Copy the re-ranker with other settings, for `pt.inspect`; those that determine the weights can't change."""
         if fixed := sorted(WEIGHTS_SETTINGS & settings.keys()):
             raise ValueError(f"{fixed[0]} must stay the same; got {settings[fixed[0]]!r}. Make a new MonoCE with it")
-        MonoCE(**{"dtype": self._dtype, "device": self._device, **settings})  # checks them
+        MonoCE(**{"dtype": self._dtype, "device": self._device, **settings})  # checks their names, dtype and device
         other = self.clone()
         other.cross_encoder.requested_dtype = settings.pop("dtype", self._dtype)
         other.cross_encoder.requested_device = settings.pop("device", self._device)
-        other.__dict__.update(settings)
+        for name, value in settings.items():
+            setattr(other, name, value)
         return other
 
     def _with_model(self, cross_encoder: CrossEncoder) -> "MonoCE":
@@ -371,3 +360,32 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
         """Share the weights and the history of another re-ranker; keep this one's settings."""
         self.cross_encoder.take_weights(other.cross_encoder)
         self.stages, self.calibration = other.stages, other.calibration
+
+
+def _checked_setting(name: str, value: Any) -> Any:
+    """Check the value of an attribute, when a re-ranker is made or later; return it in the form to keep.
+
+    Raises:
+        AttributeError: If assignment can't change the setting.
+        ValueError: If the value is wrong.
+    """
+    if name in {"model", "dtype", "device"}:
+        hint = "" if name == "model" else f", or a copy: ce.apply_attributes({name}={value!r})"
+        raise AttributeError(f"{name} of a MonoCE can't be assigned; got {value!r}. Make a new one with it{hint}")
+    if name in {"max_length", "passages"}:
+        check_number(name, value, integer=True, required=True)
+    elif name in {"max_query_length", "batch_size"}:
+        check_number(name, value, integer=True)
+    elif name == "interpolate" and not isinstance(value, bool):
+        check_number(name, value, minimum_zero=True, required=True)
+        return float(value)
+    elif name == "fitter" and value is not None:
+        return check_fitter(value)
+    elif name == "text":
+        check_text_source(value)
+    elif name == "text_field" and (not isinstance(value, str) or value in RESULT_COLUMNS):
+        raise ValueError(
+            f"text_field must be the name of a column of text; got {value!r}. Join several columns first, "
+            "e.g. with pt.apply.text(lambda row: row['title'] + ' ' + row['body'])"
+        )
+    return value

@@ -1,8 +1,6 @@
 """Training data without labels: queries made from a corpus, and a teacher that needs no LLM and no training."""
 
 import re
-import sys
-import unicodedata
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from pyterrier_msft.data.frames import as_texts
+from pyterrier_msft.lexical import JOINERS, combining_marks
 from pyterrier_msft.model.loading import quiet_transformers
 from pyterrier_msft.model.precision import autocast, resolve_device, resolve_dtype
 from pyterrier_msft.training.hyperparameters import check_number
@@ -29,7 +28,6 @@ UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
 CHARACTERS_PER_WORD = 2  # of these scripts, roughly
-JOINERS = "\u200c\u200d"  # within words of Persian and of Indic scripts
 
 
 def make_queries(
@@ -77,9 +75,7 @@ def make_queries(
 
 @lru_cache(maxsize=1)
 def _word() -> re.Pattern[str]:
-    """Return the pattern of a word, which has combining marks, e.g. vowel signs; to Python, they aren't in `\\w`."""
-    marks = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in {"Mn", "Mc"})
-    return re.compile(rf"\w[\w{JOINERS}{marks}]*")
+    return re.compile(rf"\w[\w{JOINERS}{combining_marks()}]*")
 
 
 def _count_words(text: str) -> int:

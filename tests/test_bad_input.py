@@ -639,6 +639,7 @@ def test_class_as_fitter():
         lambda: MonoCE(max_length="256"),
         lambda: MonoCE(seed="a"),
         lambda: MonoCE().set_parameter("interpolate", -1),
+        lambda: setattr(MonoCE(), "max_length", 0),
     ],
 )
 def test_invalid_settings(make):
@@ -671,6 +672,13 @@ def test_invalid_settings(make):
 def test_invalid_sums(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@row
+@pytest.mark.parametrize("name", ["model", "dtype", "device", "seed", "template"])
+def test_assigned_fixed_settings(scorer, name):
+    with pytest.raises(AttributeError, match=name):
+        setattr(scorer, name, "bfloat16")
 
 
 @row

@@ -131,6 +131,8 @@ def test_the_weight_must_be_known(backbone, test):
             new(backbone, interpolate=wrong)
         with pytest.raises(ValueError, match="interpolate must be"):
             ce.set_parameter("interpolate", wrong)
+        with pytest.raises(ValueError, match="interpolate must be"):
+            ce.interpolate = wrong
     assert ce.interpolate is True
     ce.set_parameter("interpolate", 1)
     assert ce.first_stage_weight == 1.0

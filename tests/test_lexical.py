@@ -186,3 +186,17 @@ def test_a_repeated_docno_is_refused():
     documents = [{"docno": "a", "text": "one"}, {"docno": "b", "text": "two"}, {"docno": "a", "text": "three"}]
     with pytest.raises(ValueError, match=r"distinct docnos; got 3 documents with 2 docnos, e.g. 'a'"):
         BM25(documents)
+
+
+@pytest.mark.parametrize(
+    ("text", "query", "part"),
+    [
+        ("यह हिन्दी की किताब है", "किताब", "क"),  # vowel signs
+        ("cafe\u0301 noir", "caf\u00e9", "e"),  # an accent in one character or two
+        ("می\u200cخواهم بروم", "می\u200cخواهم", "می"),  # a joiner
+    ],
+)
+def test_letters_keep_their_marks(text, query, part):
+    bm25 = BM25([{"docno": "a", "text": text}, {"docno": "b", "text": "other words"}])
+    assert bm25.search(query)["docno"].tolist() == ["a"]
+    assert not len(bm25.search(part))

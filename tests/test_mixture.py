@@ -222,8 +222,17 @@ def test_a_frame_and_a_file(ce, first, other, tmp_path):
 
 def test_no_weight_of_the_first_stage_is_chosen(backbone, first, other):
     ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu", interpolate=True)
-    with pytest.warns(UserWarning, match="no weight is chosen .*: the training results are several sources"):
+    with pytest.warns(UserWarning, match="no weight is chosen .*: the training results are several or weighted"):
         ce.fit([(first.results, first.qrels), (other.results, other.qrels)], fitter=BRIEF)
+
+
+def test_a_single_source_chooses_the_weight_of_the_first_stage(backbone):
+    part = make_part("one", n_queries=24, seed=3)
+    ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu", interpolate=True)
+    as_list, apart = ce.clone(), ce
+    as_list.fit([(part.results, part.qrels)], fitter=BRIEF)
+    apart.fit(part.results, part.qrels, fitter=BRIEF)
+    assert as_list.first_stage_weight == apart.first_stage_weight is not None
 
 
 def test_a_sum_of_fitters(ce, first, other):

@@ -81,6 +81,15 @@ def test_training_continues_in_the_other_process(trained, train_part):
     assert sent(other)[0].fingerprint == other.fingerprint
 
 
+def test_a_reranker_saved_untrained_is_trained_later(backbone, train_part, tmp_path):
+    MonoCE(backbone, **SETTINGS).save(tmp_path / "new")
+    ce = MonoCE.load(tmp_path / "new")
+    assert ce.cross_encoder.head_is_new
+    ce.fit(train_part.results, train_part.qrels, fitter=FIT).save(tmp_path / "trained")
+    other, _ = sent(ce)
+    assert not other.cross_encoder.head_is_new
+
+
 def test_a_model_in_memory_is_pickled_with_its_tokenizer(trained, dev_part, tmp_path):
     trained.save(tmp_path / "model")
     network = MonoCE(str(tmp_path / "model"), **SETTINGS).cross_encoder.network

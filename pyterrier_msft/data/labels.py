@@ -237,10 +237,7 @@ def from_teacher(
             key[is_missing & is_known[rankings.query]] = -np.inf
         ranked = in_top & ~np.isnan(key)
         if keep_scores:
-            require(np.isfinite(key[ranked]), key[ranked], "teacher scores must be finite numbers")
-            key[ranked] = scale_scores(key[ranked], rankings.query[ranked], scale)
-            if probabilities:
-                check_probabilities(key[ranked])
+            key[ranked] = _scaled(key[ranked], rankings.query[ranked], scale, probabilities=probabilities)
         lower, tied, others = _count_others(rankings.query, key, ranked)
         # A query without any preference between two documents can't be learned from.
         has_preference = rankings.queries_with(lower > 0)[rankings.query]
@@ -263,6 +260,15 @@ def from_teacher(
         why = explain_mismatch(unmatched_sample, ranking, "the teacher's ranking", by_document=False)
         raise ValueError(f"teacher must rank documents of the results; got none in common: {why}")
     return builder.build(sampling), replace(report, tied_labels=n_tied / max(1, n_pairs))
+
+
+def _scaled(scores: np.ndarray, query: np.ndarray, scale: str | None, *, probabilities: bool) -> np.ndarray:
+    """Check a teacher's scores, and scale them among each query's documents."""
+    require(np.isfinite(scores), scores, "teacher scores must be finite numbers")
+    scaled = scale_scores(scores, query, scale)
+    if probabilities:
+        check_probabilities(scaled)
+    return scaled
 
 
 def has_only_ranks(ranking: pd.DataFrame) -> bool:

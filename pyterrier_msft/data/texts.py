@@ -20,19 +20,21 @@ MIN_LOOKUPS_FOR_CHECK = 32  # if none of so many documents has a text, the sourc
 NEEDED_TEXTS = "text source must have all documents of the results, and of the qrels with add_missing_positives=True"
 
 
+def check_text_source(source: Any) -> None:
+    """Raise a ValueError unless a source can load texts; None is no source."""
+    if source is not None and not callable(getattr(source, "text_loader", None)):
+        raise ValueError(
+            f"text must have a method text_loader(), as PyTerrier's datasets and indexes do; got "
+            f"{type(source).__name__}. Texts in a frame are added to a pipeline with pt.apply.text(...)"
+        )
+
+
 @dataclass(frozen=True)
 class TextSource:
     """Looks up the texts of documents where results don't have them."""
 
     field: str  # the column of texts
     source: Any = None  # with `.text_loader()`, e.g. a dataset or an index; None if all results have the column
-
-    def __post_init__(self) -> None:
-        if self.source is not None and not callable(getattr(self.source, "text_loader", None)):
-            raise ValueError(
-                f"text must have a method text_loader(), as PyTerrier's datasets and indexes do; got "
-                f"{type(self.source).__name__}. Texts in a frame are added to a pipeline with pt.apply.text(...)"
-            )
 
     def check_and_add_to(
         self, results: pd.DataFrame, *, context: pt.Transformer, extra_columns: Sequence[str] = ()

@@ -40,7 +40,8 @@ class Contrastive(Fitter):
             or "log", where the weight of the k-th possible negative is 1 / log2(1 + skip + k).
         n_random: Maximum number of further negatives per group, drawn uniformly from the documents of all other groups:
             what the first stage found for other queries, and their relevant documents. Never one that is relevant to
-            the query or in its own top `depth`. Of several sources, each has its own documents and labels.
+            the query or in its own top `depth`; `judge` doesn't check them. Of several sources, each has its own
+            documents and labels.
         min_relevance: Minimum label of a relevant document.
         add_missing_positives: Whether to add relevant documents that the first stage missed, with texts from
             `MonoCE(..., text=...)`.

@@ -267,7 +267,7 @@ class CrossEncoder:
     def mark_saved(self, folder: Path) -> None:
         """Record that the weights can be loaded from a folder, so that a pickle needn't contain them."""
         if not self.has_adapter and self.relevant is None:
-            self._source = str(folder)
+            self._source, self.was_saved_untrained = str(folder), False  # the folder has its own record
 
     def write(self, folder: Path, *, max_length: int, merged: bool) -> str:
         """Write weights and tokenizer into a folder and return the fingerprint of what was written.
