@@ -1,6 +1,5 @@
 """Probabilities of relevance that follow from a re-ranker's scores."""
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 
-from pyterrier_msft.data.frames import as_ids
 from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.data.validation import validation_frames
+from pyterrier_msft.ids import as_ids
 from pyterrier_msft.notices import warn
 from pyterrier_msft.training.hyperparameters import check_number
 
@@ -147,7 +146,7 @@ def estimate(
     frame, labels = frames
     if reranker.cross_encoder.head_is_new:
         raise ValueError(f"calibrate needs a trained model; got {reranker!r}, whose head is untrained. Call fit first")
-    uncalibrated = copy.copy(reranker)  # shares the weights
+    uncalibrated = reranker.with_model(reranker.cross_encoder)  # shares the weights
     uncalibrated.calibration = None
     _warn_of_left_out(results, frame)
     scored = uncalibrated.transform(frame.rename(columns={"text": reranker.text_field}))

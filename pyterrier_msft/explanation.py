@@ -4,11 +4,12 @@ import pandas as pd
 import pyterrier as pt
 
 from pyterrier_msft.data.frames import as_texts, require_columns
+from pyterrier_msft.pipelines import all_parts_of
 from pyterrier_msft.training.hyperparameters import check_number
 
 
 def explain(
-    reranker: pt.Transformer, results: pd.DataFrame, *, max_words: int | None = None, text_field: str = "text"
+    reranker: pt.Transformer, results: pd.DataFrame, *, max_words: int | None = None, text_field: str | None = None
 ) -> pd.DataFrame:
     """Measure how much the score of a document falls when one of its words is left out.
 
@@ -21,7 +22,7 @@ def explain(
         results: The documents to explain: qid, query, docno and the text, and what else the re-ranker needs.
         max_words: How many words of each document are measured, from its beginning. Set it for long documents, as a
             word that the model doesn't read has no importance. None: all.
-        text_field: The column with the documents' text.
+        text_field: The column with the documents' text. None: the re-ranker's own, or "text" if it names none.
 
     Returns:
         A row for each word, in the order of the documents and of their texts: qid, docno, position (from 0), word, and
@@ -35,6 +36,8 @@ def explain(
         >>> words = explain(ce, results.head(1))
     """
     check_number("max_words", max_words, integer=True)
+    own = (part.text_field for part in all_parts_of(reranker) if hasattr(part, "text_field"))
+    text_field = text_field or next(own, "text")
     require_columns(results, ["qid", "query", "docno", text_field], "results")
     texts = [text.split() for text in as_texts(results[text_field])]
     variants = pd.DataFrame(

@@ -70,6 +70,11 @@ class StageData:
         return {qid for part in self.parts for qid in part.groups.qids}
 
     @property
+    def queries(self) -> set[str]:
+        """The texts of the queries of all parts."""
+        return {query for part in self.parts for query in part.groups.queries}
+
+    @property
     def digest(self) -> str:
         """A digest of the groups of all parts."""
         first, *others = (part.digest for part in self.parts)

@@ -161,7 +161,7 @@ def _try(
     values: list[float] = []
     runs: list[Mapping[str, Any]] = []
     best: MonoCE | None = None
-    for seed in [None] if seeds is None else seeds:
+    for seed in [None] if seeds is None else map(int, seeds):
         start = reranker if seed is None else reranker.reseeded(seed)
         own = stage if seed is None else dataclasses.replace(stage, fitter=stage.fitter.replace(seed=seed))
         trained = fit_sequences(start, {STAGE: own}, [STAGE], validation=judge.frames, save_dir=save_dir)[STAGE]

@@ -172,9 +172,15 @@ class HeldOut:
                 f"{len(qids)}. Pass validation results and qrels, or a number as interpolate"
             )
         np.random.default_rng(0).shuffle(qids)
-        if len(qids) >= MIN_QUERIES_FOR_HOLD_OUT:
-            return cls(frames, [{*qids[:HELD_OUT_QUERIES]}])
-        return cls(frames, [{*qids[::2]}, {*qids[1::2]}])
+        is_large = len(qids) >= MIN_QUERIES_FOR_HOLD_OUT
+        parts = [{*qids[:HELD_OUT_QUERIES]}] if is_large else [{*qids[::2]}, {*qids[1::2]}]
+        for part in (part for data in prepared for part in data.parts):
+            if any(held_out.issuperset(part.groups.qids) for held_out in parts):
+                raise ValueError(
+                    f"{part.fitter.objective} must have queries besides those that are held out for interpolate=True; "
+                    f"got {len(part.groups)} in all. Pass validation results and qrels, or a number as interpolate"
+                )
+        return cls(frames, parts)
 
     def data(self, part: int, metric: Any) -> Validation:
         """Return the results and qrels of a part, or of a sample of its queries."""

@@ -46,8 +46,8 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
     The model reads `[CLS] query [SEP] document [SEP]` and outputs one number (monoBERT: Nogueira and Cho, 2019).
 
     Args:
-        model: A name on the Hugging Face hub, a folder, or a loaded `PreTrainedModel`: a backbone, which gets a new
-            head, or a published cross-encoder; docs/howto/models.md lists the kinds.
+        model: A name on the Hugging Face hub, a folder, or a loaded `PreTrainedModel`, of which `fit` trains a copy: a
+            backbone, which gets a new head, or a published cross-encoder; docs/howto/models.md lists the kinds.
         fitter: What `fit` does. None: `Contrastive()`.
         adapter: A `peft.LoraConfig` or another peft configuration (extra `[lora]`). `fit` then trains the adapter and
             the head only; `save` can merge it.
@@ -242,7 +242,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
                 prepare_stage(stage, topics_or_res_tr, qrels_tr, self._texts, verbose=self.verbose) for stage in fitters
             ]
             if validation is not None:
-                warn_of_shared_queries(validation[0], {qid for data in prepared for qid in data.qids})
+                warn_of_shared_queries(validation[0], {query for data in prepared for query in data.queries})
                 if self.interpolate is not False and topics_or_res_va is not None:
                     warn_of_mixed_scores(topics_or_res_tr, topics_or_res_va)
             held_out = None if candidates is None else HeldOut.of(candidates, prepared)
@@ -327,17 +327,24 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
 
     def clone(self, *, fitter: Fitter | FitterSum | FitterSequence | None = None) -> "MonoCE":
         """Copy the re-ranker with its settings, weights and history; `fitter` replaces its own."""
-        other = self._with_model(self.cross_encoder.clone())
+        other = self.with_model(self.cross_encoder.clone())
         if fitter is not None:
             other.fitter = check_fitter(fitter)
         return other
+
+    def __copy__(self) -> "MonoCE":
+        return self.clone()  # two re-rankers that share weights couldn't tell when the other one is trained
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MonoCE":
         return self.clone()
 
     def reseeded(self, seed: int) -> "MonoCE":
-        """Copy the re-ranker with another seed: a new head gets other random weights; trained weights stay."""
-        return self._with_model(self.cross_encoder.reseeded(seed))
+        """Copy the re-ranker with another seed: a new head or adapter gets other random weights; trained weights stay.
+
+        Raises:
+            ValueError: If the new head was saved in a folder, which has its values.
+        """
+        return self.with_model(self.cross_encoder.reseeded(seed))
 
     def apply_attributes(self, **settings: Any) -> "MonoCE":
         """Copy the re-ranker with other settings, for `pt.inspect`; those that determine the weights can't change."""
@@ -351,15 +358,17 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
             setattr(other, name, value)
         return other
 
-    def _with_model(self, cross_encoder: CrossEncoder) -> "MonoCE":
-        other = copy.copy(self)
+    def with_model(self, cross_encoder: CrossEncoder) -> "MonoCE":
+        """Copy the re-ranker with another cross-encoder, which isn't copied."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
         other.cross_encoder, other.stages = cross_encoder, copy.deepcopy(self.stages)
         return other
 
     def take_weights(self, other: "MonoCE") -> None:
-        """Share the weights and the history of another re-ranker; keep this one's settings."""
+        """Share the weights of another re-ranker, and add the stages of its last fit; keep this one's settings."""
         self.cross_encoder.take_weights(other.cross_encoder)
-        self.stages, self.calibration = other.stages, other.calibration
+        self.stages, self.calibration = self.stages + other.stages[-other.stages[-1].place :], other.calibration
 
 
 def _checked_setting(name: str, value: Any) -> Any:
@@ -369,6 +378,8 @@ def _checked_setting(name: str, value: Any) -> Any:
         AttributeError: If assignment can't change the setting.
         ValueError: If the value is wrong.
     """
+    if isinstance(value, np.number):
+        value = value.item()  # JSON knows only Python's numbers
     if name in {"model", "dtype", "device"}:
         hint = "" if name == "model" else f", or a copy: ce.apply_attributes({name}={value!r})"
         raise AttributeError(f"{name} of a MonoCE can't be assigned; got {value!r}. Make a new one with it{hint}")

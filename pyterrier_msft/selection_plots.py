@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from pyterrier_msft.ids import as_ids
 from pyterrier_msft.plot_style import BLUE, GREY, LIGHT_GREY, MARKERS, VERMILLION, line_style, new_axes, require_columns
 
 if TYPE_CHECKING:
@@ -79,17 +80,23 @@ def reliability(
         ax: The Axes to draw into. None: a new figure.
 
     Raises:
-        ValueError: If a column is missing, no document is relevant, or `min_relevance` isn't positive.
+        ValueError: If a column is missing, a probability isn't a number or a document is repeated, no document is
+            relevant, or `min_relevance` isn't positive.
     """
     if not min_relevance > 0:
         raise ValueError(f"min_relevance must be a positive number; got {min_relevance!r}")
     require_columns(results, ["qid", "docno", "probability"], "results")
     require_columns(qrels, ["qid", "docno", "label"], "qrels")
-    rows = results[results["qid"].astype(str).isin(qrels["qid"].astype(str))]
+    ids, judged = (frame[["qid", "docno"]].apply(as_ids) for frame in (results, qrels))
+    is_judged = ids["qid"].isin(judged["qid"]).to_numpy()
+    pairs, rows = ids[is_judged], results[is_judged]
     p = rows["probability"].to_numpy(dtype=np.float64)
-    positives = qrels.loc[qrels["label"] >= min_relevance, ["qid", "docno"]].astype(str)
-    pairs = pd.MultiIndex.from_frame(rows[["qid", "docno"]].astype(str))
-    y = pairs.isin(pd.MultiIndex.from_frame(positives)).astype(float)
+    if repeated := int(pairs.duplicated().sum()):
+        raise ValueError(f"results must have each document once per query; got {repeated:,} duplicates")
+    if missing := int(np.isnan(p).sum()):
+        raise ValueError(f"probability must be a number in every row; got NaN in {missing:,} of {len(p):,}")
+    positives = judged[(qrels["label"] >= min_relevance).to_numpy()]
+    y = pd.MultiIndex.from_frame(pairs).isin(pd.MultiIndex.from_frame(positives)).astype(float)
     if not y.any():
         raise ValueError("results must have a relevant document in the qrels; got none. Check that the ids match")
     bins = pd.Series(np.minimum((p * n_bins).astype(int), n_bins - 1))

@@ -125,7 +125,7 @@ def fit_sequences(
                 validation=validation,
                 save_dir=save_dir,
             )
-            for seed in seeds
+            for seed in map(int, seeds)
         }
     folders = None if save_dir is None else _Folders(Path(save_dir), reranker, stages, paths, validation)
     trained: dict[tuple[str, ...], MonoCE] = {(): reranker}

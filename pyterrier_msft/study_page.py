@@ -9,7 +9,8 @@ import pyterrier as pt
 
 from pyterrier_msft import plots, significance
 from pyterrier_msft import study_tables as tables
-from pyterrier_msft.data.frames import as_ids, frame_digest
+from pyterrier_msft.data.frames import frame_digest
+from pyterrier_msft.ids import as_ids
 from pyterrier_msft.pipelines import parts_of
 from pyterrier_msft.study_tables import Picture, Table, TrainedModel
 

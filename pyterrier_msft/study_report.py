@@ -13,8 +13,9 @@ import pandas as pd
 import pyterrier as pt
 
 from pyterrier_msft import significance
-from pyterrier_msft.data.frames import as_ids, require_columns
+from pyterrier_msft.data.frames import require_columns
 from pyterrier_msft.data.labels import count_judged_twice, whole_grades
+from pyterrier_msft.ids import as_ids
 from pyterrier_msft.notices import warn
 from pyterrier_msft.pipelines import all_parts_of
 from pyterrier_msft.reranker import MonoCE
@@ -101,6 +102,8 @@ class _Comparison:
     ) -> "_Comparison":
         """Check the queries and their judgments."""
         topics = _with_ids(topics, ["qid", "query"], "topics")
+        if repeated := int(topics["qid"].duplicated().sum()):
+            raise ValueError(f"topics must have each qid once; got {repeated:,} repeated rows")
         judgments = whole_grades(qrels, "labels")
         if twice := count_judged_twice(qrels):
             documents = "1 document" if twice == 1 else f"{twice:,} documents"
@@ -244,7 +247,13 @@ def _running_command() -> str | None:
 def _results(system: Any, topics: pd.DataFrame, name: str) -> pd.DataFrame:
     """Run a system, or take its results."""
     found = system if isinstance(system, pd.DataFrame) else system(topics)
-    return _with_ids(found, ["qid", "docno", "score"], f"systems: the results of {name!r}")
+    found = _with_ids(found, ["qid", "docno", "score"], f"systems: the results of {name!r}")
+    if repeated := int(found.duplicated(["qid", "docno"]).sum()):
+        raise ValueError(
+            f"systems must return each document once per query; got {repeated:,} duplicates from {name!r}. Of "
+            "passages, pt.text.max_passage() makes documents"
+        )
+    return found
 
 
 def _warn_of_missing_queries(results: Mapping[Run, pd.DataFrame], judged: set[str]) -> None:

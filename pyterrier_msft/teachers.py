@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_msft.data.frames import as_ids, order_key, require_columns, with_scores
+from pyterrier_msft.data.frames import order_key, require_columns, with_scores
 from pyterrier_msft.data.hard_negatives import read_hard_negatives
 from pyterrier_msft.data.permutations import read_labelled_passages, read_permutations, uncompressed_suffix
 from pyterrier_msft.data.rankings import clean_ranking, top_documents
+from pyterrier_msft.ids import as_ids
 from pyterrier_msft.pipelines import all_parts_of
 
 __all__ = [
@@ -212,6 +213,7 @@ class Cached(pt.Transformer):
         by_query = dict(tuple(frame.groupby("qid", sort=False)))
         identity, ignored = self._key_parts()
         columns = sorted((column for column in frame.columns if column not in ignored), key=str)
+        _check_distinct(frame[columns])
         # in the order of the results
         keys = {qid: _cache_key(by_query[qid][columns], identity) for qid in qids.unique()}
         self._refresh()
@@ -230,10 +232,10 @@ class Cached(pt.Transformer):
         """Return the weights and settings of each `MonoCE` of the teacher, and the columns it ignores."""
         identity, ignored = [], {"score", "rank"}
         for part in all_parts_of(self.teacher):
-            if hasattr(part, "fingerprint"):
+            if hasattr(part, "fingerprint") or hasattr(part, "scoring_settings"):
                 settings = part.scoring_settings() if hasattr(part, "scoring_settings") else {}
                 weight = getattr(part, "first_stage_weight", 0)
-                identity.append([str(part.fingerprint), settings, weight])
+                identity.append([str(getattr(part, "fingerprint", "")), settings, weight])
                 ignored -= {"score"} if weight else set()
         return identity, ignored
 
@@ -285,6 +287,17 @@ class Cached(pt.Transformer):
             except (ValueError, KeyError, TypeError):
                 logger.warning("%s: ignored a damaged line", self.path)
         self._position += len(whole) + bool(whole)
+
+
+def _check_distinct(rows: pd.DataFrame) -> None:
+    """Raise a ValueError if rows of a query and document differ, as a ranking is kept by docno."""
+    repeated = rows[rows.duplicated(["qid", "docno"], keep=False)]
+    if len(repeated.astype(str).drop_duplicates()) > len(repeated[["qid", "docno"]].drop_duplicates()):
+        first = repeated.iloc[0]
+        raise ValueError(
+            f"results must have one row for each qid and docno; got several that differ for {first['qid']!r} and "
+            f"{first['docno']!r}, e.g. in their text. Make docnos that differ, as pt.text.sliding does"
+        )
 
 
 def _cache_key(rows: pd.DataFrame, identity: list[Any]) -> str:

@@ -120,6 +120,10 @@ class BiEncoder(pt.Transformer):
         score = _standardise(cosine, inp["qid"]) + self.first_stage_weight * _standardise(inp["score"], inp["qid"])
         return pt.model.add_ranks(inp.assign(score=score))
 
+    def scoring_settings(self) -> dict[str, Any]:
+        """The settings that determine a score, for `teachers.cached`."""
+        return {name: getattr(self, name) for name in ("model", "text_field", "max_length")}
+
     @torch.inference_mode()
     def _embed(self, texts: set[str]) -> dict[str, np.ndarray]:
         """Embed texts, in batches of similar length."""

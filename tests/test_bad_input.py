@@ -387,6 +387,23 @@ class IncompleteTexts:
         return pt.apply.generic(lambda frame: frame.merge(texts, on="docno"))
 
 
+class ShuffledTexts:
+    """A text source that returns the rows in another order."""
+
+    def text_loader(self, fields):
+        texts = RESULTS[["docno", *fields]]
+        return pt.apply.generic(lambda frame: frame.merge(texts, on="docno").sample(frac=1, random_state=0))
+
+
+@row
+def test_text_loader_changes_the_order(scorer):
+    without = RESULTS.drop(columns="text").set_axis([*range(100, 100 + len(RESULTS))])
+    assert_frame_equal(
+        scorer.apply_attributes(text=ShuffledTexts())(without)[["docno", "score"]],
+        scorer(RESULTS.set_axis(without.index))[["docno", "score"]],
+    )
+
+
 @row
 def test_text_loader_drops_rows(scorer):
     without = RESULTS.drop(columns="text")
@@ -531,6 +548,22 @@ def test_validation_shares_queries(new):
     with pytest.warns(UserWarning, match="2 validation queries are also training queries") as caught:
         new.fit(RESULTS, QRELS, RESULTS.head(16), QRELS, fitter=SHORT)
     assert {w.filename for w in caught if "validation" in str(w.message)} == {__file__}
+
+
+@row
+def test_shared_qids_of_other_queries(new):
+    other = RESULTS.head(16).assign(query="something else")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        new.fit(RESULTS, QRELS, other, QRELS, fitter=SHORT)
+    assert not [w for w in caught if "also training queries" in str(w.message)]
+
+
+@row
+def test_unjudged_validation_queries(new):
+    dev = make_part("va", n_queries=4, seed=2)
+    with pytest.warns(UserWarning, match="validation dropped 3 of 4 queries without labels"):
+        new.fit(RESULTS, QRELS, dev.results, dev.qrels.head(1), fitter=SHORT)
 
 
 @row

@@ -246,6 +246,12 @@ def test_reliability_diagram():
         1 + 1.96**2 / 4
     )
     np.testing.assert_allclose(bars.get_segments()[2][:, 1], expected)
+    spaced = plots.reliability(results, qrels.assign(docno=qrels["docno"] + " "), n_bins=5)  # ids as everywhere else
+    assert spaced.get_title(loc="left") == ax.get_title(loc="left")
+    with pytest.raises(ValueError, match="results must have each document once per query; got 8 duplicates"):
+        plots.reliability(pd.concat([results, results]), qrels)
+    with pytest.raises(ValueError, match="probability must be a number in every row; got NaN in 8 of 8"):
+        plots.reliability(results.assign(probability=np.nan), qrels)
     with pytest.raises(ValueError, match="min_relevance must be a positive number; got 0"):
         plots.reliability(results, qrels, min_relevance=0)
     with pytest.raises(ValueError, match=r"results must have the columns .*probability"):

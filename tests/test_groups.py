@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -214,7 +216,35 @@ def test_a_teacher_reorders_the_first_stage():
     assert lists(groups) == {"q1": [("a", 0), ("b", 1), ("c", 2)]}
     assert report.without_teacher == 1
     assert report.agreement == pytest.approx(-1)
-    assert report.teacher_looks_inverted()
+    assert not report.teacher_looks_inverted()  # a single query proves nothing
+    assert replace(report, groups=5).teacher_looks_inverted()
+
+
+def test_queries_without_a_preference_are_counted():
+    teacher = results("q1 a 5\nq1 b 5\nq2 a 9")  # ties, and a single document
+    _, report = from_teacher(results(f"{RESULTS.strip()}\nq3 a 2\nq3 b 1"), teacher, depth=None)
+    assert report.without_preference == 2
+    assert report.without_teacher == 1
+    assert "2 of 3 queries in which the teacher prefers no document to another" in report.dropped()
+
+
+def test_scores_that_are_equal_as_float32():
+    scores = [f"q1 {name} {offset}" for name, offset in zip("abc", (3, 2, 1), strict=True)]
+    teacher = results("\n".join(scores))
+    near = from_teacher(results(RESULTS), teacher.assign(score=teacher["score"] + 1e6), depth=None, keep_scores=True)
+    assert lists(near[0]) == {"q1": [("a", 1e6 + 3), ("b", 1e6 + 2), ("c", 1e6 + 1)]}
+    far = teacher.assign(score=teacher["score"] + 1e9)
+    with pytest.raises(ValueError, match="teacher scores must differ in the first seven digits; 2 of 3 are equal"):
+        from_teacher(results(RESULTS), far, depth=None, keep_scores=True)
+    groups, _ = from_teacher(results(RESULTS), far, depth=None, keep_scores=True, scale="zscore")
+    assert len({label for _, label in lists(groups)["q1"]}) == 3
+
+
+def test_ranks_that_contradict_scores():
+    teacher = results("q1 a 3\nq1 b 2\nq1 c 1").assign(rank=[2, 1, 0])
+    with pytest.warns(UserWarning, match="rank and a score that contradict each other for 2 of 2 neighbouring"):
+        groups, _ = from_teacher(results(RESULTS), teacher, depth=None)
+    assert lists(groups) == {"q1": [("a", 2), ("b", 1), ("c", 0)]}
 
 
 @pytest.mark.parametrize("first", [0, 1])

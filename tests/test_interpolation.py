@@ -140,6 +140,14 @@ def test_the_weight_must_be_known(backbone, test):
         ce.set_parameter("max_length", -1)
 
 
+def test_a_teacher_of_too_few_queries(backbone, train):
+    teacher = train.results[train.results["qid"] == train.results["qid"][0]]
+    with pytest.raises(
+        ValueError, match=r"Distillation must have queries besides those that are held out .*; got 1 in"
+    ):
+        new(backbone).fit(train.results, train.qrels, fitter=FITTER >> Distillation(teacher=teacher))
+
+
 # ---- the choice of the weight
 
 

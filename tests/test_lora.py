@@ -55,6 +55,17 @@ def test_equal_seeds_give_equal_adapters(backbone):
     assert new(backbone).fingerprint != new(backbone, seed=1).fingerprint
 
 
+def test_seeds_draw_the_adapter_of_a_trained_model(backbone, train_part, tmp_path):
+    full = new(backbone, adapter=None).fit(train_part.results, train_part.qrels, fitter=Contrastive(**BRIEF))
+    full.save(tmp_path / "model")
+    ce = new(str(tmp_path / "model"))
+    assert not ce.cross_encoder.head_is_new
+    fingerprints = {ce.reseeded(seed).fingerprint for seed in (1, 2)}
+    assert len(fingerprints) == 2
+    ce.fit(train_part.results, train_part.qrels, fitter=Contrastive(**BRIEF))
+    assert ce.reseeded(1).fingerprint == ce.fingerprint  # trained weights stay
+
+
 def test_the_fingerprint_depends_on_the_scale_of_an_adapter(backbone):
     strong = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["query", "value"])
     assert new(backbone).fingerprint != new(backbone, adapter=strong).fingerprint

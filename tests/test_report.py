@@ -259,3 +259,11 @@ def test_digest_of_the_evaluated_weights(backbone, tmp_path):
     assert ce.fingerprint != old
     assert ce.fingerprint in page
     assert old not in page
+
+
+def test_repeated_documents_and_topics(tmp_path):
+    options = {"path": tmp_path / "page.html"}
+    with pytest.raises(ValueError, match=r"systems must return each document once per query; got \d+ duplicates"):
+        report({"a": BASE, "b": pd.concat([BASE, BASE])}, TOPICS, QRELS, [RR], **options)
+    with pytest.raises(ValueError, match="topics must have each qid once; got"):
+        report({"a": BASE, "b": BETTER}, pd.concat([TOPICS, TOPICS]), QRELS, [RR], **options)

@@ -19,6 +19,8 @@ from pyterrier_msft import Contrastive, Distillation, MonoCE
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import ModelRecord
 
+BRIEF = Contrastive(n_negatives=2, max_steps=2, batch_size=4, learning_rate=1e-2, warmup=0)
+
 FAST = {"learning_rate": 1e-2, "epochs": 3, "batch_size": 8}
 CL = Contrastive(n_negatives=3, **FAST)
 
@@ -569,6 +571,11 @@ def test_a_folder_with_other_files_is_not_saved_to(trained, tmp_path):
         with pytest.raises(ValueError, match=r"path must be a new folder or a model's; got .*thesis\.tex"):
             trained.save(path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "thesis.tex").rename(tmp_path / "vocab.txt")
+    (tmp_path / "config.json").write_text('{"my": "app"}')
+    with pytest.raises(ValueError, match="path must be a new folder or a model's"):
+        trained.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"vocab.txt", "config.json"}
 
 
 def test_a_failed_save_leaves_the_old_model(trained, ce, tmp_path, monkeypatch):
@@ -613,3 +620,29 @@ def test_a_folder_can_be_moved(trained, tmp_path):
     trained.save(tmp_path / "a")
     Path(tmp_path / "a").rename(tmp_path / "b")
     assert MonoCE.load(tmp_path / "b").fingerprint == trained.fingerprint
+
+
+def test_rerankers_of_one_network_are_trained_apart(backbone, train_part):
+    network = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1)
+    before = {name: weights.clone() for name, weights in network.state_dict().items()}
+    trained = []
+    for _ in range(2):
+        ce = MonoCE(network, max_length=24, dtype="float32", device="cpu")
+        trained.append(ce.fit(train_part.results, train_part.qrels, fitter=BRIEF).fingerprint)
+    assert trained[0] == trained[1] != MonoCE(network, max_length=24, device="cpu").fingerprint
+    assert all(torch.equal(weights, before[name]) for name, weights in network.state_dict().items())
+
+
+def test_a_copy_is_trained_apart(trained, train_part, test_part):
+    before, n_stages = trained(test_part.results), len(trained.stages)
+    copy.copy(trained).fit(train_part.results, train_part.qrels, fitter=BRIEF)
+    assert_frame_equal(trained(test_part.results), before)
+    assert len(trained.stages) == n_stages
+
+
+def test_numbers_of_numpy(backbone, train_part, tmp_path):
+    numbers = {"max_steps": np.int64(2), "batch_size": np.int32(4), "eval_every": np.int8(1)}
+    fitter = BRIEF.replace(**numbers, learning_rate=np.float32(1e-2))
+    ce = MonoCE(backbone, max_length=np.int64(24), dtype="float32", device="cpu")
+    ce.fit(train_part.results, train_part.qrels, fitter=fitter).save(tmp_path / "model")
+    assert MonoCE.load(tmp_path / "model").max_length == 24

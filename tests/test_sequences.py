@@ -3,6 +3,7 @@ import json
 import logging
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 from interruptions import interrupted_at, interruptible_lce, interruptible_ranknet, on_each_step
@@ -143,6 +144,30 @@ def test_one_reranker_per_seed(backbone, stages):
     by_hand = MonoCE(backbone, max_length=24, dtype="float32", device="cpu", seed=2)
     by_hand.fit(stages["CL"].results, stages["CL"].qrels, fitter=dataclasses.replace(CL, seed=2))
     assert rerankers[2]["CL"].fingerprint == by_hand.fingerprint
+
+
+def test_a_head_that_was_saved_untrained_has_one_seed(ce, stages, tmp_path):
+    ce.save(tmp_path / "new")
+    loaded = MonoCE.load(tmp_path / "new")
+    with pytest.raises(ValueError, match="seeds need a head that is drawn anew"):
+        fit_sequences(loaded, stages, ["CL"], seeds=[1, 2])
+
+
+def test_numpy_seeds(ce, stages, tmp_path):
+    trained = fit_sequences(ce, stages, ["CL"], seeds=np.array([1, 2]), save_dir=tmp_path)
+    assert [type(seed) for seed in trained] == [int, int]
+
+
+def test_a_reused_stage_keeps_the_history_of_its_start(ce, stages, batches, tmp_path, train_part):
+    """Equal weights with another history: MonoCE(folder) has none, and MonoCE.load(folder) the first stage."""
+    ce.fit(train_part.results, train_part.qrels, fitter=CL).save(tmp_path / "model")
+    with_history = MonoCE.load(tmp_path / "model", dtype="float32", device="cpu")
+    without = MonoCE(tmp_path / "model", max_length=24, dtype="float32", device="cpu")
+    del batches[:]
+    for start, n_stages in ((without, 1), (with_history, 2)):
+        trained = fit_sequences(start, {"KD": stages["KD"]}, ["KD"], save_dir=tmp_path / "stages")["KD"]
+        assert len(trained.stages) == n_stages
+    assert len(batches) == 4  # trained once
 
 
 def test_a_composed_fitter_is_a_stage(ce, stages):

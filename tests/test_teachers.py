@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
+from conftest import write_tiny_bert
 from ir_measures import RR
 from pandas.testing import assert_frame_equal
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, losses, teachers
+from pyterrier_msft import Contrastive, Distillation, MonoCE, losses, teachers, unlabelled
 from pyterrier_msft.data.permutations import text_id
 
 COLUMNS = ["qid", "query", "docno", "text", "rank", "score"]
@@ -725,3 +726,21 @@ def test_cached_pipelines_know_their_weights(backbone, train_part, tmp_path):
     ce.interpolate = 2.0
     for frame in (results, results.assign(score=results["score"] * 3)):
         np.testing.assert_allclose(cached(frame)["score"], pipeline(frame)["score"], atol=1e-5)
+
+
+def test_a_bi_encoder_reads_the_first_stages_scores(tmp_path, train_part):
+    model = str(write_tiny_bert(tmp_path / "model"))
+    rows = train_part.results.head(8)
+    other = rows.assign(score=rows["score"] * [1, 1, 1, 1, 1, 1, 1, -9])
+    teacher = unlabelled.BiEncoder(model, device="cpu")
+    cached = teachers.cached(teacher, tmp_path / "cache")
+    cached(rows)
+    assert_frame_equal(cached(other), teacher(other), check_exact=False)
+
+
+def test_texts_of_one_docno_that_differ(tmp_path, train_part):
+    rows = train_part.results.head(4)
+    cached = teachers.cached(pt.apply.doc_score(lambda row: len(row["text"])), tmp_path)
+    assert len(cached(pd.concat([rows, rows]))) == 8
+    with pytest.raises(ValueError, match="results must have one row for each qid and docno; got several that differ"):
+        cached(pd.concat([rows, rows.assign(text="other")]))

@@ -295,6 +295,11 @@ def plan_of(settings, groups, *, width=16, head_is_new=True, **options):
     return plan_training(settings, groups, width=width, head_is_new=head_is_new, **options)
 
 
+@pytest.mark.parametrize(("epochs", "updates"), [(1.1, 110), (0.07, 7), (0.145, 15), (1, 100)])
+def test_a_part_of_an_epoch(epochs, updates):
+    assert plan_of(Hyperparameters(batch_size=3, epochs=epochs), make_groups(300)).updates == updates
+
+
 def schedule_of(groups, settings=FAST) -> BatchSchedule:
     return BatchSchedule(groups, plan_of(settings, groups), seed=1)
 

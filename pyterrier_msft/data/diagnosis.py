@@ -2,8 +2,9 @@
 
 import pandas as pd
 
-from pyterrier_msft.data.frames import PASSAGE_SUFFIX, as_ids
+from pyterrier_msft.data.frames import PASSAGE_SUFFIX
 from pyterrier_msft.data.report import DataReport
+from pyterrier_msft.ids import as_ids
 
 
 def explain_mismatch(results: pd.DataFrame, other: pd.DataFrame, what: str, *, by_document: bool = True) -> str:

@@ -8,13 +8,15 @@ import numpy as np
 import pandas as pd
 
 from pyterrier_msft.data.diagnosis import explain_mismatch
-from pyterrier_msft.data.frames import as_ids, as_numbers, as_texts, is_blank, order_column, require, require_columns
+from pyterrier_msft.data.frames import as_numbers, as_texts, is_blank, order_column, require, require_columns
 from pyterrier_msft.data.groups import Groups, GroupsBuilder
 from pyterrier_msft.data.judging import Judge
 from pyterrier_msft.data.rankings import Rankings, RowsByQuery, as_rankings, assign_ids, clean_ranking, within_depth
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.sampling import ListSampling, NegativeSampling
 from pyterrier_msft.data.scales import check_probabilities, scale_scores
+from pyterrier_msft.ids import as_ids
+from pyterrier_msft.notices import warn
 
 # ---- from qrels
 
@@ -221,6 +223,7 @@ def from_teacher(
     if ranking is not None:
         teacher = RowsByQuery(clean_ranking(ranking, "teacher's ranking"))
         _check_order(order_column(ranking.columns), keep_scores)
+        _warn_of_contradictions(ranking)
     builder, reports, unmatched_sample = GroupsBuilder(), [], pd.DataFrame()
     n_tied = n_pairs = 0
     for rankings in as_rankings(results, text_field):
@@ -245,10 +248,12 @@ def from_teacher(
         n_tied += int(tied[usable].sum())
         n_pairs += int(others[usable].sum())
         n_missing = int((in_top & is_missing & has_preference).sum())
+        counts = builder.add(rankings, usable, key if keep_scores else lower)
         reports.append(
             DataReport(
-                **builder.add(rankings, usable, key if keep_scores else lower),
+                **counts,
                 **rankings.counts,
+                without_preference=int(is_known.sum()) - counts["groups"],
                 without_teacher=rankings.counts["queries"] - int(is_known.sum()),
                 unranked_by_teacher=n_missing if unranked == "drop" else 0,
                 ranked_last=n_missing if unranked == "last" else 0,
@@ -268,7 +273,21 @@ def _scaled(scores: np.ndarray, query: np.ndarray, scale: str | None, *, probabi
     scaled = scale_scores(scores, query, scale)
     if probabilities:
         check_probabilities(scaled)
+    _check_precision(scaled, query)
     return scaled
+
+
+def _check_precision(scores: np.ndarray, query: np.ndarray) -> None:
+    """Raise a ValueError if scores that differ are equal as labels, which are float32."""
+    distinct, rounded = (
+        len(pd.DataFrame({"query": query, "score": values}).drop_duplicates())
+        for values in (scores, scores.astype(np.float32))
+    )
+    if rounded < 0.99 * distinct:
+        raise ValueError(
+            f"teacher scores must differ in the first seven digits; {distinct - rounded:,} of {distinct:,} are equal "
+            f"to others then, e.g. {scores[0]!r} is rounded. Subtract a constant, or set scale='zscore'"
+        )
 
 
 def has_only_ranks(ranking: pd.DataFrame) -> bool:
@@ -301,6 +320,20 @@ def _check_order(ordered_by: str | None, keep_scores: bool) -> None:
     if ordered_by is None or (keep_scores and ordered_by != "score"):
         needed = "a score" if keep_scores else "a score or a rank"
         raise ValueError(f"teacher's ranking must have {needed}; got {ordered_by or 'neither'}")
+
+
+def _warn_of_contradictions(ranking: pd.DataFrame) -> None:
+    """Warn if a ranking's ranks and scores are of different orders."""
+    if not {"rank", "score"} <= {*ranking.columns}:
+        return
+    ordered = pd.DataFrame({name: ranking[name].to_numpy() for name in ("qid", "rank", "score")})
+    ordered = ordered.sort_values(["qid", "rank"], kind="stable")
+    steps = ordered.groupby("qid")["score"].diff()
+    if (n_up := int((steps > 0).sum())) > 0.1 * (n_steps := int((steps.abs() > 0).sum())):
+        warn(
+            f"the teacher's ranking has a rank and a score that contradict each other for {n_up:,} of {n_steps:,} "
+            "neighbouring documents: the score is used. Drop the column that is out of date"
+        )
 
 
 def _count_others(query: np.ndarray, key: np.ndarray, rows: np.ndarray) -> np.ndarray:

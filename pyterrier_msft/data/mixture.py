@@ -83,6 +83,11 @@ class MixedGroups:
         return [qid for source in self.sources for qid in source.qids]
 
     @property
+    def queries(self) -> list[str]:
+        """The text of each query."""
+        return [query for source in self.sources for query in source.queries]
+
+    @property
     def load(self) -> Any:
         """The function that looks up the texts of a source; None if all sources have theirs in memory."""
         return next((source.load for source in self.sources if source.load is not None), None)

@@ -8,15 +8,8 @@ from itertools import chain
 import numpy as np
 import pandas as pd
 
-from pyterrier_msft.data.frames import (
-    PASSAGE_SUFFIX,
-    as_ids,
-    as_texts,
-    is_blank,
-    order_column,
-    order_key,
-    require_columns,
-)
+from pyterrier_msft.data.frames import PASSAGE_SUFFIX, as_texts, is_blank, order_column, order_key, require_columns
+from pyterrier_msft.ids import as_ids
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 EXAMPLES = 3  # in a data report
 EXAMPLE_LENGTH = 60  # characters of a text
+MIN_QUERIES_FOR_AGREEMENT = 5  # with the first stage: fewer queries prove nothing
 
 
 class FalseNegative(NamedTuple):
@@ -46,6 +47,7 @@ class DataReport:
     without_negatives: int = 0  # queries
     copies_of_positives: int = 0  # query-document pairs with the text of a relevant document, not used as negatives
     without_teacher: int = 0  # queries
+    without_preference: int = 0  # queries of which the teacher ranks a single document, or all equally
     unranked_by_teacher: int = 0  # query-document pairs, dropped
     ranked_last: int = 0  # query-document pairs that the teacher didn't rank, placed last
     judged_twice: int = 0  # query-document pairs with two different labels; the higher one is used
@@ -137,7 +139,7 @@ class DataReport:
 
     def teacher_looks_inverted(self) -> bool:
         """Whether the teacher contradicts the first stage, as if its order were reversed."""
-        return self.agreement is not None and self.agreement < -0.2
+        return self.agreement is not None and self.agreement < -0.2 and self.groups >= MIN_QUERIES_FOR_AGREEMENT
 
     def _dropped(self) -> list[str]:
         unjudged = f" ({self.unjudged:,} of them not in the qrels)" if self.unjudged else ""
@@ -145,6 +147,7 @@ class DataReport:
             f"without a relevant document{unjudged}": self.without_relevant,
             "without a non-relevant document": self.without_negatives,
             "that the teacher didn't rank": self.without_teacher,
+            "in which the teacher prefers no document to another": self.without_preference,
         }
         documents = {
             "that the teacher didn't rank": self.unranked_by_teacher,

@@ -13,15 +13,7 @@ import numpy as np
 import pandas as pd
 
 from pyterrier_msft.data.diagnosis import explain_mismatch
-from pyterrier_msft.data.frames import (
-    PASSAGE_SUFFIX,
-    as_ids,
-    as_texts,
-    even_step,
-    order_column,
-    require,
-    require_columns,
-)
+from pyterrier_msft.data.frames import PASSAGE_SUFFIX, as_texts, even_step, order_column, require, require_columns
 from pyterrier_msft.data.rankings import (
     Rankings,
     RowsByQuery,
@@ -32,6 +24,7 @@ from pyterrier_msft.data.rankings import (
     rank_in_query,
     within_depth,
 )
+from pyterrier_msft.ids import as_ids
 
 if TYPE_CHECKING:
     import polars as pl

@@ -11,9 +11,10 @@ from typing import Any
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_msft.data.frames import as_ids, as_texts, even_step, frame_digest, is_blank, require_columns, require_ids
+from pyterrier_msft.data.frames import as_texts, even_step, frame_digest, is_blank, require_columns
 from pyterrier_msft.data.groups import DIGEST_SAMPLE
 from pyterrier_msft.data.runs import has_queries, sample_docnos
+from pyterrier_msft.ids import as_ids, require_ids
 from pyterrier_msft.notices import warn
 
 MIN_LOOKUPS_FOR_CHECK = 32  # if none of so many documents has a text, the source must be wrong
@@ -76,6 +77,9 @@ class TextSource:
         if len(loaded) != len(results):
             rows = f"all {len(results):,} rows of the results; got {len(loaded):,}"
             raise ValueError(f"text loader must keep {rows}. The {NEEDED_TEXTS}")
+        if (loaded["docno"].to_numpy() != results["docno"].to_numpy()).any():  # in another order
+            text = loaded.drop_duplicates("docno").set_index("docno")[self.field]
+            loaded = results.assign(**{self.field: text.loc[results["docno"]].to_numpy()})
         return loaded
 
     def topics(self, path: str | Path) -> pd.DataFrame | None:

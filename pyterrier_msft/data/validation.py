@@ -9,7 +9,6 @@ from pyterrier_msft.data.diagnosis import explain_mismatch
 from pyterrier_msft.data.frames import (
     FIRST_STAGE_SCORE,
     PASSAGE_SUFFIX,
-    as_ids,
     as_texts,
     first_stage_scores,
     is_blank,
@@ -19,6 +18,7 @@ from pyterrier_msft.data.frames import (
 from pyterrier_msft.data.labels import whole_grades
 from pyterrier_msft.data.mixture import TrainingResults, as_sources
 from pyterrier_msft.data.texts import TextSource
+from pyterrier_msft.ids import as_ids
 from pyterrier_msft.notices import warn
 
 
@@ -60,12 +60,15 @@ def validation_frames(
         raise ValueError(f"{what} results must contain a relevant document; got none{': ' * bool(reason)}{reason}")
     if blank := int((is_blank(results["query"]) | is_blank(results[texts.field]))[judged].sum()):
         warn(f"{blank:,} {what} documents have no text or no query; it is read as empty")
+    if what == "validation" and (unjudged := frame.loc[~judged, "qid"].nunique()):
+        warn(f"validation dropped {unjudged:,} of {frame['qid'].nunique():,} queries without labels")
     return frame[judged].reset_index(drop=True), labels
 
 
 def warn_of_shared_queries(results: pd.DataFrame, trained: Collection[str]) -> None:
-    """Warn if validation queries are trained on."""
-    if shared := int(results["qid"].drop_duplicates().isin(trained).sum()):
+    """Warn if the texts of validation queries are trained on; qids may be the same by chance."""
+    queries = results.drop_duplicates("qid")["query"]
+    if shared := int((queries.isin(trained) & (queries != "")).sum()):
         warn(f"{shared} validation queries are also training queries; the metric will be too optimistic")
 
 

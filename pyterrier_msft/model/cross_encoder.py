@@ -74,6 +74,8 @@ class CrossEncoder:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._peft_model: Any = None  # wraps the network if there is an adapter
         self._head_is_new = False
+        self._draws_head = False  # whether loading the model again draws a new head
+        self._is_callers = self._network is model  # whether the caller has the network, too
         self.was_saved_untrained = False  # according to the record of a saved re-ranker
         self.saved_record: ModelRecord | None = None  # to compare with what is still to be loaded
         self._source: str | None = None  # folder or name to load the present weights from
@@ -122,6 +124,7 @@ class CrossEncoder:
             self._network, self._peft_model = self._read_source()
             self._source = self.name
         if self._peft_model is None and self.adapter is not None:
+            self._own_network()
             self._peft_model = adapters.add(
                 self._network, self.adapter, base=_absolute(self.name), revision=self.revision, seed=self.seed
             )
@@ -136,11 +139,17 @@ class CrossEncoder:
             self._network.to(self.device)
         return self._network
 
+    def _own_network(self) -> None:
+        """Copy a network that the caller has, too, before it changes."""
+        if self._is_callers:
+            self._network, self._is_callers = copy.deepcopy(self._network), False
+
     def _read_source(self) -> tuple[PreTrainedModel, Any]:
         network, self._tokenizer, self._head_is_new = load_model(
             self.name, seed=self.seed, revision=self.revision, trust_remote_code=self.trust_remote_code,
             relevant=self.relevant, prompt=self._prompt,
         )  # fmt: skip
+        self._draws_head = self._head_is_new and self.adapter_folder is None
         peft_model, record = None, ModelRecord.read(self.name)
         if self._head_is_new and record.fingerprint is not None and not record.head_is_new:
             raise missing_files(self.name, ["the weights of its trained head"])
@@ -244,25 +253,38 @@ class CrossEncoder:
         # In one call, since the two share modules.
         weights = (self._network, self._peft_model) if with_weights else (None, None)
         other._network, other._peft_model = copy.deepcopy(weights)
+        other._is_callers = False
         return other
 
     def reseeded(self, seed: int) -> Self:
-        """Copy the cross-encoder with another seed: a new head gets other random weights; trained weights stay."""
-        other = self.clone(with_weights=not self.head_is_new)
+        """Copy the cross-encoder with another seed: new weights get other random values; trained weights stay.
+
+        Raises:
+            ValueError: If the new head was saved in a folder, which has its values.
+        """
+        if self.head_is_new and not self._draws_head:
+            raise ValueError(
+                f"seeds need a head that is drawn anew; got the one that was saved untrained in {self.name!r}. Start "
+                "from the model that it was made of"
+            )
+        has_new_adapter = self.adapter is not None and self.adapter_folder is None and self._source is not None
+        other = self.clone(with_weights=not (self.head_is_new or has_new_adapter))
         other.seed = seed
         return other
 
     def take_weights(self, other: "CrossEncoder") -> None:
         """Share the weights of another cross-encoder; keep this one's settings."""
         self._network, self._tokenizer, self._peft_model = other.network, other.tokenizer, other._peft_model
+        self._is_callers = False
         # With other settings, loading the source again would give another model, e.g. other random weights.
         is_same = all(getattr(self, name) == getattr(other, name) for name in SOURCE_SETTINGS)
         self._source = other._source if is_same else None
         self.adapter_folder, self._head_is_new, self.saved_record = other.adapter_folder, other._head_is_new, None
 
-    def mark_changed(self) -> None:
-        """Record that the weights are no longer those on disk."""
+    def prepare_training(self) -> None:
+        """Record that the weights are no longer those on disk, and don't change a network that the caller has."""
         self._source = None
+        self._own_network()
 
     def mark_saved(self, folder: Path) -> None:
         """Record that the weights can be loaded from a folder, so that a pickle needn't contain them."""

@@ -46,12 +46,22 @@ def check_target(folder: Path, module_folders: Sequence[str] = ()) -> None:
     found = [folder.name] if folder.is_file() else []
     if folder.is_dir():
         found = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
-    if found and "config.json" not in found and adapters.CONFIG not in found:
+    if found and not _is_model(folder):
         raise ValueError(f"path must be a new folder or a model's; got {str(folder)!r} with the file {found[0]!r}")
     old = {folder / name for name in module_files(folder)}
     for path in (folder / name for name in module_folders):
         if path.is_file() or (path.is_dir() and set(path.iterdir()) - old):
             raise ValueError(f"path must have no files of your own in {path.name!r}; got {str(folder)!r}. Move them")
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder's files are a model's; other programs have a config.json, too."""
+    if (folder / RECORD).is_file() or (folder / adapters.CONFIG).is_file():
+        return True
+    config = None
+    with contextlib.suppress(ValueError):  # a broken file
+        config = read_json(str(folder), "config.json") if folder.is_dir() else None
+    return isinstance(config, dict) and bool({"model_type", "architectures"} & config.keys())
 
 
 def module_files(folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import ir_measures
+import numpy as np
 from ir_measures import nDCG
 
 # Arguments of `transformers.TrainingArguments` that have another setting in this package, by argument.
@@ -93,6 +94,9 @@ class Hyperparameters:
     trainer_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for own in fields(self):
+            if isinstance(value := getattr(self, own.name), np.number):
+                object.__setattr__(self, own.name, value.item())  # JSON knows only Python's numbers
         check_number("gradient_accumulation", self.gradient_accumulation, integer=True, required=True)
         for name in ("max_steps", "batch_size", "pairs_per_pass", "max_length", "eval_every", "patience"):
             check_number(name, getattr(self, name), integer=True)

@@ -22,6 +22,11 @@ MIN_VALIDATIONS, MAX_VALIDATIONS = 3, 11  # with that of the start
 MIN_VALIDATION_QUERIES = 50
 
 
+def round_up(number: float) -> int:
+    """Round up, but not what is a whole number except for the error of a product: 100 * 1.1 gives 110."""
+    return math.ceil(number - 1e-9)
+
+
 @dataclass(frozen=True)
 class Plan:
     """The numbers of a training run: those that its hyperparameters set, and for the others, what suits the data.
@@ -86,7 +91,7 @@ def plan_training(
     batch_size *= hyperparameters.gradient_accumulation
     updates_per_epoch = math.ceil(queries / batch_size)
     epochs = hyperparameters.epochs or min(MAX_EPOCHS, math.ceil(MIN_UPDATES / updates_per_epoch))
-    updates = hyperparameters.max_steps or max(1, math.ceil(updates_per_epoch * epochs))
+    updates = hyperparameters.max_steps or max(1, round_up(updates_per_epoch * epochs))
     rate = NEW_HEAD_RATE * (1 if is_adapter else min(1.0, (NARROW / width) ** 3))
     rate *= 1 if head_is_new else TRAINED_HEAD_FACTOR
     eval_every, validation_queries = max(1, updates // (MAX_VALIDATIONS - 1)), 0

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from pyterrier_msft.training.checkpoints import Checkpoint, check_writable, chec
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 from pyterrier_msft.training.isolation import preserve_global_state, training_mode
 from pyterrier_msft.training.objectives import Objective
-from pyterrier_msft.training.plan import Plan
+from pyterrier_msft.training.plan import Plan, round_up
 from pyterrier_msft.training.trainer import ListwiseTrainer
 from pyterrier_msft.training.validation import Validation
 
@@ -56,8 +55,8 @@ def train(
             training run.
     """
     history, identity = [] if history is None else history, dict(identity or {})
+    model.prepare_training()
     network, dtype = model.network, model.training_dtype
-    model.mark_changed()
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_global_state())
         stack.enter_context(quiet_transformers())
@@ -121,7 +120,7 @@ def training_arguments(
     Raises:
         ValueError: If there is a process group that Trainer doesn't use.
     """
-    warmup = hyperparameters.warmup if hyperparameters.warmup >= 1 else math.ceil(hyperparameters.warmup * plan.updates)
+    warmup = hyperparameters.warmup if hyperparameters.warmup >= 1 else round_up(hyperparameters.warmup * plan.updates)
     own: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": plan.updates,
