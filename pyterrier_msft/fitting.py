@@ -175,7 +175,8 @@ def _part_data(fitter: Fitter, sources: Sequence[Source], found: Sequence[tuple[
 
 def fit_stages(
     model: CrossEncoder, encoders: Sequence[PairEncoder], prepared: Sequence[StageData], stages: list[StageRecord], *,
-    validation: ValidationFrames | None, checkpoint_dir: Path | None, verbose: bool, first_stage_weight: float = 0.0,
+    validation: ValidationFrames | None, checkpoint_dir: Path | None, progress: str | None,
+    first_stage_weight: float = 0.0,
 ) -> None:  # fmt: skip
     """Train a model in place, stage after stage, and add the stages' records to `stages`.
 
@@ -185,7 +186,7 @@ def fit_stages(
         folder = _stage_dir(checkpoint_dir, place, len(prepared))
         _train_stage(
             model, encoder, data, stages, place=place, validation=validation, first_stage_weight=first_stage_weight,
-            checkpoint_dir=folder, verbose=verbose,
+            checkpoint_dir=folder, progress=progress,
         )  # fmt: skip
 
 
@@ -203,7 +204,7 @@ def _stage_dir(checkpoint_dir: Path | None, place: int, n_stages: int) -> Path |
 
 def _train_stage(
     model: CrossEncoder, encoder: PairEncoder, data: StageData, stages: list[StageRecord], *, place: int,
-    validation: ValidationFrames | None, first_stage_weight: float, checkpoint_dir: Path | None, verbose: bool,
+    validation: ValidationFrames | None, first_stage_weight: float, checkpoint_dir: Path | None, progress: str | None,
 ) -> None:  # fmt: skip
     """Train a model in place, and add a record of the stage to `stages`.
 
@@ -228,7 +229,7 @@ def _train_stage(
         train(
             model, encoder, objectives, settings, validation=measured, checkpoint_dir=checkpoint_dir,
             identity=_identity(model, encoder, data, validation, first_stage_weight, start) if is_identified else {},
-            history=record.history, verbose=verbose,
+            history=record.history, progress=progress,
         )  # fmt: skip
     except BaseException:
         record.fingerprint = model.fingerprint

@@ -48,9 +48,9 @@ class Interpolation:
 
     def __str__(self) -> str:
         return (
-            f"first stage's weight {self.weight:.3g} ({self.relative_weight:.2g} in standard deviations): on "
-            f"{self.queries:,} queries, {self.metric} is {self.value:.3f} (model alone {self.model:.3f}, first stage "
-            f"{self.first_stage:.3f})"
+            f"first stage's weight {self.weight:.3g} (its scores vary {self.relative_weight:.2g} times as much as the "
+            f"model's): on {self.queries:,} queries, {self.metric} is {self.value:.3f} (model alone {self.model:.3f}, "
+            f"first stage {self.first_stage:.3f})"
         )
 
 
@@ -218,14 +218,16 @@ class CrossValidation:
 
 def _cross_validate(
     model: CrossEncoder, encoders: Sequence[PairEncoder], prepared: Sequence[StageData], stages: list[StageRecord], *,
-    held_out: HeldOut, parts: Sequence[Validation], scorer: PairEncoder, checkpoint_dir: Path | None, verbose: bool,
+    held_out: HeldOut, parts: Sequence[Validation], scorer: PairEncoder, checkpoint_dir: Path | None,
+    progress: str | None,
 ) -> CrossValidation:  # fmt: skip
     """Train a copy of the model without each half of the queries, and score the half; see `fit_reranker`."""
     scored, shrinkage = [], []
     for number, qids in enumerate(held_out.parts):
         copy, rest = model.clone(), [_without(data, qids) for data in prepared]
         folder = None if checkpoint_dir is None else checkpoint_dir / f"half-{number + 1}"
-        fit_stages(copy, encoders, rest, [*stages], validation=None, checkpoint_dir=folder, verbose=verbose)
+        bar = None if progress is None else f"{progress} on half {number + 1} of 2"
+        fit_stages(copy, encoders, rest, [*stages], validation=None, checkpoint_dir=folder, progress=bar)
         scored.append(Scored.by(copy, scorer, parts[number]))
         seen = Scored.by(copy, scorer, parts[1 - number].sample(SPREAD_QUERIES))
         shrinkage.append(scored[-1].spread / seen.spread)
@@ -236,7 +238,7 @@ def _cross_validate(
 def fit_reranker(
     model: CrossEncoder, encoders: Sequence[PairEncoder], prepared: Sequence[StageData], stages: list[StageRecord], *,
     interpolate: bool | float, scorer: PairEncoder, held_out: HeldOut | None, validation: ValidationFrames | None,
-    checkpoint_dir: Path | None, verbose: bool,
+    checkpoint_dir: Path | None, progress: str | None,
 ) -> None:  # fmt: skip
     """Train a model in place as `fit_stages` does; with `interpolate=True`, also choose a weight, and record it.
 
@@ -253,7 +255,7 @@ def fit_reranker(
         held_out: The training queries that choose the weight, without validation.
         validation: The validation results and qrels.
         checkpoint_dir: The folder for checkpoints.
-        verbose: Whether to show progress bars.
+        progress: The name of the progress bars. None: they are not shown.
     """
     metric = prepared[-1].settings.metric or nDCG @ 10
     before: float | None = None  # the metric of the re-ranker before training
@@ -268,7 +270,7 @@ def fit_reranker(
         else:
             halves = _cross_validate(
                 model, encoders, prepared, stages, held_out=held_out, parts=parts, scorer=scorer,
-                checkpoint_dir=checkpoint_dir, verbose=verbose,
+                checkpoint_dir=checkpoint_dir, progress=progress,
             )  # fmt: skip
     elif interpolate is True and validation is not None:
         parts = [_affordable(Validation(*validation, metric), MAX_PAIRS)]
@@ -276,7 +278,7 @@ def fit_reranker(
             start = dataclasses.replace(parts[0], first_stage_weight=stages[-1].interpolation["weight"])
             before = start.value(model.network, scorer, model.dtype)
     fit_stages(
-        model, encoders, prepared, stages, validation=validation, checkpoint_dir=checkpoint_dir, verbose=verbose,
+        model, encoders, prepared, stages, validation=validation, checkpoint_dir=checkpoint_dir, progress=progress,
         first_stage_weight=0.0 if interpolate is True else float(interpolate),
     )  # fmt: skip
     if interpolate is not True and validation is not None:

@@ -1,7 +1,10 @@
-"""Warnings that point at the user's line of code, however deep in a pipeline or a training run they are raised."""
+"""What users see besides results: warnings that point at their line of code, and whether they can see progress."""
 
+import contextlib
 import sys
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 # Packages whose code may run between the user's line and a warning.
 INTERNAL_PACKAGES = {
@@ -10,8 +13,29 @@ INTERNAL_PACKAGES = {
 } | sys.stdlib_module_names  # fmt: skip
 
 
+# What the code that runs now belongs to, e.g. a seed and a sequence.
+_names: ContextVar[tuple[str, ...]] = ContextVar("names", default=())
+
+
+def is_interactive() -> bool:
+    """Whether somebody sees progress bars: in a notebook or a terminal."""
+    return "ipykernel" in sys.modules or sys.stderr.isatty()
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put a name before the messages of warnings."""
+    token = _names.set((*_names.get(), name))
+    try:
+        yield
+    finally:
+        _names.reset(token)
+
+
 def warn(message: str) -> None:
     """Issue a warning that points at the innermost line outside this package and the libraries it works with."""
+    if names := _names.get():
+        message = f"{', '.join(names)}: {message}"
     frame, level = sys._getframe(1), 2  # `warnings.warn` counts its own caller, this function, as 1
     while frame.f_globals.get("__name__", "").partition(".")[0] in INTERNAL_PACKAGES:
         if frame.f_back is None:  # in a thread of this package

@@ -26,7 +26,7 @@ from pyterrier_msft.interpolation import HeldOut, candidates_of, fit_reranker
 from pyterrier_msft.model.cross_encoder import SOURCE_SETTINGS, CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import StageRecord, history_frame
-from pyterrier_msft.notices import warn
+from pyterrier_msft.notices import is_interactive, warn
 from pyterrier_msft.saving import SavingMixin
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.hyperparameters import check_number
@@ -75,7 +75,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
         true: With `template`, for a model that generates text: the word that means *relevant*. None: the two words of
             the model's configuration, or "yes" and "no".
         false: The word that means the opposite. The score is the difference of their logits. None: that of `true`.
-        verbose: Whether to show progress bars.
+        verbose: Whether to show progress bars. None: in `fit`, if it runs in a terminal or a notebook.
 
     Example:
         >>> pipeline = bm25 % 100 >> dataset.text_loader() >> MonoCE("FacebookAI/roberta-base")
@@ -106,7 +106,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None, seed: int = 42, revision: str | None = None,
         trust_remote_code: bool = False, relevant: int | str | None = None, template: str | None = None,
-        true: str | None = None, false: str | None = None, verbose: bool = False,
+        true: str | None = None, false: str | None = None, verbose: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.fitter = fitter
@@ -232,6 +232,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
         fitters = check_fitter(self.fitter or Contrastive() if fitter is None else fitter).stages
         with distributed.silence_other_ranks():
             check_training_device(self.cross_encoder.device)
+            verbose = is_interactive() if self.verbose is None else self.verbose
             validation = validation_frames(
                 topics_or_res_va, qrels_va, self._texts, with_scores=self.interpolate is not False
             )
@@ -239,7 +240,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
             if self.interpolate is True and validation is None:
                 candidates = candidates_of(topics_or_res_tr, qrels_tr, self._texts)
             prepared = [
-                prepare_stage(stage, topics_or_res_tr, qrels_tr, self._texts, verbose=self.verbose) for stage in fitters
+                prepare_stage(stage, topics_or_res_tr, qrels_tr, self._texts, verbose=verbose) for stage in fitters
             ]
             if validation is not None:
                 warn_of_shared_queries(validation[0], {query for data in prepared for query in data.queries})
@@ -255,7 +256,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
                     self.cross_encoder, [encoders[length] for length in lengths], prepared, self.stages,
                     interpolate=self.interpolate, scorer=encoders[None], held_out=held_out, validation=validation,
                     checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
-                    verbose=self.verbose and distributed.rank() == 0,
+                    progress="training" if verbose and distributed.rank() == 0 else None,
                 )  # fmt: skip
             finally:
                 self.remove_stale_calibration()

@@ -20,6 +20,7 @@ from pyterrier_msft.digests import sha256_of
 from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.fitting import ValidationFrames
 from pyterrier_msft.model.fingerprint import dropout_settings
+from pyterrier_msft.notices import naming
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import check_writable
@@ -117,16 +118,14 @@ def fit_sequences(
     """
     paths = {name: _parse_sequence(name, stages) for name in sequences}
     if seeds is not None:
-        return {
-            seed: fit_sequences(
-                reranker.reseeded(seed),
-                {name: _with_seed(stage, seed) for name, stage in stages.items()},
-                sequences,
-                validation=validation,
-                save_dir=save_dir,
-            )
-            for seed in map(int, seeds)
-        }
+        by_seed = {}
+        for seed in map(int, seeds):
+            own = {name: _with_seed(stage, seed) for name, stage in stages.items()}
+            with naming(f"seed {seed}"):
+                by_seed[seed] = fit_sequences(
+                    reranker.reseeded(seed), own, sequences, validation=validation, save_dir=save_dir
+                )
+        return by_seed
     folders = None if save_dir is None else _Folders(Path(save_dir), reranker, stages, paths, validation)
     trained: dict[tuple[str, ...], MonoCE] = {(): reranker}
     for path in paths.values():
@@ -185,7 +184,8 @@ def _fit_stage(
         return saved
     logger.info("%s: training with %r", name, stage.fitter)
     trained = start.clone(fitter=stage.fitter)
-    trained.fit(stage.results, stage.qrels, *(validation or (None, None)), checkpoint_dir=checkpoint_dir)
+    with naming(name):
+        trained.fit(stage.results, stage.qrels, *(validation or (None, None)), checkpoint_dir=checkpoint_dir)
     if folder is not None and checkpoint_dir is not None:
         # Adapters aren't merged, so that the next stage can train them.
         distributed.run_on_rank_zero(lambda: trained.save(folder, merged=False))

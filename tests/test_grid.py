@@ -149,7 +149,7 @@ def test_a_second_grid_starts_from_the_best_of_the_first(found, dev, train_part)
         ({"grid": {"learning_rate": []}}, "grid must map 'learning_rate' to a non-empty list of values; got"),
         ({"grid": {"learning_rate": 1e-3}}, r"to a non-empty list of values; got 0\.001"),
         ({"grid": {"loss": "ranknet"}}, "to a non-empty list of values; got 'ranknet'"),
-        ({"grid": {"n_negatives": [3, -1]}}, "n_negatives must be a positive integer; got -1"),
+        ({"grid": {"n_negatives": [3, -1]}}, "n_negatives must be a non-negative integer; got -1"),
         ({"grid": {}}, "grid must map settings to lists of values; got {}"),
         ({"grid": {"seed": [1, 2]}}, "grid must not vary 'seed'. Use seeds= instead"),
         ({"grid": {"metric": ["RR"]}}, "grid must not vary 'metric'. Use metric= instead"),

@@ -328,7 +328,7 @@ def test_a_saved_re_ranker_has_its_weight(fitted, test, tmp_path):
     assert_frame_equal(model(test.results), alone(fitted)(test.results), rtol=1e-5)
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").num_labels == 1
     card = (tmp_path / "model" / "README.md").read_text()
-    assert f"First stage's weight {fitted.first_stage_weight:.3g} (" in card
+    assert f"`score + {fitted.first_stage_weight:.6g} * first_stage_score`" in card
     assert "the others don't" in card
 
 
@@ -336,7 +336,8 @@ def test_the_report_says_what_was_decided(fitted):
     report = repr(fitted.data_report)
     assert re.search(r"1 epoch of 8 updates with 8 queries each, learning rate 0\.01\n", report)
     assert re.search(
-        r"first stage's weight [\d.]+ \([\d.]+ in standard deviations\): on 64 queries, nDCG@10 is", report
+        r"first stage's weight [\d.]+ \(its scores vary [\d.]+ times as much as the model's\): on 64 queries, nDCG@10",
+        report,
     )
 
 

@@ -646,3 +646,15 @@ def test_numbers_of_numpy(backbone, train_part, tmp_path):
     ce = MonoCE(backbone, max_length=np.int64(24), dtype="float32", device="cpu")
     ce.fit(train_part.results, train_part.qrels, fitter=fitter).save(tmp_path / "model")
     assert MonoCE.load(tmp_path / "model").max_length == 24
+
+
+@pytest.mark.parametrize(
+    ("verbose", "terminal", "shown"),
+    [(None, True, True), (None, False, False), (False, True, False), (True, False, True)],
+)
+def test_progress_in_a_terminal(backbone, train_part, monkeypatch, capsys, verbose, terminal, shown):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu", interpolate=True, verbose=verbose)
+    ce.fit(train_part.results, train_part.qrels, fitter=BRIEF)
+    written = capsys.readouterr().err
+    assert all((bar in written) == shown for bar in ("training on half 1 of 2", "training on half 2 of 2", "training:"))

@@ -260,3 +260,15 @@ def test_a_checkpoint_of_other_samples_is_refused(ce: MonoCE, train_part, tmp_pa
     with pytest.raises(ValueError, match=r"holds a checkpoint of another training run: .*skip"):
         fitter = dataclasses.replace(fitter, skip=1)
         ce.clone().fit(results, train_part.qrels, fitter=fitter, checkpoint_dir=tmp_path)
+
+
+def test_only_random_negatives(train_part, ce):
+    fitter = Contrastive(n_negatives=0, n_random=2)
+    groups, _ = fitter.groups(train_part.results, train_part.qrels)
+    own = {qid: {*frame["text"]} for qid, frame in train_part.results.groupby("qid")}
+    for group in groups.draw_all([(i, 0) for i in range(len(groups))], seed=1):
+        relevant = [text for text in group.texts if text in own[group.qid]]
+        assert len(relevant) == 1
+        assert len(group.texts) == 3
+    with pytest.raises(ValueError, match="n_negatives must be a positive integer without n_random; got 0"):
+        Contrastive(n_negatives=0)

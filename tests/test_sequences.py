@@ -205,3 +205,11 @@ def test_a_sequence_with_two_readings(ce, stages):
 def test_a_stage_needs_a_fitter(train_part):
     with pytest.raises(ValueError, match="fitter must be"):
         Stage("CL", train_part.results)
+
+
+def test_warnings_say_what_they_are_about(ce, stages, train_part):
+    results = train_part.results[train_part.results["qid"] != train_part.qrels["qid"][0]]
+    extra = train_part.results.head(8).assign(qid="unjudged")
+    wrong = Stage(CL, pd.concat([results, extra]), train_part.qrels)
+    with pytest.warns(UserWarning, match=r"^seed 2, KD-CL: Contrastive dropped 1 of 64 queries"):
+        fit_sequences(ce, {**stages, "CL": wrong}, ["KD-CL"], seeds=[2])

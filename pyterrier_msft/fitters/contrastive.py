@@ -32,7 +32,7 @@ class Contrastive(Fitter):
 
     Args:
         n_positives: Maximum number of relevant documents per group. None: all, e.g. for `losses.multi_positive`.
-        n_negatives: Maximum number of negatives per group.
+        n_negatives: Maximum number of negatives per group. 0 is possible with `n_random`.
         depth: Number of top results to sample negatives from; relevant documents may have any rank. None: all.
         skip: Number of first ranks that no negative comes from, because many documents there are relevant without being
             judged. A judge doesn't relabel them either.
@@ -79,9 +79,10 @@ class Contrastive(Fitter):
         super().__post_init__()
         for name in ("n_positives", "depth"):
             check_number(name, getattr(self, name), integer=True)
-        check_number("n_negatives", self.n_negatives, integer=True, required=True)
-        for name in ("skip", "n_random"):
+        for name in ("n_negatives", "skip", "n_random"):
             check_number(name, getattr(self, name), integer=True, minimum_zero=True, required=True)
+        if not self.n_negatives and not self.n_random:
+            raise ValueError("n_negatives must be a positive integer without n_random; got 0")
         check_choice("sample", self.sample, NEGATIVE_STRATEGIES)
         if self.depth is not None and self.skip >= self.depth:
             raise ValueError(

@@ -113,17 +113,19 @@ def _usage(settings: Mapping[str, Any], name: str, interpolation: str, *, is_ada
             "score; the others truncate it."
         )
     if interpolation:
-        notes += f" PyTerrier adds the first stage's score to it; the others don't. {interpolation}."
+        notes += f" PyTerrier adds the first stage's score to it, the others don't: {interpolation}."
     return "\n".join(f"{library}:\n\n```python\n{code}\n```\n" for library, code in examples.items()) + f"\n{notes}\n"
 
 
 def _interpolation(record: ModelRecord) -> str:
     """Say which weight the first stage's score has; empty if it isn't used."""
-    setting = record.settings.get("interpolate", False)
-    if setting is not True:
-        return f"First stage's weight {setting:g}" if setting else ""
-    text = record.stages[-1].data_report.get("interpolation") if record.stages else None
-    return text[:1].upper() + text[1:] if text else ""
+    weight = setting = record.settings.get("interpolate", False)
+    if setting is True:
+        weight = record.stages[-1].interpolation.get("weight") if record.stages else None
+    if not weight:
+        return ""
+    text = record.stages[-1].data_report["interpolation"] if setting is True else ""
+    return f"`score + {weight:.6g} * first_stage_score`{f' ({text})' * bool(text)}"
 
 
 def _training(stages: Sequence[StageRecord]) -> str:

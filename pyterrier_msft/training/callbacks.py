@@ -29,11 +29,11 @@ COLLAPSED_SPREAD = 1e-3
 
 
 class HistoryCallback(TrainerCallback, ExportableState):
-    """Log about fifty times per training run, append each log to the history, and show a progress bar if `verbose`."""
+    """Log about fifty times per training run, append each log to the history, and show a bar if `progress` names it."""
 
     def __init__(
         self, history: list[dict[str, Any]], plan: Plan, hyperparameters: Hyperparameters, *,
-        part_names: Sequence[str] = (), verbose: bool,
+        part_names: Sequence[str] = (), progress: str | None,
     ) -> None:  # fmt: skip
         self.history, self.plan, self.part_names = history, plan, part_names
         self.metric = str(hyperparameters.metric)
@@ -45,7 +45,7 @@ class HistoryCallback(TrainerCallback, ExportableState):
         self.steps = 0
         self.seconds_before = 0.0  # of the run that is resumed
         self.started = self.last_row_at = time.monotonic()
-        self.bar = pt.tqdm(total=plan.updates, desc="training", unit="step", disable=not verbose)
+        self.bar = pt.tqdm(total=plan.updates, desc=progress, unit="step", disable=progress is None)
 
     def state(self) -> dict[str, Any]:
         """Return the state that a resumed run needs."""
@@ -216,9 +216,9 @@ class CollapseCallback(TrainerCallback):
         if (spread := float(self.spread)) < COLLAPSED_SPREAD:
             self.collapse_reported = True
             warn(
-                f"All documents of a query get the same score: they differ by {spread:.1e} at step {step}. Check that "
-                "the qids of results and qrels match, that the labels of a query differ, and the learning rate: too "
-                "high, it collapses a model; too low, the new head never leaves its start"
+                f"All documents of a query get nearly the same score: at step {step}, they differ by {spread:.1e}. "
+                "Check that the qids of results and qrels match, that the labels of a query differ, and the learning "
+                "rate: too high, it collapses a model; too low, the new head never leaves its start"
             )
 
 

@@ -38,7 +38,7 @@ def train(
     checkpoint_dir: str | Path | None = None,
     identity: Mapping[str, str] | None = None,
     history: list[dict[str, Any]] | None = None,
-    verbose: bool = False,
+    progress: str | None = None,
 ) -> list[dict[str, Any]]:
     """Train a cross-encoder in place, on its device and in its precision; weights and loss are float32.
 
@@ -70,7 +70,7 @@ def train(
         stack.enter_context(first_token_only(network))
         trainer = ListwiseTrainer(
             objectives, network, encoder, hyperparameters,
-            dtype=dtype, validation=validation, history=history, verbose=verbose,
+            dtype=dtype, validation=validation, history=history, progress=progress,
             identity=None if checkpoint_dir is None else identity, args=arguments,
         )  # fmt: skip
         stack.callback(trainer.rows.bar.close)

@@ -55,7 +55,7 @@ class ListwiseTrainer(Trainer):
         dtype: torch.dtype,
         validation: Validation | None,
         history: list[dict[str, Any]],
-        verbose: bool,
+        progress: str | None,
         identity: Mapping[str, str] | None,
         args: TrainingArguments,
     ) -> None:
@@ -75,7 +75,7 @@ class ListwiseTrainer(Trainer):
         self.threads_checked = False
         if self.threads > 1:  # the first thread to finish would clear autocast's cache of weights
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
-        self._add_callbacks(history, identity, verbose=verbose)
+        self._add_callbacks(history, identity, progress=progress)
 
     # ---- one step
 
@@ -247,11 +247,11 @@ class ListwiseTrainer(Trainer):
         distributed.wait_for_everyone()  # before rank 0 writes the state, which marks the checkpoint as complete
 
     def _add_callbacks(
-        self, history: list[dict[str, Any]], identity: Mapping[str, str] | None, *, verbose: bool
+        self, history: list[dict[str, Any]], identity: Mapping[str, str] | None, *, progress: str | None
     ) -> None:
         plan, hyperparameters = self.plan, self.hyperparameters
         names = [part.name for part in self.objectives] if len(self.objectives) > 1 else []
-        self.rows = HistoryCallback(history, plan, hyperparameters, part_names=names, verbose=verbose)
+        self.rows = HistoryCallback(history, plan, hyperparameters, part_names=names, progress=progress)
         self.collapse = CollapseCallback(plan)
         self.best: BestWeightsCallback | None = None
         self.remove_callback(PrinterCallback)
