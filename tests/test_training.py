@@ -244,6 +244,22 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(new, train_part, los
     torch.testing.assert_close(weights(whole), weights(parts), atol=1e-5, rtol=0)
 
 
+def test_the_gradient_is_clipped(new, groups):
+    plain = dataclasses.replace(
+        FAST, max_steps=1, dropout=0.0, clip_norm=None, warmup=0, weight_decay=0, learning_rate=1.0, trainer_args=SGD
+    )
+    changes = {}
+    for clip_norm in (None, 1e-2, 1e3):
+        model = new()
+        before = weights(model)
+        run(model, groups, dataclasses.replace(plain, clip_norm=clip_norm))
+        changes[clip_norm] = weights(model) - before
+    norm = changes[None].norm().item()
+    assert 1e-2 < norm < 1e3
+    torch.testing.assert_close(changes[1e-2], changes[None] * 1e-2 / norm, atol=1e-6, rtol=1e-3)
+    assert torch.equal(changes[1e3], changes[None])
+
+
 # ---- global state
 
 
