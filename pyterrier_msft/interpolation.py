@@ -48,9 +48,9 @@ class Interpolation:
 
     def __str__(self) -> str:
         return (
-            f"first stage's weight {self.weight:.3g} (its scores vary {self.relative_weight:.2g} times as much as the "
-            f"model's): on {self.queries:,} queries, {self.metric} is {self.value:.3f} (model alone {self.model:.3f}, "
-            f"first stage {self.first_stage:.3f})"
+            f"first stage's weight {self.weight:.3g} (weighted, its scores vary {self.relative_weight:.2g} times as much "
+            f"as the model's): on {self.queries:,} queries, {self.metric} is {self.value:.3f} (model alone "
+            f"{self.model:.3f}, first stage {self.first_stage:.3f})"
         )
 
 
@@ -308,7 +308,7 @@ def _warn_if_not_better(choice: Interpolation, before: float | None) -> None:
         warn(
             f"re-ranking is worse than before this fit: validation {choice.metric} is {choice.value:.4f}, but was "
             f"{before:.4f}. With interpolate=True, the model alone decides which weights are kept. Set a number as "
-            "interpolate, or keep a clone() of the re-ranker of before"
+            "interpolate, or keep a clone() from before this fit"
         )
 
 

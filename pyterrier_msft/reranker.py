@@ -46,8 +46,8 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
     The model reads `[CLS] query [SEP] document [SEP]` and outputs one number (monoBERT: Nogueira and Cho, 2019).
 
     Args:
-        model: A name on the Hugging Face hub, a folder, or a loaded `PreTrainedModel`, of which `fit` trains a copy: a
-            backbone, which gets a new head, or a published cross-encoder; docs/howto/models.md lists the kinds.
+        model: A name on the Hugging Face hub, a folder, or a loaded `PreTrainedModel` (`fit` trains a copy). A backbone
+            gets a new head; a cross-encoder keeps its own. docs/howto/models.md lists the kinds.
         fitter: What `fit` does. None: `Contrastive()`.
         adapter: A `peft.LoraConfig` or another peft configuration (extra `[lora]`). `fit` then trains the adapter and
             the head only; `save` can merge it.
@@ -74,7 +74,8 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
             or `[CLS] query [SEP] document [SEP]`.
         true: With `template`, for a model that generates text: the word that means *relevant*. None: the two words of
             the model's configuration, or "yes" and "no".
-        false: The word that means the opposite. The score is the difference of their logits. None: that of `true`.
+        false: The word that means *not relevant*. The score is the logit of `true` minus that of `false`. None: only
+            the logit of `true`.
         verbose: Whether to show progress bars. None: in `fit`, if it runs in a terminal or a notebook.
 
     Example:
@@ -168,7 +169,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
         inp = self._texts.check_and_add_to(inp, context=self, extra_columns=extra_columns)
         if len(inp) and self._replaced_fitter is not None and self.fitter is self._replaced_fitter[1]:
             raise ValueError(
-                f"fit is required after set_parameter('fitter', ...); got {self!r} with the weights of before. "
+                f"fit is required after set_parameter('fitter', ...); got {self!r} with the old weights. "
                 "pt.GridScan and pt.GridSearch never call fit: compare fitters with pyterrier_msft.fit_grid"
             )
         if len(inp):
@@ -274,9 +275,13 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
     def history(self) -> pd.DataFrame:
         """What training logged, one row per entry.
 
-        Columns: stage (from 1), fitter, step (updates in the stage), epoch, loss (the mean since the previous row),
-        learning_rate, with a sum of fitters the loss of each part, e.g. loss_Contrastive, without its weight, the
-        metric's name (with validation), seconds (since the stage began) and pairs_per_second.
+        The columns are:
+
+        - stage (from 1), fitter, step (updates in the stage) and epoch,
+        - loss (the mean since the previous row) and learning_rate,
+        - of a sum of fitters, the loss of each part without its weight, e.g. loss_Contrastive,
+        - with validation, the metric, under its own name,
+        - seconds (since the stage began) and pairs_per_second.
         """
         return history_frame(self.stages)
 

@@ -41,8 +41,8 @@ class Stage:
             results, see `MonoCE.fit`. Or several sources: a list of (results, qrels) or (results, qrels, weight), for
             example the candidates of two first stages, or two data sets. Sources stay separate, even if they share
             qids: each has its own lists and labels. The weight (default: 1) is how often an epoch draws each of the
-            source's queries: with 2 twice, each time with newly sampled documents, and with 0.5 in every second epoch,
-            which ones depends on the seed. An epoch draws at least one query of each source.
+            source's queries. With 2, each is drawn twice, with different documents; with 0.5, in every second epoch,
+            and the seed decides in which. An epoch draws at least one query of each source.
         qrels: Columns qid, docno and label. None if the fitter doesn't need them, or the results are several sources.
     """
 

@@ -66,11 +66,11 @@ class tost:  # a class, so that it can be pickled, compared and printed; used li
 
     The null hypothesis is that the true mean difference is at least `margin` away from zero. A small p-value shows
     that the systems are equivalent within the margin. Called with the two systems' values per query, it returns
-    `(statistic, p)`: the larger of the two one-sided p-values, and the t of that test, which is the one against the
-    bound closer to the observed mean (+margin if a is better).
+    `(statistic, p)`: the t and the p-value of the one-sided test with the larger p-value. That is the test against the
+    bound closer to the observed mean: +margin if the first system is better.
 
-    The result is never NaN, which PyTerrier would count as a rejection. If all differences are the same, p is 0 for
-    one smaller than the margin and 1 otherwise; with fewer than two queries p is 1.
+    The result is never NaN, which PyTerrier would count as a rejection. If all differences are the same, p is 0 if
+    that difference is smaller than the margin, and else 1; with fewer than two queries p is 1.
 
     >>> table = pt.Experiment(
     ...     systems, topics, qrels, [nDCG @ 10], baseline="CL", test=tost(0.01), correction="holm"
@@ -171,7 +171,7 @@ def holm(p: npt.ArrayLike) -> npt.NDArray[np.float64]:
     Args:
         p: [n] p-values; or [n, k], if at most one of the k null hypotheses in a row can be true. Then each p-value,
             from the smallest, is multiplied by the number of rows with a hypothesis that isn't rejected yet (Shaffer
-            1986). Up to the first false rejection, true hypotheses are at most so many, and Bonferroni's bound holds.
+            1986). Up to the first false rejection, at most this many hypotheses are true, so Bonferroni's bound holds.
     """
     p = np.asarray(p, dtype=float)
     last_of_row = np.sort(p if p.ndim == 1 else p.max(axis=1))  # (n,): a row is rejected with its largest p-value

@@ -336,7 +336,7 @@ def test_the_report_says_what_was_decided(fitted):
     report = repr(fitted.data_report)
     assert re.search(r"1 epoch of 8 updates with 8 queries each, learning rate 0\.01\n", report)
     assert re.search(
-        r"first stage's weight [\d.]+ \(its scores vary [\d.]+ times as much as the model's\): on 64 queries, nDCG@10",
+        r"first stage's weight [\d.]+ \(weighted, its scores vary [\d.]+ times as much as the model's\): on 64 queries",
         report,
     )
 

@@ -34,8 +34,8 @@ class Contrastive(Fitter):
         n_positives: Maximum number of relevant documents per group. None: all, e.g. for `losses.multi_positive`.
         n_negatives: Maximum number of negatives per group. 0 is possible with `n_random`.
         depth: Number of top results to sample negatives from; relevant documents may have any rank. None: all.
-        skip: Number of first ranks that no negative comes from, because many documents there are relevant without being
-            judged. A judge doesn't relabel them either.
+        skip: Take no negatives from the first `skip` ranks, where many unjudged documents are relevant. With
+            `false_negatives="relevant"`, these documents aren't relabelled.
         sample: How negatives are drawn from the top `depth`: "uniform"; "top", the first ones, the same in each epoch;
             or "log", where the weight of the k-th possible negative is 1 / log2(1 + skip + k).
         n_random: Maximum number of further negatives per group, drawn uniformly from the documents of all other groups:
@@ -45,13 +45,13 @@ class Contrastive(Fitter):
         min_relevance: Minimum label of a relevant document.
         add_missing_positives: Whether to add relevant documents that the first stage missed, with texts from
             `MonoCE(..., text=...)`.
-        judge: A teacher with scores, in any form that `Distillation` takes except a mapping, which finds false
-            negatives: candidates that may be relevant. A transformer is applied to the candidates and the relevant
-            documents of the results. Candidates that it doesn't score stay negatives.
-        margin: A candidate is a false negative if the judge's score of it is at least that of the query's lowest
-            relevant document, minus the margin. It has no effect on queries whose relevant documents the judge didn't
-            score. None: only `max_score` applies.
-        max_score: A candidate is also a false negative if its score is at least this. None: no such limit.
+        judge: A teacher whose scores tell false negatives: unlabelled candidates that are probably relevant. Any form
+            that `Distillation(teacher=)` takes, except a mapping. A transformer is applied to the candidates and the
+            relevant documents of the results. Candidates that it doesn't score stay negatives.
+        margin: A candidate is a false negative if the judge's score of it is at least that of the query's
+            lowest-scoring relevant document, minus the margin. It has no effect on queries whose relevant documents
+            the judge didn't score. None: only `max_score` applies.
+        max_score: A candidate is also a false negative if the judge's score of it is at least this. None: no limit.
         false_negatives: What to do with false negatives: "drop" them, or use them as "relevant", with the label
             `min_relevance`.
         loss: A loss for binary or graded labels.

@@ -36,8 +36,7 @@ class Distillation(Fitter):
             documents (`teachers.cached` makes that resumable); or a mapping of names to these, fused by reciprocal
             rank (`teachers.fuse`). None: the training results are the teacher's ranking.
         depth: Documents per query, from the top of the results.
-        n_documents: Maximum number of documents per list: each epoch draws so many of the `depth` documents anew. None:
-            all of them.
+        n_documents: Maximum number of documents per list. Each epoch draws them anew from the top `depth`. None: all.
         sample: How `n_documents` are drawn: "stratified", one from each of `n_documents` parts of the teacher's ranking
             of nearly equal size; "top", the teacher's first ones, the same in each epoch; "random", uniformly; or
             "top_and_random", half of them (rounded up) the teacher's first ones, and the rest uniformly.
@@ -46,8 +45,8 @@ class Distillation(Fitter):
         scale: How to scale the teacher's scores, for a loss that needs scores: among the scored documents of a query
             in the top `depth`, "zscore" subtracts the mean and divides by the standard deviation (with n, not n - 1),
             and "minmax" maps the lowest score to 0 and the highest to 1. "logit" converts probabilities to log-odds,
-            after limiting them to between 1e-6 and 1 - 1e-6. None: as they are. Equal scores stay equal; as without a
-            scale, a query with nothing else is left out.
+            after limiting them to between 1e-6 and 1 - 1e-6. None: as they are. Queries whose
+            scores are all equal are left out.
         loss: A loss for ordered labels, or for scores or probabilities if the teacher has them.
         **shared: See `Hyperparameters`.
     """

@@ -51,8 +51,8 @@ class Hyperparameters:
         max_steps: Number of updates; overrides `epochs`.
         batch_size: Queries per update, over all processes, so that the number of GPUs doesn't change the result (except
             for the random numbers of dropout). None: by the number of queries, see `plan_training`.
-        gradient_accumulation: Factor that multiplies the queries per update, in the memory that a single
-            `batch_size` needs. With every loss, the gradient is that of one large batch (gradient caching).
+        gradient_accumulation: Number of batches per update. An update uses `batch_size * gradient_accumulation`
+            queries, in the memory of one batch; the gradient is that of one large batch (gradient caching).
         pairs_per_pass: Largest number of query-document pairs (or windows, with `passages`) whose activations are held
             in memory. A batch with more costs one extra forward pass; the gradient is unchanged, except for the random
             numbers of dropout (gradient caching: Gao et al., RepL4NLP 2021). None: on a CPU, as many as take an
