@@ -48,8 +48,8 @@ class Interpolation:
 
     def __str__(self) -> str:
         return (
-            f"first stage's weight {self.weight:.3g} (weighted, its scores vary {self.relative_weight:.2g} times as much "
-            f"as the model's): on {self.queries:,} queries, {self.metric} is {self.value:.3f} (model alone "
+            f"first stage's weight {self.weight:.3g} (weighted, its scores vary {self.relative_weight:.2g} times as "
+            f"much as the model's): on {self.queries:,} queries, {self.metric} is {self.value:.3f} (model alone "
             f"{self.model:.3f}, first stage {self.first_stage:.3f})"
         )
 

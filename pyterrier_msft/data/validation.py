@@ -79,6 +79,6 @@ def warn_of_mixed_scores(training: TrainingResults, validation: pd.DataFrame) ->
     if any(has_column) and not all(has_column):
         which = "validation" if has_column[-1] else "training"
         warn(
-            f"only the {which} results have the column {FIRST_STAGE_SCORE!r}, which is used instead of 'score': training "
-            "and validation may be on different scales. Drop the column if 'score' is the first stage's"
+            f"only the {which} results have the column {FIRST_STAGE_SCORE!r}, which is used instead of 'score': "
+            "training and validation may be on different scales. Drop the column if 'score' is the first stage's"
         )
