@@ -374,7 +374,8 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
     def take_weights(self, other: "MonoCE") -> None:
         """Share the weights of another re-ranker, and add the stages of its last fit; keep this one's settings."""
         self.cross_encoder.take_weights(other.cross_encoder)
-        self.stages, self.calibration = self.stages + other.stages[-other.stages[-1].place :], other.calibration
+        last_fit = other.stages[-other.stages[-1].place :] if other.stages else []
+        self.stages, self.calibration = self.stages + last_fit, other.calibration
 
 
 def _checked_setting(name: str, value: Any) -> Any:

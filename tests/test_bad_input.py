@@ -562,7 +562,7 @@ def test_shared_qids_of_other_queries(new):
 @row
 def test_unjudged_validation_queries(new):
     dev = make_part("va", n_queries=4, seed=2)
-    with pytest.warns(UserWarning, match="validation dropped 3 of 4 queries without labels"):
+    with pytest.warns(UserWarning, match="validation leaves out 3 of 4 queries, which have no labels"):
         new.fit(RESULTS, QRELS, dev.results, dev.qrels.head(1), fitter=SHORT)
 
 

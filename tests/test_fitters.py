@@ -48,7 +48,7 @@ def test_a_transformer_cannot_follow_a_fitter():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Contrastive(n_negatives=0), "n_negatives must be a positive integer; got 0"),
+        (lambda: Contrastive(n_negatives=0), "n_negatives must be a positive integer without n_random; got 0"),
         (lambda: Contrastive(n_positives=0), "n_positives must be a positive integer or None; got 0"),
         (lambda: Contrastive(min_relevance=0), "min_relevance must be a positive number; got 0"),
         (lambda: Contrastive(loss="ranknet"), r"loss must be a function, e\.g\. losses\.ranknet; got 'ranknet'"),

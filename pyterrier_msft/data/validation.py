@@ -61,7 +61,7 @@ def validation_frames(
     if blank := int((is_blank(results["query"]) | is_blank(results[texts.field]))[judged].sum()):
         warn(f"{blank:,} {what} documents have no text or no query; it is read as empty")
     if what == "validation" and (unjudged := frame.loc[~judged, "qid"].nunique()):
-        warn(f"validation dropped {unjudged:,} of {frame['qid'].nunique():,} queries without labels")
+        warn(f"validation leaves out {unjudged:,} of {frame['qid'].nunique():,} queries, which have no labels")
     return frame[judged].reset_index(drop=True), labels
 
 
