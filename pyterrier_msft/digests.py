@@ -121,7 +121,7 @@ class _Converter:
         if type(value) is bytes:
             return ["bytes", value.hex()]
         if isinstance(value, pd.DataFrame):
-            return frame_digest(value)
+            return [frame_digest(value), frame_digest(value.index.to_frame())]
         if isinstance(value, torch.Tensor):
             data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             return [str(value.dtype), [*value.shape], hashlib.sha256(data.numpy().data).hexdigest()]

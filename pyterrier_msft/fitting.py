@@ -19,7 +19,7 @@ from pyterrier_msft.digests import format_value, sha256_of
 from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
-from pyterrier_msft.model.fingerprint import dropout_settings
+from pyterrier_msft.model.fingerprint import training_state
 from pyterrier_msft.model.record import StageRecord, library_versions
 from pyterrier_msft.notices import warn
 from pyterrier_msft.training import distributed
@@ -223,13 +223,15 @@ def _train_stage(
     record.head_was_new = was_new
     # A loss that can't be digested can't be recognised later either, which only matters for these.
     is_identified = checkpoint_dir is not None or distributed.world_size() > 1
+    identity = {}
+    if is_identified:
+        identity = _identity(model, encoder, data, validation, first_stage_weight, start, head_is_new=was_new)
     stages[len(stages) - len(resumed) :] = [record]
     model.head_is_new = False
     try:
         train(
             model, encoder, objectives, settings, validation=measured, checkpoint_dir=checkpoint_dir,
-            identity=_identity(model, encoder, data, validation, first_stage_weight, start) if is_identified else {},
-            history=record.history, progress=progress,
+            identity=identity, history=record.history, progress=progress,
         )  # fmt: skip
     except BaseException:
         record.fingerprint = model.fingerprint
@@ -325,15 +327,15 @@ def _new_record(encoder: PairEncoder, data: StageData, plans: Sequence[Plan], pl
 
 def _identity(
     model: CrossEncoder, encoder: PairEncoder, data: StageData, validation: ValidationFrames | None,
-    first_stage_weight: float, start: str,
+    first_stage_weight: float, start: str, *, head_is_new: bool,
 ) -> dict[str, str]:  # fmt: skip
     """Return what determines the result of training, by name. A checkpoint with another identity is refused."""
-    dropout = dropout_settings(model.network.config)
     return {
         **data.fitter.readable_settings(),
         **{name: str(getattr(encoder, name)) for name in ("max_length", "max_query_length", "passages")},
         "dtype": str(model.dtype),
-        "the model's dropout": ", ".join(f"{name}={value}" for name, value in dropout.items()),
+        **training_state(model.network),
+        "whether the head is new": str(head_is_new),
         "data": data.digest[:16],
         "validation": sha256_of([*map(frame_digest, validation)])[:16] if validation else "none",
         "the first stage's weight in validation": str(first_stage_weight if validation else 0.0),

@@ -20,6 +20,7 @@ from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.fitting import ValidationFrames
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.sequences import Stage, fit_sequences
+from pyterrier_msft.training.hyperparameters import check_seeds
 from pyterrier_msft.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def _try(
     values: list[float] = []
     runs: list[Mapping[str, Any]] = []
     best: MonoCE | None = None
-    for seed in [None] if seeds is None else map(int, seeds):
+    for seed in [None] if seeds is None else check_seeds(seeds):
         start = reranker if seed is None else reranker.reseeded(seed)
         own = stage if seed is None else dataclasses.replace(stage, fitter=stage.fitter.replace(seed=seed))
         trained = fit_sequences(start, {STAGE: own}, [STAGE], validation=judge.frames, save_dir=save_dir)[STAGE]

@@ -121,7 +121,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
         self.verbose = verbose
         check_number("seed", seed, integer=True, minimum_zero=True, required=True)
         self.cross_encoder = CrossEncoder(
-            model, adapter=adapter, dtype=dtype, device=device, seed=seed, revision=revision,
+            model, adapter=adapter, dtype=dtype, device=device, seed=int(seed), revision=revision,
             trust_remote_code=trust_remote_code, relevant=relevant, template=template, true=true, false=false,
         )  # fmt: skip
         self.stages: list[StageRecord] = []  # one per stage of training

@@ -19,11 +19,12 @@ from pyterrier_msft.data.mixture import Source, TrainingResults, as_sources
 from pyterrier_msft.digests import sha256_of
 from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.fitting import ValidationFrames
-from pyterrier_msft.model.fingerprint import dropout_settings
+from pyterrier_msft.model.fingerprint import training_state
 from pyterrier_msft.notices import naming
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import check_writable
+from pyterrier_msft.training.hyperparameters import check_seeds
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def fit_sequences(
     paths = {name: _parse_sequence(name, stages) for name in sequences}
     if seeds is not None:
         by_seed = {}
-        for seed in map(int, seeds):
+        for seed in check_seeds(seeds):
             own = {name: _with_seed(stage, seed) for name, stage in stages.items()}
             with naming(f"seed {seed}"):
                 by_seed[seed] = fit_sequences(
@@ -158,8 +159,8 @@ class _Folders:
         frames = [frame_digest(frame) for frame in validation or ()]
         settings = [reranker.scoring_settings(), reranker.interpolate]
         looked_up = "" if validation is None else reranker.source_digest(validation[0])
-        dropout = dropout_settings(reranker.cross_encoder.network.config)
-        self.context = [SEMANTICS_VERSION, torch.__version__, frames, looked_up, settings, dropout]
+        state = training_state(reranker.cross_encoder.network)
+        self.context = [SEMANTICS_VERSION, torch.__version__, frames, looked_up, settings, state]
         self.stages = {
             name: [stages[name].digest(), *(reranker.source_digest(*lookup) for lookup in stages[name].lookups())]
             for path in paths.values()
@@ -168,7 +169,8 @@ class _Folders:
 
     def of(self, prefix: tuple[str, ...], start: MonoCE) -> Path:
         """Return the folder of the last stage of a sequence that is trained from `start`."""
-        key = sha256_of([start.fingerprint, self.stages[prefix[-1]], self.context])
+        is_new = start.cross_encoder.head_is_new
+        key = sha256_of([start.fingerprint, is_new, self.stages[prefix[-1]], self.context])
         return self.save_dir / f"{'-'.join(prefix)}-{key[:16]}"
 
 

@@ -18,7 +18,8 @@ import pyterrier as pt
 from pyterrier_msft.data.frames import order_key, require_columns, with_scores
 from pyterrier_msft.data.hard_negatives import read_hard_negatives
 from pyterrier_msft.data.permutations import read_labelled_passages, read_permutations, uncompressed_suffix
-from pyterrier_msft.data.rankings import clean_ranking, top_documents
+from pyterrier_msft.data.rankings import clean_ranking, top_documents, warn_of_contradictions
+from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.ids import as_ids
 from pyterrier_msft.pipelines import all_parts_of
 
@@ -74,6 +75,8 @@ def get_ranking(
                 raise ValueError(f"teacher {key!r} must rank documents of the results; got none in common")
         return fuse(rankings)
     frame: pd.DataFrame | None = teacher
+    if name == "teacher":
+        warn_of_contradictions(results if frame is None else frame)
     return frame
 
 
@@ -207,7 +210,11 @@ class Cached(pt.Transformer):
     def rank(self, inp: pd.DataFrame, progress: Callable[[int], Any]) -> pd.DataFrame:
         """Re-rank valid results; `progress` is called with the number of queries done since the last call."""
         qids, docnos = as_ids(inp["qid"]), as_ids(inp["docno"])
-        frame = inp.reset_index(drop=True).assign(qid=qids, docno=docnos)
+        frame = inp.reset_index(drop=True)
+        for part in all_parts_of(self.teacher):
+            if getattr(part, "text", None) is not None and hasattr(part, "text_field"):
+                frame = TextSource(part.text_field, part.text).add_to(frame)  # so that the key has the texts
+        frame = frame.assign(qid=qids, docno=docnos)
         if (key := order_key(frame)) is not None:
             frame = frame.iloc[np.argsort(-key, kind="stable")]
         by_query = dict(tuple(frame.groupby("qid", sort=False)))

@@ -404,6 +404,22 @@ def test_text_loader_changes_the_order(scorer):
     )
 
 
+class StringTexts:
+    """A text source that converts ids to strings."""
+
+    def text_loader(self, fields):
+        texts = dict(zip(range(len(RESULTS)), RESULTS["text"], strict=True))
+        return pt.apply.generic(
+            lambda frame: frame.assign(text=[texts[i] for i in frame["docno"]], docno=frame["docno"].astype(str))
+        )
+
+
+def test_text_loader_converts_ids(scorer):
+    numbered = RESULTS.assign(docno=range(len(RESULTS)))
+    found = scorer.apply_attributes(text=StringTexts())(numbered.drop(columns="text"))
+    assert found["score"].tolist() == scorer(numbered)["score"].tolist()
+
+
 @row
 def test_text_loader_drops_rows(scorer):
     without = RESULTS.drop(columns="text")

@@ -32,6 +32,10 @@ CHANGES = {
     "a global of a global": ("K = 1\ndef f(): return K\ndef loss(s, l, m): return s.sum() * f()", "K = 1", "K = 2"),
     "a dictionary": ("K = {'a': {'x', 'y'}}\ndef loss(s, l, m): return s.sum() * len(K['a'])", "'y'", "'z'"),
     "bytes": ("K = b'a'\ndef loss(s, l, m): return s.sum() * K[0]", "b'a'", "b'b'"),
+    "the index of a frame": (
+        "import pandas\nK = pandas.DataFrame({'w': [1, 5]}, index=['p', 'n'])\ndef loss(s, l, m): return s * K",
+        "['p', 'n']", "['n', 'p']",
+    ),
     "a tensor": ("import torch\nK = torch.ones(2000)\nK[999] = 1.00001\ndef loss(s, l, m): return s * K", "001", "002"),
     "an array": ("import numpy\nK = numpy.ones(2000)\nK[999] = 1.00001\ndef loss(s, l, m): return s * K", "001", "002"),
     "a nested function": ("def loss(s, l, m):\n  def f(x): return x * 2\n  return f(s.sum())", "* 2", "* 3"),

@@ -240,13 +240,6 @@ def test_scores_that_are_equal_as_float32():
     assert len({label for _, label in lists(groups)["q1"]}) == 3
 
 
-def test_ranks_that_contradict_scores():
-    teacher = results("q1 a 3\nq1 b 2\nq1 c 1").assign(rank=[2, 1, 0])
-    with pytest.warns(UserWarning, match="rank and a score that contradict each other for 2 of 2 neighbouring"):
-        groups, _ = from_teacher(results(RESULTS), teacher, depth=None)
-    assert lists(groups) == {"q1": [("a", 2), ("b", 1), ("c", 0)]}
-
-
 @pytest.mark.parametrize("first", [0, 1])
 def test_ranks_may_start_at_zero_or_one(first):
     teacher = results("q1 c 0\nq1 a 0\nq1 b 0").drop(columns="score").assign(rank=[first, first + 1, first + 2])

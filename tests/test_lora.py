@@ -66,6 +66,12 @@ def test_seeds_draw_the_adapter_of_a_trained_model(backbone, train_part, tmp_pat
     assert ce.reseeded(1).fingerprint == ce.fingerprint  # trained weights stay
 
 
+def test_seeds_of_an_adapter_on_a_loaded_model(backbone):
+    network = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1)
+    with pytest.raises(ValueError, match="seeds need an adapter of a model that is given by name or folder"):
+        new(network).reseeded(1)
+
+
 def test_the_fingerprint_depends_on_the_scale_of_an_adapter(backbone):
     strong = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["query", "value"])
     assert new(backbone).fingerprint != new(backbone, adapter=strong).fingerprint

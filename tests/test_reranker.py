@@ -13,7 +13,8 @@ import torch
 import transformers
 from ir_measures import RR, nDCG
 from pandas.testing import assert_frame_equal
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE
 from pyterrier_msft.model.encoding import PairEncoder
@@ -575,6 +576,9 @@ def test_a_folder_with_other_files_is_not_saved_to(trained, tmp_path):
     (tmp_path / "config.json").write_text('{"my": "app"}')
     with pytest.raises(ValueError, match="path must be a new folder or a model's"):
         trained.save(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mine"}')
+    with pytest.raises(ValueError, match="path must be a new folder or a model's"):
+        trained.save(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"vocab.txt", "config.json"}
 
 
@@ -643,7 +647,7 @@ def test_a_copy_is_trained_apart(trained, train_part, test_part):
 def test_numbers_of_numpy(backbone, train_part, tmp_path):
     numbers = {"max_steps": np.int64(2), "batch_size": np.int32(4), "eval_every": np.int8(1)}
     fitter = BRIEF.replace(**numbers, learning_rate=np.float32(1e-2))
-    ce = MonoCE(backbone, max_length=np.int64(24), dtype="float32", device="cpu")
+    ce = MonoCE(backbone, max_length=np.int64(24), dtype="float32", device="cpu", seed=np.int64(7))
     ce.fit(train_part.results, train_part.qrels, fitter=fitter).save(tmp_path / "model")
     assert MonoCE.load(tmp_path / "model").max_length == 24
 
@@ -658,3 +662,22 @@ def test_progress_in_a_terminal(backbone, train_part, monkeypatch, capsys, verbo
     ce.fit(train_part.results, train_part.qrels, fitter=BRIEF)
     written = capsys.readouterr().err
     assert all((bar in written) == shown for bar in ("training on half 1 of 2", "training on half 2 of 2", "training:"))
+
+
+class MeanPooling(BertForSequenceClassification):
+    """A network with the weights of another class, and other scores."""
+
+    def forward(self, input_ids, attention_mask=None, **inputs):
+        states = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state.mean(1)
+        return SequenceClassifierOutput(logits=self.classifier(states))
+
+
+def test_a_class_of_the_callers_has_another_fingerprint(backbone, test_part, tmp_path):
+    networks = [kind.from_pretrained(backbone, num_labels=1) for kind in (BertForSequenceClassification, MeanPooling)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    plain, own = (MonoCE(network, max_length=24, dtype="float32", device="cpu") for network in networks)
+    assert plain(test_part.results)["score"].tolist() != own(test_part.results)["score"].tolist()
+    assert plain.fingerprint != own.fingerprint
+    own.save(tmp_path / "model")
+    with pytest.warns(UserWarning, match="has other weights or another tokenizer than when its history was saved"):
+        MonoCE.load(tmp_path / "model")(test_part.results)

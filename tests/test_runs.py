@@ -180,7 +180,7 @@ def test_scores_are_recognized_in_the_first_chunk_with_rows(results, train_part,
     dataset, fitter = Dataset(train_part), Distillation(loss=losses.margin_mse)
     scored = results.assign(score=np.random.default_rng(0).random(len(results)))
     path = write(scored.drop(columns=["query", "rank"]), tmp_path, ".parquet")
-    dataset.topics = dataset.topics.iloc[40:] if known == "some" else dataset.topics.assign(qid="nobody")
+    dataset.topics = dataset.topics.iloc[40:] if known == "some" else dataset.topics.head(1).assign(qid="nobody")
     if known == "some":
         assert len(read(fitter, path, train_part, dataset)[0]) == 24
     else:
@@ -380,3 +380,11 @@ def test_no_file(train_part):
 def test_the_total_of_reports():
     total = DataReport.total([DataReport(queries=2, groups=1, agreement=1.0), DataReport(queries=3, groups=3)])
     assert (total.queries, total.groups, total.agreement) == (5, 4, 1.0)
+
+
+def test_topics_with_two_queries_for_a_qid(results, train_part, tmp_path):
+    path, topics = write(results.drop(columns="query"), tmp_path, ".trec"), Dataset(train_part).topics
+    [*runs.read_run(path, depth=2, topics=pd.concat([topics, topics.head(1)]))]
+    other = topics.head(1).assign(query="another query")
+    with pytest.raises(ValueError, match="topics must have one query for each qid; got several for 'tr0'"):
+        [*runs.read_run(path, depth=2, topics=pd.concat([topics, other]))]

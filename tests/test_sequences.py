@@ -6,7 +6,9 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from interruptions import interrupted_at, interruptible_lce, interruptible_ranknet, on_each_step
+from transformers import AutoModelForSequenceClassification
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences
 
@@ -113,6 +115,32 @@ def test_a_model_with_another_dropout_is_trained_again(backbone, stages, batches
         ce = MonoCE(folder, max_length=24, dtype="float32", device="cpu")
         fit_sequences(ce, stages, ["CL-KD"], save_dir=tmp_path / "saved")
     assert len(batches) == 2 * 2 * 4
+
+
+@pytest.mark.parametrize("change", ["frozen", "dropout", "head"])
+def test_a_loaded_network_in_another_state_is_trained_again(backbone, stages, batches, tmp_path, change):
+    """The weights are the same, what training does with them isn't."""
+    torch.manual_seed(42)
+    network = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1)
+    first = MonoCE(network, max_length=24, dtype="float32", device="cpu")
+    other = first.clone()
+    if change == "frozen":
+        other.cross_encoder.network.bert.embeddings.requires_grad_(False)
+    elif change == "dropout":
+        other.cross_encoder.network.dropout.p = 0.9
+    else:
+        other.cross_encoder.head_is_new = True
+    assert other.fingerprint == first.fingerprint
+    fits = [fit_sequences(ce, {"CL": stages["CL"]}, ["CL"], save_dir=tmp_path)["CL"] for ce in (first, other)]
+    assert len(batches) == 2 * 4
+    if change != "head":
+        assert fits[0].fingerprint != fits[1].fingerprint
+
+
+@pytest.mark.parametrize("seeds", [[1.2], [True], [1, 1], [-1]])
+def test_invalid_seeds(ce, stages, seeds):
+    with pytest.raises(ValueError, match="seeds must be"):
+        fit_sequences(ce, stages, ["CL"], seeds=seeds)
 
 
 def test_a_damaged_model_is_trained_again(ce, stages, batches, tmp_path, caplog):

@@ -88,6 +88,13 @@ def test_docnos_that_look_like_positions(file):
     assert docnos(teachers.read_permutations(write(file, line(docs=numbered, ranking=list("123"))))) == ["1", "2", "3"]
 
 
+@pytest.mark.parametrize("response", ["[d3] > [d1] > [d2]", "[ d3 ], then [d1] and [d2]."])
+def test_docnos_in_brackets(file, response):
+    candidates = [{"docid": f"d{i}", "text": f"text {i}"} for i in (1, 2, 3)]
+    out = teachers.read_permutations(write(file, line(candidates=candidates, response=response)))
+    assert docnos(out) == ["d3", "d1", "d2"]
+
+
 def test_docnos_without_candidates(file):
     out = teachers.read_permutations(write(file, {"qid": 1, "permutation": ["b", "a"]}))
     expected = pd.DataFrame([("1", None, "b", None, 0, 0.0), ("1", None, "a", None, 1, -1.0)], columns=COLUMNS)
@@ -387,6 +394,7 @@ def test_a_mined_passage_that_is_also_a_positive():
         ({"query": ["x"], "positive": [A]}, r"dataset must have rows with .*; got 1 rows of \['query', 'positive'\]"),
         ({"query": [], "positive": [], "negative": []}, "got 0 rows"),
         ({"query": [1], "positive": [2], "negative": [3]}, "row 1: queries and passages must be texts; got 1. Ids"),
+        ({"query": ["x"], "passage": ["y"], "label": [np.nan]}, "row 1: label must be numbers; got nan"),
         ({"query": ["x"], "passage": [7], "label": [1]}, "row 1: queries and passages must be texts; got 7"),
         ({"q": ["x"], "passages": [[A, B]], "labels": [[1]]}, "row 1: labels must be one per passage; got 1 of 2"),
     ],
@@ -744,3 +752,37 @@ def test_texts_of_one_docno_that_differ(tmp_path, train_part):
     assert len(cached(pd.concat([rows, rows]))) == 8
     with pytest.raises(ValueError, match="results must have one row for each qid and docno; got several that differ"):
         cached(pd.concat([rows, rows.assign(text="other")]))
+
+
+CONTRADICTION = "rank and a score that contradict each other for 7 of 7 neighbouring documents"
+
+
+def test_ranks_that_contradict_scores(train_part):
+    rows = train_part.results.head(8)
+    stale = rows.assign(rank=7 - rows["rank"])
+    as_text = stale.astype({"rank": str, "score": str})
+    for results, teacher in ((rows, stale), (rows, as_text), (stale, None), (rows, {"a": stale, "b": rows})):
+        with pytest.warns(UserWarning, match=CONTRADICTION):
+            Distillation(teacher=teacher).groups(results, None)
+    reranker = pt.apply.generic(lambda frame: frame.assign(score=-frame["score"]))  # leaves the ranks as they were
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for teacher in (rows, rows.assign(rank=np.nan), reranker):
+            Distillation(teacher=teacher).groups(rows, None)
+    assert not [w for w in caught if "contradict" in str(w.message)]
+
+
+def test_texts_that_a_teacher_looks_up_are_part_of_the_key(backbone, train_part, tmp_path):
+    class Texts:
+        def __init__(self, prefix):
+            self.texts = prefix + train_part.results.set_index("docno")["text"]
+
+        def text_loader(self, fields):
+            return pt.apply.generic(lambda frame: frame.assign(text=self.texts.loc[frame["docno"]].to_numpy()))
+
+    results, scores = train_part.results.head(8).drop(columns="text"), []
+    for prefix in ("", "apple banana "):
+        ce = MonoCE(backbone, text=Texts(prefix), max_length=24, dtype="float32", device="cpu")
+        scores.append(teachers.cached(ce, tmp_path)(results)["score"])
+        assert scores[-1].tolist() == pytest.approx(ce(results)["score"].tolist())
+    assert scores[0].tolist() != pytest.approx(scores[1].tolist())

@@ -27,7 +27,7 @@ from pyterrier_msft.data.groups import Groups, Ragged
 from pyterrier_msft.data.labels import from_qrels
 from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
-from pyterrier_msft.model.fingerprint import dropout_settings
+from pyterrier_msft.model.fingerprint import training_state
 from pyterrier_msft.model.first_token import CPU_ATTENTION
 from pyterrier_msft.model.scoring import forward
 from pyterrier_msft.training import Hyperparameters, batches, cpu, gradient_cache
@@ -468,13 +468,13 @@ def test_dropout_is_set_in_every_family(family):
         network = getattr(transformers, f"{family}ForSequenceClassification")(config)
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-        before = dropout_settings(config)
+        before = training_state(network)
         for dropout, varies in ((0.0, False), (0.5, True)):
             with training_mode(network, Hyperparameters(dropout=dropout), torch.float32), torch.no_grad():
                 network.train()
                 first, second = (network(torch.tensor([[5, 6, 7, 8, 2]])).logits for _ in range(2))
             assert bool((first != second).any()) is varies
-        assert dropout_settings(config) == before
+        assert training_state(network) == before
 
 
 def test_dropout_keeps_the_right_share_and_its_gradient():

@@ -19,7 +19,10 @@ class Answer:
 
     @classmethod
     def of_text(cls, text: str, docnos: Sequence[str | None]) -> "Answer":
-        """Find the positions in an LLM's text, such as "[2] > [1]"."""
+        """Find the positions in an LLM's text, such as "[2] > [1]", or the docnos in brackets."""
+        named = [name.strip() for name in re.findall(r"\[([^\[\]]+)\]", text)]
+        if named and {*named} <= {*docnos} and not all(name.isdecimal() for name in named):
+            return cls(docnos, named, preference=1)
         numbers = re.findall(r"\[(\d+)\]", text) or re.findall(r"\d+", text)
         return cls(docnos, [number.lstrip("0") or "0" for number in numbers], preference=-1)
 

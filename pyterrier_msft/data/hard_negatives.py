@@ -104,6 +104,8 @@ def _rows(frame: pd.DataFrame, texts: list[str], values: list[str]) -> Iterator[
             if not isinstance(query, str) or not isinstance(passage, str):
                 bad = query if not isinstance(query, str) else passage
                 raise ValueError(f"row {number}: queries and passages must be texts; got {bad!r}. Ids aren't enough")
+            if values and np.isnan(float(own)):
+                raise ValueError(f"row {number}: {values[0]} must be numbers; got {own!r}")
             yield query, passage, float(own), is_tuple and place == 0
 
 

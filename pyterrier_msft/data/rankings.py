@@ -8,8 +8,17 @@ from itertools import chain
 import numpy as np
 import pandas as pd
 
-from pyterrier_msft.data.frames import PASSAGE_SUFFIX, as_texts, is_blank, order_column, order_key, require_columns
+from pyterrier_msft.data.frames import (
+    PASSAGE_SUFFIX,
+    as_numbers,
+    as_texts,
+    is_blank,
+    order_column,
+    order_key,
+    require_columns,
+)
 from pyterrier_msft.ids import as_ids
+from pyterrier_msft.notices import warn
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,22 @@ def clean_ranking(ranking: pd.DataFrame, what: str) -> pd.DataFrame:
         raise ValueError(f"{what} must have a score or a rank; got {[*map(str, ranking.columns)]}")
     frame = pd.DataFrame({"qid": as_ids(ranking["qid"]), "docno": as_ids(ranking["docno"]), "key": key})
     return frame.sort_values("key", ascending=False, kind="stable").drop_duplicates(["qid", "docno"])
+
+
+def warn_of_contradictions(ranking: pd.DataFrame) -> None:
+    """Warn if a teacher's ranking has ranks and scores of different orders."""
+    if not {"qid", "rank", "score"} <= {*ranking.columns}:
+        return
+    ranks = pd.to_numeric(ranking["rank"], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    scores = as_numbers(ranking["score"], "score")
+    ordered = pd.DataFrame({"qid": as_ids(ranking["qid"]), "rank": ranks, "score": scores}).dropna()
+    steps = ordered.sort_values(["qid", "rank"], kind="stable").groupby("qid")["score"].diff()
+    n_up, n_steps = int((steps > 0).sum()), int((steps.abs() > 0).sum())
+    if n_up > 0.1 * n_steps:
+        warn(
+            f"the teacher's ranking has a rank and a score that contradict each other for {n_up:,} of {n_steps:,} "
+            "neighbouring documents: the score is used. Drop the column that is out of date"
+        )
 
 
 def top_documents(

@@ -65,7 +65,10 @@ def read_run(
         if topics is None:
             raise ValueError(f"{path} must have a column 'query'; got {columns}. Or pass MonoCE(..., text=dataset)")
         require_columns(topics, ["qid", "query"], "topics")
-        queries = dict(zip(as_ids(topics["qid"]), as_texts(topics["query"]), strict=True))
+        asked = pd.DataFrame({"qid": as_ids(topics["qid"]), "query": as_texts(topics["query"])}).drop_duplicates()
+        if repeated := asked["qid"][asked["qid"].duplicated()].tolist():
+            raise ValueError(f"topics must have one query for each qid; got several for {repeated[0]!r}")
+        queries = dict(zip(asked["qid"], asked["query"], strict=True))
     converter = _Converter(path, key, depth, None if relevant is None else RowsByQuery(relevant), queries)
     needed = [name for name in ("qid", "query", "docno", key) if name in columns]
     yield from map(converter.rankings, _whole_queries(rows.select(needed), path))

@@ -77,9 +77,11 @@ class TextSource:
         if len(loaded) != len(results):
             rows = f"all {len(results):,} rows of the results; got {len(loaded):,}"
             raise ValueError(f"text loader must keep {rows}. The {NEEDED_TEXTS}")
-        if (loaded["docno"].to_numpy() != results["docno"].to_numpy()).any():  # in another order
-            text = loaded.drop_duplicates("docno").set_index("docno")[self.field]
-            loaded = results.assign(**{self.field: text.loc[results["docno"]].to_numpy()})
+        if "docno" in loaded.columns:
+            found, wanted = (as_ids(frame["docno"]).to_numpy() for frame in (loaded, results))
+            if (found != wanted).any():  # in another order
+                text = pd.Series(loaded[self.field].to_numpy(), index=found).groupby(level=0, sort=False).first()
+                loaded = results.assign(**{self.field: text.reindex(wanted).to_numpy()})
         return loaded
 
     def topics(self, path: str | Path) -> pd.DataFrame | None:

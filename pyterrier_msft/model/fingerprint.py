@@ -25,6 +25,8 @@ UNSCORED_FIELDS = re.compile(
     "return_dict|sbert_ce_.*|sentence_transformers|task_specific_params|transformers_version|use_cache|_?name_or_path|"
     f".*dtype|.*_token_ids?|{DROPOUT_FIELDS.pattern}"
 )
+# Of the classes of networks that are made again when a folder is loaded.
+LIBRARIES = {"transformers", "transformers_modules", "pyterrier_msft"}
 # A fast tokenizer's components that decide the ids. Each call sets truncation and padding anew.
 TOKENIZER_COMPONENTS = ("model", "normalizer", "pre_tokenizer", "post_processor")
 # Settings of any tokenizer that decide how a pair is cut and padded. The lengths are the re-ranker's own.
@@ -46,6 +48,9 @@ def fingerprint_of(network: PreTrainedModel, peft_model: Any, tokenizer: Tokeniz
     modules = network.head.configuration if isinstance(network, ModularNetwork) else None
     prompt = prompt_of(network)
     digest.update("".join([*hooks, *([] if prompt is None else [prompt.template])]).encode())
+    kind = type(network)
+    if kind.__module__.partition(".")[0] not in LIBRARIES:  # a user's, whose forward may be its own
+        digest.update(f"{kind.__module__}.{kind.__qualname__}".encode())
     if modules is not None:
         digest.update(json.dumps(modules, sort_keys=True).encode())
     digest.update(json.dumps(_digestible_config(network.config), sort_keys=True, default=str).encode())
@@ -105,8 +110,24 @@ def _scored_fields(fields: Mapping[str, Any], defaults: Any) -> dict[str, Any]:
     return found
 
 
-def dropout_settings(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the fields of a network's configuration that set dropout, which the fingerprint leaves out."""
+def training_state(network: PreTrainedModel) -> dict[str, str]:
+    """Return, by name, what affects the training of a network and not its scores, which the fingerprint leaves out."""
+    fields = _dropout_fields(network.config)
+    modules = [[name, m.p] for name, m in network.named_modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd)]
+    frozen = sorted(name for name, parameter in network.named_parameters() if not parameter.requires_grad)
+    return {
+        "the model's dropout": ", ".join(f"{name}={value}" for name, value in fields.items()),
+        "the dropout of its modules": _short_digest(modules),
+        "its frozen parameters": _short_digest(frozen) if frozen else "none",
+    }
+
+
+def _short_digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _dropout_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the fields of a network's configuration that set dropout."""
 
     def find(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         found: dict[str, Any] = {}

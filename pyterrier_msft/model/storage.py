@@ -21,6 +21,7 @@ MODEL_FILES = (
     "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "tokenizer.model", "spiece.model", "spm.model",
     "sentencepiece.bpe.model", *CROSS_ENCODER_FILES, RECORD, FIRST, "README.md",
 )  # fmt: skip
+WEIGHTS = ("*.safetensors", "*.bin", "tokenizer*.json")  # of any of these, a model's folder has one
 MODULE_FILES = ("config.json", "model.safetensors")  # in the folder of each module of a CrossEncoder
 PARTIAL = ".saving"  # the sub-folder in which a model is written before its files are moved into place
 
@@ -61,7 +62,8 @@ def _is_model(folder: Path) -> bool:
     config = None
     with contextlib.suppress(ValueError):  # a broken file
         config = read_json(str(folder), "config.json") if folder.is_dir() else None
-    return isinstance(config, dict) and bool({"model_type", "architectures"} & config.keys())
+    has_weights = folder.is_dir() and any(_matches(path, WEIGHTS) for path in folder.iterdir())
+    return isinstance(config, dict) and bool({"model_type", "architectures"} & config.keys()) and has_weights
 
 
 def module_files(folder: Path) -> list[str]:

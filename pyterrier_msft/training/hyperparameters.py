@@ -1,7 +1,7 @@
 """The settings that all fitters share."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -130,6 +130,16 @@ def check_number(
         kind = "integer" if integer else "number"
         wanted = f"a finite {kind}" if signed else f"a non-negative {kind}" if minimum_zero else f"a positive {kind}"
         raise ValueError(f"{name} must be {wanted}{'' if required else ' or None'}; got {value!r}")
+
+
+def check_seeds(seeds: Iterable[Any]) -> list[int]:
+    """Return seeds as integers; a ValueError unless they are different non-negative integers."""
+    found = list(seeds)
+    for seed in found:
+        check_number("seeds", seed, integer=True, minimum_zero=True, required=True)
+    if len({*found}) < len(found):
+        raise ValueError(f"seeds must be different; got {found}")
+    return [int(seed) for seed in found]
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
