@@ -68,8 +68,19 @@ def test_seeds_draw_the_adapter_of_a_trained_model(backbone, train_part, tmp_pat
 
 def test_seeds_of_an_adapter_on_a_loaded_model(backbone):
     network = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1)
-    with pytest.raises(ValueError, match="seeds need an adapter of a model that is given by name or folder"):
+    with pytest.raises(ValueError, match="seeds need an adapter that is drawn anew"):
         new(network).reseeded(1)
+
+
+def test_seeds_of_an_adapter_that_was_saved_untrained(backbone, train_part, tmp_path):
+    full = new(backbone, adapter=None).fit(train_part.results, train_part.qrels, fitter=Contrastive(**BRIEF))
+    full.save(tmp_path / "model")
+    new(str(tmp_path / "model")).save(tmp_path / "adapter", merged=False)
+    loaded = MonoCE.load(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="seeds need an adapter that is drawn anew"):
+        loaded.reseeded(1)
+    loaded.fit(train_part.results, train_part.qrels, fitter=Contrastive(**BRIEF))
+    assert loaded.reseeded(1).fingerprint == loaded.fingerprint
 
 
 def test_the_fingerprint_depends_on_the_scale_of_an_adapter(backbone):

@@ -74,7 +74,7 @@ class CrossEncoder:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._peft_model: Any = None  # wraps the network if there is an adapter
         self._head_is_new = False
-        self._adapter_is_new = False
+        self.adapter_is_new = False  # whether the adapter is untrained
         self._draws_head = False  # whether loading the model again draws a new head
         self._is_callers = self._network is model  # whether the caller has the network, too
         self.was_saved_untrained = False  # according to the record of a saved re-ranker
@@ -126,7 +126,7 @@ class CrossEncoder:
             self._source = self.name
         if self._peft_model is None and self.adapter is not None:
             self._own_network()
-            self._adapter_is_new = True
+            self.adapter_is_new = True
             self._peft_model = adapters.add(
                 self._network, self.adapter, base=_absolute(self.name), revision=self.revision, seed=self.seed
             )
@@ -269,9 +269,12 @@ class CrossEncoder:
                 f"seeds need a head that is drawn anew; got the one that was saved untrained in {self.name!r}. Start "
                 "from the model that it was made of"
             )
-        if self._adapter_is_new and self._source is None:
-            raise ValueError("seeds need an adapter of a model that is given by name or folder; got a loaded model's")
-        other = self.clone(with_weights=not (self.head_is_new or self._adapter_is_new))
+        if self.adapter_is_new and (self._source is None or self.adapter_folder is not None):
+            raise ValueError(
+                "seeds need an adapter that is drawn anew; got one of a loaded model, or one that was saved untrained. "
+                "Start from the name or the folder of its backbone"
+            )
+        other = self.clone(with_weights=not (self.head_is_new or self.adapter_is_new))
         other.seed = seed
         return other
 
@@ -286,7 +289,7 @@ class CrossEncoder:
 
     def prepare_training(self) -> None:
         """Record that the weights are no longer those on disk, and don't change a network that the caller has."""
-        self._source, self._adapter_is_new = None, False
+        self._source, self.adapter_is_new = None, False
         self._own_network()
 
     def mark_saved(self, folder: Path) -> None:
