@@ -19,7 +19,9 @@ _names: ContextVar[tuple[str, ...]] = ContextVar("names", default=())
 
 def is_interactive() -> bool:
     """Whether somebody sees progress bars: in a notebook or a terminal."""
-    return "ipykernel" in sys.modules or sys.stderr.isatty()
+    find_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    shell = None if find_shell is None else find_shell()
+    return "IPKernelApp" in getattr(shell, "config", {}) or sys.stderr.isatty()
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ def test_tost_is_never_nan(pair, margin):
 
 @given(PAIRS, MARGINS, st.floats(1, 10))
 def test_a_wider_margin_is_easier(pair, margin, factor):
-    assert tost(margin * factor)(*pair).pvalue <= tost(margin)(*pair).pvalue
+    assert tost(margin * factor)(*pair).pvalue <= tost(margin)(*pair).pvalue + 1e-12  # of rounding
 
 
 @pytest.mark.parametrize(
