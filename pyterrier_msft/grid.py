@@ -107,6 +107,7 @@ def fit_grid(
     combinations = _combinations(fitter, grid)
     if seeds is not None and not len(seeds):
         raise ValueError("seeds must be a non-empty list or None; got none")
+    seeds = None if seeds is None else check_seeds(seeds)
     judge = _Judge.of(reranker, validation, fitter.parts[0].metric)
     before = judge.start(reranker)
     rows: list[dict[str, Any]] = []
@@ -162,7 +163,7 @@ def _try(
     values: list[float] = []
     runs: list[Mapping[str, Any]] = []
     best: MonoCE | None = None
-    for seed in [None] if seeds is None else check_seeds(seeds):
+    for seed in [None] if seeds is None else seeds:
         start = reranker if seed is None else reranker.reseeded(seed)
         own = stage if seed is None else dataclasses.replace(stage, fitter=stage.fitter.replace(seed=seed))
         trained = fit_sequences(start, {STAGE: own}, [STAGE], validation=judge.frames, save_dir=save_dir)[STAGE]

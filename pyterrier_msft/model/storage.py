@@ -57,12 +57,14 @@ def check_target(folder: Path, module_folders: Sequence[str] = ()) -> None:
 
 def _is_model(folder: Path) -> bool:
     """Whether a folder's files are a model's; other programs have a config.json, too."""
+    if not folder.is_dir():
+        return False
     if (folder / RECORD).is_file() or (folder / adapters.CONFIG).is_file():
         return True
     config = None
     with contextlib.suppress(ValueError):  # a broken file
-        config = read_json(str(folder), "config.json") if folder.is_dir() else None
-    has_weights = folder.is_dir() and any(_matches(path, WEIGHTS) for path in folder.iterdir())
+        config = read_json(str(folder), "config.json")
+    has_weights = any(_matches(path, WEIGHTS) for path in folder.iterdir())
     return isinstance(config, dict) and bool({"model_type", "architectures"} & config.keys()) and has_weights
 
 
