@@ -281,6 +281,8 @@ def fit_reranker(
         model, encoders, prepared, stages, validation=validation, checkpoint_dir=checkpoint_dir, progress=progress,
         first_stage_weight=0.0 if interpolate is True else float(interpolate),
     )  # fmt: skip
+    if not interpolate and validation is None:
+        _advise(stages[-len(prepared) :])
     if interpolate is not True and validation is not None:
         _warn_if_below_first_stage(stages[-1], Validation(*validation, metric))
     if not parts:
@@ -299,6 +301,16 @@ def fit_reranker(
     stages[-1].interpolation = dataclasses.asdict(choice)
     stages[-1].data_report["interpolation"] = str(choice)
     _warn_if_not_better(choice, before)
+
+
+def _advise(stages: Sequence[StageRecord]) -> None:
+    """Say in the report of a new head's training on few queries what to expect of the model alone."""
+    queries = max(stage.data_report["groups"] for stage in stages)
+    if stages[0].head_was_new and queries < MIN_QUERIES_FOR_HOLD_OUT:
+        stages[-1].data_report["advice"] = (
+            f"a new re-ranker that is trained on fewer than {MIN_QUERIES_FOR_HOLD_OUT:,} queries is often worse than "
+            "its first stage: compare them, and try interpolate=True, which adds the first stage's score"
+        )
 
 
 def _warn_if_not_better(choice: Interpolation, before: float | None) -> None:

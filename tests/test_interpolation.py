@@ -357,3 +357,18 @@ def test_sequences_have_weights(backbone, train, tmp_path):
     assert again.first_stage_weight == first["CL"].first_stage_weight
     fit_sequences(new(backbone, interpolate=False), stages, ["CL"], save_dir=tmp_path)
     assert len([*tmp_path.glob("CL-*")]) == 3
+
+
+@pytest.mark.parametrize("advised", [True, False])
+def test_a_new_reranker_alone_is_advised_against_with_few_queries(backbone, train, dev, advised):
+    few = (train.results, train.qrels)
+    quick = replace(FITTER, max_steps=1)
+    if advised:
+        fitted = [new(backbone, interpolate=False).fit(*few, fitter=quick)]
+        fitted.append(new(backbone, interpolate=False).fit(*few, fitter=quick >> quick))
+    else:  # told by validation, sums both scores, or was trained before
+        fitted = [new(backbone, interpolate=False).fit(*few, dev.results, dev.qrels, fitter=quick)]
+        fitted.append(new(backbone, interpolate=0.5).fit(*few, fitter=quick))
+        fitted.append(new(backbone, interpolate=False).fit(*few, fitter=quick).fit(*few, fitter=quick))
+    for ce in fitted:
+        assert ("fewer than 1,000 queries is often worse than its first stage" in str(ce.data_report)) == advised

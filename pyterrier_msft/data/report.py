@@ -63,6 +63,7 @@ class DataReport:
     truncated_documents: float = 0.0
     plan: Any = None  # a text: how the training run is set up
     interpolation: Any = None  # a text: the choice of the first stage's weight
+    advice: Any = None  # a text
     parts: Any = None  # of a sum of fitters, or of several sources: the report of each, by name
 
     def __repr__(self) -> str:
@@ -72,7 +73,7 @@ class DataReport:
         if self.parts:
             found = {name: part._lines() for name, part in self.parts.items()}
             lines = [line for name, own in found.items() for line in (f"{name}:", *(f"  {line}" for line in own))]
-            return lines + [text for text in (self.plan, self.interpolation) if text]
+            return lines + self._of_training()
         lines = [f"{self.groups:,} of {self.queries:,} queries to train on, with {self.documents:,} documents"]
         lines += [f"dropped {line}" for line in self._dropped()]
         lines += self._conflicts()
@@ -87,7 +88,10 @@ class DataReport:
         lines += [f"{rate:.1%} {what}" for what, rate in rates.items() if rate]
         if self.agreement is not None:
             lines.append(f"rank correlation of the teacher with the first stage: {self.agreement:.2f}")
-        return lines + [text for text in (self.plan, self.interpolation) if text]
+        return lines + self._of_training()
+
+    def _of_training(self) -> list[str]:
+        return [text for text in (self.plan, self.interpolation, self.advice) if text]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DataReport":
