@@ -11,16 +11,20 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
+SIZE = re.compile(r"(\.head\(|max_steps=)(\d\d+)")  # a number of queries or steps
 BAR = re.compile(r"(.*\d+%\|.*|\s*)")  # a progress bar of tqdm as text
 
 
-def execute(path: Path, *, folder: Path = FOLDER, **environment: str) -> nbformat.NotebookNode:
-    """Return the notebook with the outputs of an execution in `folder`.
+def execute(path: Path, *, folder: Path = FOLDER, small: bool = False, **environment: str) -> nbformat.NotebookNode:
+    """Return the notebook with the outputs of an execution in `folder`; with `small`, on few queries, as a test.
 
     Raises:
         CellExecutionError: If a cell raises an error.
     """
     notebook = nbformat.read(path, as_version=4)
+    if small:
+        for cell in notebook.cells:
+            cell.source = SIZE.sub(lambda size: f"{size[1]}{max(6, int(size[2]) // 20)}", cell.source)
     client = NotebookClient(
         notebook, timeout=None, record_timing=False, store_widget_state=False, resources={"metadata": {"path": folder}}
     )

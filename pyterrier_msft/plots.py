@@ -1,4 +1,4 @@
-"""Plots of training runs and of comparisons: learning curves, grids, reliability, differences, equivalence.
+"""Plots of training runs, comparisons and explanations.
 
 Each function draws into `ax`, or into a new figure, and returns the Axes, so that titles, limits and saving are up to
 the caller: `learning_curve(ce.history).figure.savefig("curve.pdf")`. Colours are those of Okabe and Ito, which
@@ -36,12 +36,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLOURS", "MARKERS", "equivalence", "grid", "learning_curve", "query_differences", "reliability",
+    "word_importance",
 ]  # fmt: skip
 
 SMOOTHING_WINDOWS = 20  # number of the running mean's windows in a stage
 MIN_STAGE_WIDTH = 0.15  # share of the x-axis; if a stage is narrower, names alternate between two lines
 LABEL_LINE = 14.0  # points between the lines of labels
 LETTER_WIDTH = 5.0  # points of an average letter of small text
+
+TEXT_WIDTH = 95  # characters of a line of text
 
 # How `equivalence` draws a verdict: colour, marker, and how it's filled.
 VERDICT_STYLES = {
@@ -341,3 +344,46 @@ def _ttest_interval(row: Mapping[Any, Any]) -> tuple[float, float]:
 def _signed(value: float, digits: int) -> str:
     """Format with the minus sign of matplotlib's axes."""
     return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def word_importance(words: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
+    """Print a document's text with its words in colour: blue words raise its score, and orange ones lower it.
+
+    Args:
+        words: The rows of one document in the result of `explain`: columns docno, word, importance.
+        ax: The Axes to draw into. None: a new figure.
+
+    Raises:
+        ValueError: If a column is missing, or `words` has several documents or none.
+
+    Example:
+        >>> word_importance(explain(ce, results.head(1), max_words=40))
+    """
+    require_columns(words, ["docno", "word", "importance"], "words")
+    if words["docno"].nunique() != 1:
+        raise ValueError(
+            f"words must be those of one document; got {words['docno'].nunique()}. Select one by its docno"
+        )
+    lines: list[list[tuple[int, str, float]]] = [[]]
+    column = 0
+    for word, importance in zip(words["word"], words["importance"], strict=True):
+        if lines[-1] and column + len(word) > TEXT_WIDTH:
+            lines.append([])
+            column = 0
+        lines[-1].append((column, word, importance))
+        column += len(word) + 1
+    ax = new_axes(ax, (7.5, 0.28 * len(lines) + 0.4))
+    ax.set(xlim=(0, TEXT_WIDTH + 1), ylim=(len(lines) - 0.5, -0.5))
+    ax.set_axis_off()
+    highest, lowest = words["importance"].max(), words["importance"].min()
+    largest = max(highest, -lowest) or 1.0
+    for y, line in enumerate(lines):
+        for x, word, importance in line:
+            colour = BLUE if importance >= 0 else ORANGE
+            box = {"facecolor": colour, "alpha": 0.75 * abs(importance) / largest, "edgecolor": "none", "pad": 1.5}
+            ax.text(x, y, word, family="monospace", fontsize=9, va="center", parse_math=False, bbox=box)
+    title = f"The score falls by up to {max(highest, 0):.2g} without a word (blue)"
+    if lowest < 0:
+        title += f", and rises by up to {-lowest:.2g} (orange)"
+    ax.set_title(title, loc="left", fontsize="medium")
+    return ax

@@ -37,7 +37,7 @@ def test_executes_on_few_queries(path, tmp_path, home, monkeypatch):
     from execute import execute
 
     notebook = execute(
-        path, folder=tmp_path, MSFT_SMALL="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTERRIER_HOME=str(home)
+        path, folder=tmp_path, small=True, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTERRIER_HOME=str(home)
     )
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
     stderr = [output.text for output in outputs(notebook) if output.get("name") == "stderr"]

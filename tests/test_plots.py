@@ -45,11 +45,14 @@ TABLE = equivalence_table(
     pd.concat([PERQUERY, PERQUERY[PERQUERY["name"] == "CL"].assign(name="KD", value=BASE - 0.1)]), margin=0.05
 )
 
+WORDS = pd.DataFrame({"docno": "d", "word": ["sort", "$an$", "array"] * 20, "importance": [2.0, -1.0, 0.0] * 20})
+
 CALLS = {
     "one system": lambda ax: plots.learning_curve(TWO_STAGES, ax=ax),
     "systems": lambda ax: plots.learning_curve(SYSTEMS, ax=ax),
     "differences": lambda ax: plots.query_differences(PERQUERY, "CL-KD", "CL", measure="nDCG@10", ax=ax),
     "equivalence": lambda ax: plots.equivalence(TABLE, ax=ax),
+    "words": lambda ax: plots.word_importance(WORDS, ax=ax),
 }
 
 
@@ -85,8 +88,9 @@ def test_settings_and_other_figures_stay_unchanged(draw):
 @pytest.mark.filterwarnings("error")
 def test_axes_are_labelled_and_no_text_is_cut_off(draw):
     ax = draw(None)
-    assert ax.get_xlabel()
-    assert ax.get_ylabel() or ax.get_yticklabels()[0].get_text()
+    if ax.axison:  # not a text
+        assert ax.get_xlabel()
+        assert ax.get_ylabel() or ax.get_yticklabels()[0].get_text()
     figure = ax.figure
     figure.canvas.draw()
     for each in figure.axes:
@@ -316,3 +320,34 @@ def test_invalid_tables_are_rejected():
         plots.equivalence(TABLE.drop(columns="verdict"))
     with pytest.raises(ValueError, match="table must have at least one row"):
         plots.equivalence(TABLE[:0])
+
+
+# ---- words
+
+
+def test_words_are_coloured_by_their_importance():
+    ax = plots.word_importance(WORDS)
+    assert [text.get_text() for text in ax.texts] == [*WORDS["word"]]
+    boxes = [text.get_bbox_patch() for text in ax.texts[:3]]
+    assert [round(box.get_alpha(), 3) for box in boxes] == [0.75, 0.375, 0.0]
+    assert boxes[0].get_facecolor()[:3] != boxes[1].get_facecolor()[:3]
+    assert ax.get_title(loc="left").endswith("by up to 2 without a word (blue), and rises by up to 1 (orange)")
+    ax.figure.canvas.draw()
+    edges = [text.get_window_extent().x1 for text in ax.texts]
+    assert max(edges) <= ax.get_window_extent().x1  # long texts are wrapped
+    first, second = (ax.texts[i].get_window_extent() for i in (0, 1))
+    assert first.x1 < second.x0
+
+
+def test_words_without_importance():
+    ax = plots.word_importance(WORDS.assign(importance=0.0))
+    assert {text.get_bbox_patch().get_alpha() for text in ax.texts} == {0.0}
+
+
+def test_words_of_several_documents_are_rejected():
+    with pytest.raises(ValueError, match=r"words must be those of one document; got 2\. Select one by its docno"):
+        plots.word_importance(pd.concat([WORDS, WORDS.assign(docno="e")]))
+    with pytest.raises(ValueError, match="words must be those of one document; got 0"):
+        plots.word_importance(WORDS[:0])
+    with pytest.raises(ValueError, match=r"words must have the columns .* without \['importance'\]"):
+        plots.word_importance(WORDS.drop(columns="importance"))
