@@ -184,9 +184,10 @@ def fit_stages(
     """
     for place, (data, encoder) in enumerate(zip(prepared, encoders, strict=True), 1):
         folder = _stage_dir(checkpoint_dir, place, len(prepared))
+        of_several = f", stage {place} of {len(prepared)}" if len(prepared) > 1 else ""
         _train_stage(
             model, encoder, data, stages, place=place, validation=validation, first_stage_weight=first_stage_weight,
-            checkpoint_dir=folder, progress=progress,
+            checkpoint_dir=folder, progress=None if progress is None else progress + of_several,
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from pyterrier_msft.data.validation import validation_frames
 from pyterrier_msft.digests import format_value
 from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.fitting import ValidationFrames
+from pyterrier_msft.notices import naming
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.sequences import Stage, fit_sequences
 from pyterrier_msft.training.hyperparameters import check_seeds
@@ -112,11 +113,12 @@ def fit_grid(
     before = judge.start(reranker)
     rows: list[dict[str, Any]] = []
     best: tuple[float, MonoCE, dict[str, Any]] | None = None
-    for setting, shown, candidate in combinations:
-        found, trained = _try(reranker, dataclasses.replace(stage, fitter=candidate), judge, save_dir, seeds)
+    for number, (setting, shown, candidate) in enumerate(combinations, 1):
+        with naming(f"combination {number} of {len(combinations)}"):
+            found, trained = _try(reranker, dataclasses.replace(stage, fitter=candidate), judge, save_dir, seeds)
         rows.append(shown | found)
         value = found[judge.name]
-        logger.info("%d of %d: %s has %s %.4f", len(rows), len(combinations), shown, judge.name, value)
+        logger.info("%d of %d: %s has %s %.4f", number, len(combinations), shown, judge.name, value)
         if best is None or value > best[0]:
             best = value, trained, setting
         del trained  # so that no more models are in memory than needed

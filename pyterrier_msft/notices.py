@@ -26,7 +26,7 @@ def is_interactive() -> bool:
 
 @contextlib.contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Put a name before the messages of warnings."""
+    """Put a name before the messages of warnings, and of progress bars."""
     token = _names.set((*_names.get(), name))
     try:
         yield
@@ -34,10 +34,15 @@ def naming(name: str) -> Iterator[None]:
         _names.reset(token)
 
 
+def named(message: str) -> str:
+    """Put the names before a message."""
+    names = _names.get()
+    return f"{', '.join(names)}: {message}" if names else message
+
+
 def warn(message: str) -> None:
     """Issue a warning that points at the innermost line outside this package and the libraries it works with."""
-    if names := _names.get():
-        message = f"{', '.join(names)}: {message}"
+    message = named(message)
     frame, level = sys._getframe(1), 2  # `warnings.warn` counts its own caller, this function, as 1
     while frame.f_globals.get("__name__", "").partition(".")[0] in INTERNAL_PACKAGES:
         if frame.f_back is None:  # in a thread of this package

@@ -26,7 +26,7 @@ from pyterrier_msft.interpolation import HeldOut, candidates_of, fit_reranker
 from pyterrier_msft.model.cross_encoder import SOURCE_SETTINGS, CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import StageRecord, history_frame
-from pyterrier_msft.notices import is_interactive, warn
+from pyterrier_msft.notices import is_interactive, named, warn
 from pyterrier_msft.saving import SavingMixin
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.hyperparameters import check_number
@@ -257,7 +257,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
                     self.cross_encoder, [encoders[length] for length in lengths], prepared, self.stages,
                     interpolate=self.interpolate, scorer=encoders[None], held_out=held_out, validation=validation,
                     checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
-                    progress="training" if verbose and distributed.rank() == 0 else None,
+                    progress=named("training") if verbose and distributed.rank() == 0 else None,
                 )  # fmt: skip
             finally:
                 self.remove_stale_calibration()

@@ -16,7 +16,7 @@ from pandas.testing import assert_frame_equal
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_grid, fit_sequences
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import ModelRecord
 
@@ -662,6 +662,18 @@ def test_progress_in_a_terminal(backbone, train_part, monkeypatch, capsys, verbo
     ce.fit(train_part.results, train_part.qrels, fitter=BRIEF)
     written = capsys.readouterr().err
     assert all((bar in written) == shown for bar in ("training on half 1 of 2", "training on half 2 of 2", "training:"))
+
+
+def test_progress_says_what_is_trained(backbone, train_part, dev_part, capsys):
+    ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu", verbose=True)
+    stages = {name: Stage(BRIEF, train_part.results, train_part.qrels) for name in ("A", "B")}
+    fit_sequences(ce, stages, ["A-B"], seeds=[3])
+    fit_grid(ce, stages["A"], {"batch_size": [4, 8]}, validation=(dev_part.results, dev_part.qrels))
+    ce.fit(train_part.results, train_part.qrels, fitter=BRIEF >> BRIEF)
+    written = capsys.readouterr().err
+    names = ["seed 3, A: training", "seed 3, A-B: training", "combination 2 of 2, grid: training"]
+    for name in [*names, "training, stage 2 of 2"]:
+        assert f"{name}:" in written
 
 
 class MeanPooling(BertForSequenceClassification):
