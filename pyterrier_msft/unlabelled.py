@@ -16,6 +16,7 @@ from pyterrier_msft.data.frames import as_texts
 from pyterrier_msft.lexical import JOINERS, combining_marks
 from pyterrier_msft.model.loading import quiet_transformers
 from pyterrier_msft.model.precision import autocast, resolve_device, resolve_dtype
+from pyterrier_msft.notices import is_interactive
 from pyterrier_msft.training.hyperparameters import check_number
 
 MIN_WORDS, MAX_WORDS = 3, 32  # of a query
@@ -94,12 +95,12 @@ class BiEncoder(pt.Transformer):
         text_field: The column with the documents' text.
         max_length: Tokens per text.
         device: E.g. "cpu". None: a GPU if there is one.
-        verbose: Whether to show a progress bar.
+        verbose: Whether to show a progress bar. None: if it runs in a terminal or a notebook.
     """
 
     def __init__(
         self, model: str | Path = "sentence-transformers/all-MiniLM-L6-v2", *, first_stage_weight: float = 0.7,
-        text_field: str = "text", max_length: int = 128, device: str | None = None, verbose: bool = False,
+        text_field: str = "text", max_length: int = 128, device: str | None = None, verbose: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         check_number("first_stage_weight", first_stage_weight, minimum_zero=True, required=True)
@@ -134,7 +135,8 @@ class BiEncoder(pt.Transformer):
                 self._network = AutoModel.from_pretrained(self.model).eval().to(device)
         ordered = sorted(texts, key=lambda text: (len(text), text))
         embeddings: dict[str, np.ndarray] = {}
-        for start in pt.tqdm(range(0, len(ordered), 32), desc="BiEncoder", unit="batch", disable=not self.verbose):
+        verbose = is_interactive() if self.verbose is None else self.verbose
+        for start in pt.tqdm(range(0, len(ordered), 32), desc="BiEncoder", unit="batch", disable=not verbose):
             batch = ordered[start : start + 32]
             tokens = self._tokenizer(
                 batch, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"

@@ -102,6 +102,16 @@ def test_the_bi_encoder_adds_cosine_and_first_stage(backbone, results):
     assert not len(BiEncoder(backbone)(results.head(0)))
 
 
+@pytest.mark.parametrize(
+    ("verbose", "terminal", "shown"),
+    [(None, True, True), (None, False, False), (False, True, False), (True, False, True)],
+)
+def test_progress_of_the_bi_encoder(backbone, results, monkeypatch, capsys, verbose, terminal, shown):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    BiEncoder(backbone, device="cpu", verbose=verbose)(results)
+    assert ("BiEncoder" in capsys.readouterr().err) == shown
+
+
 def test_a_re_ranker_is_trained_on_the_bi_encoders_ranking(backbone, train_part):
     teacher = BiEncoder(backbone, device="cpu")
     given, taught = (

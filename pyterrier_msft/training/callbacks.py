@@ -23,7 +23,7 @@ from pyterrier_msft.training.hyperparameters import Hyperparameters
 from pyterrier_msft.training.plan import Plan
 
 # A resumed run loses at most this much work.
-SECONDS_BETWEEN_CHECKPOINTS = 900
+SECONDS_BETWEEN_CHECKPOINTS = 300
 # Scores of a query's documents that differ by less than this count as equal; logits are of order 1.
 COLLAPSED_SPREAD = 1e-3
 
@@ -161,7 +161,7 @@ class BestWeightsCallback(TrainerCallback, ExportableState):
 
 
 class CheckpointCallback(TrainerCallback, ExportableState):
-    """Save a checkpoint at the start, at each validation's step, and at least every quarter of an hour.
+    """Save a checkpoint at the start, at each validation's step, and at least every five minutes.
 
     The first checkpoint makes a run resumable even if it is interrupted before the second. `identity` is, by name,
     everything that determines the result of the run.
