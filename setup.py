@@ -77,6 +77,7 @@ setup(
         "torch>=2.4",
         "transformers>=5.0",
         "accelerate>=1.4",
+        "filelock>=3.12",  # huggingface_hub needs it, too
         "huggingface_hub>=1.3",
         "ir_measures>=0.4.1",
         "jinja2>=3.1",

@@ -21,6 +21,7 @@ import torch
 
 from pyterrier_msft import losses
 from pyterrier_msft.data.frames import frame_digest
+from pyterrier_msft.model.fingerprint import tensor_bytes
 from pyterrier_msft.notices import INTERNAL_PACKAGES
 
 TEACHERS = {"teacher", "judge"}  # settings that may be the path of a ranking
@@ -123,8 +124,7 @@ class _Converter:
         if isinstance(value, pd.DataFrame):
             return [frame_digest(value), frame_digest(value.index.to_frame())]
         if isinstance(value, torch.Tensor):
-            data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            return [str(value.dtype), [*value.shape], hashlib.sha256(data.numpy().data).hexdigest()]
+            return [str(value.dtype), [*value.shape], hashlib.sha256(tensor_bytes(value)).hexdigest()]
         if isinstance(value, ir_measures.Measure):
             return [str(value), self.convert(type(value))]  # its attributes change in use
         if isinstance(value, ModuleType):

@@ -26,7 +26,7 @@ from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import checkpoint_identity
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 from pyterrier_msft.training.objectives import Objective
-from pyterrier_msft.training.plan import Plan, plan_training
+from pyterrier_msft.training.plan import Plan, describe_outcome, plan_training
 from pyterrier_msft.training.run import train
 from pyterrier_msft.training.validation import Validation
 
@@ -243,10 +243,17 @@ def _train_stage(
         else:  # the record of a later stage says that its fit isn't complete
             record.interrupted = record.updates
         raise
+    plan = objectives[0].plan
+    record.data_report["outcome"] = describe_outcome(record.history, str(settings.metric), plan, settings.patience)
     record.fingerprint = model.fingerprint
+    values = record.validations(str(settings.metric))
+    if record.fingerprint != start and len(values) > 2 and len({*values}) == 1:
+        warn(
+            f"validation {settings.metric} was {values[0]:.3f} each time, so it can't choose weights: the last ones "
+            "are kept. Choose another metric, e.g. one with a smaller cutoff"
+        )
     if record.fingerprint == start:
         model.head_is_new = was_new
-        values = record.validations(str(settings.metric))
         if len(values) > 1 and max(values[1:]) <= values[0]:
             warn(
                 f"{record.objective} didn't improve the re-ranker, whose weights are as before: validation "

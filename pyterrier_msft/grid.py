@@ -18,7 +18,7 @@ from pyterrier_msft.data.validation import validation_frames
 from pyterrier_msft.digests import format_value
 from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.fitting import ValidationFrames
-from pyterrier_msft.notices import naming
+from pyterrier_msft.notices import naming, warn
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.sequences import Stage, fit_sequences
 from pyterrier_msft.training.hyperparameters import check_seeds
@@ -123,6 +123,11 @@ def fit_grid(
             best = value, trained, setting
         del trained  # so that no more models are in memory than needed
     assert best is not None
+    if len(rows) > 1 and len({row[judge.name] for row in rows}) == 1:
+        warn(
+            f"all {len(rows)} combinations have a validation {judge.name} of {best[0]:.3f}; the first one is returned. "
+            "Choose another metric, e.g. one with a smaller cutoff, or more validation queries"
+        )
     return GridResult(pd.DataFrame(rows), best[1], best[2], judge.name, judge.first_stage, before)
 
 

@@ -261,6 +261,7 @@ def fit_reranker(
     before: float | None = None  # the metric of the re-ranker before training
     parts: list[Validation] = []  # what chooses the weight
     halves: CrossValidation | None = None
+    _check_validation(prepared, validation)
     if held_out is not None:
         resumed = stages_to_resume(stages, checkpoint_dir, len(prepared))
         _warn_of_earlier_labels(stages[: len(stages) - len(resumed)])
@@ -301,6 +302,18 @@ def fit_reranker(
     stages[-1].interpolation = dataclasses.asdict(choice)
     stages[-1].data_report["interpolation"] = str(choice)
     _warn_if_not_better(choice, before)
+
+
+def _check_validation(prepared: Sequence[StageData], validation: ValidationFrames | None) -> None:
+    """Raise a ValueError if a stage's settings need other validation data."""
+    for settings in (data.settings for data in prepared):
+        if settings.patience is not None and (validation is None or settings.metric is None):
+            raise ValueError(
+                f"patience needs validation results and qrels, and a metric; got patience={settings.patience} without. "
+                "Pass them to fit, or leave out patience"
+            )
+        if settings.metric is not None and validation is not None:
+            Validation(*validation, settings.metric).check_metric()
 
 
 def _advise(stages: Sequence[StageRecord]) -> None:

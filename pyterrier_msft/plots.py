@@ -61,6 +61,7 @@ def learning_curve(history: pd.DataFrame, *, ax: "Axes | None" = None, metric: s
     Stages are plotted one after the other, with a dotted line between them; they are named at the top, or in the
     legend of several systems. The curve of the loss breaks there, as the losses of two objectives aren't comparable. A
     single system has its raw loss in light grey and the running mean in dark grey; several have only the running mean.
+    A ring marks the best value of each stage, whose weights `fit` keeps.
 
     Args:
         history: Rows of training runs in their order, e.g. `MonoCE.history`, with the columns stage, step (from the
@@ -92,6 +93,8 @@ def learning_curve(history: pd.DataFrame, *, ax: "Axes | None" = None, metric: s
             colour = line_style(k) if len(curves) > 1 else {"color": BLUE}
             style: dict[str, Any] = {"marker": MARKERS[k % len(MARKERS)], "markersize": 4, "linewidth": 1.6}
             right.plot(rows["x"], rows[metric], **style, **colour)
+            kept = rows.sort_values([str(metric), "x"]).drop_duplicates("stage", keep="last")
+            right.scatter(kept["x"], kept[metric], s=90, facecolors="none", edgecolors=colour["color"])
         right.set_ylabel(f"validation {metric}" + " (marked)" * has_loss, parse_math=False)
     ax.set_xlabel("training step")
     ax.set_xlim(0, max(float(curve["x"].max()) for curve in curves.values()) * 1.02)
@@ -357,7 +360,7 @@ def word_importance(words: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
         ValueError: If a column is missing, or `words` has several documents or none.
 
     Example:
-        >>> word_importance(explain(ce, results.head(1), max_words=40))
+        >>> ax = word_importance(explain(ce, results.head(1), max_words=40))
     """
     require_columns(words, ["docno", "word", "importance"], "words")
     if words["docno"].nunique() != 1:

@@ -46,8 +46,9 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
     The model reads `[CLS] query [SEP] document [SEP]` and outputs one number (monoBERT: Nogueira and Cho, 2019).
 
     Args:
-        model: A name on the Hugging Face hub, a folder, or a loaded `PreTrainedModel` (`fit` trains a copy). A backbone
-            gets a new head; a cross-encoder keeps its own. docs/howto/models.md lists the kinds.
+        model: A name on the Hugging Face hub, or a folder. A backbone gets a new head; a cross-encoder keeps its own.
+            docs/howto/models.md lists the kinds. Or a loaded `PreTrainedModel`: it is set to float32 and evaluation
+            mode, its head counts as trained, and `fit` trains a copy.
         fitter: What `fit` does. None: `Contrastive()`.
         adapter: A `peft.LoraConfig` or another peft configuration (extra `[lora]`). `fit` then trains the adapter and
             the head only; `save` can merge it.

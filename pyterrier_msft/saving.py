@@ -53,9 +53,12 @@ class SavingMixin:
             **card: Other fields of `huggingface_hub.ModelCardData`, e.g. `language="en"`.
 
         Raises:
-            ValueError: If `path` is a file, or a folder with files but no model.
+            ValueError: If `path` is a file, or a folder with files but no model; with `merged=False`, if the adapter's
+                backbone was passed in memory, because no folder has it.
         """
         folder = Path(path).expanduser().absolute()
+        if not merged:
+            self.cross_encoder.require_saved_backbone()
         backbone = None if merged else self.cross_encoder.backbone_folder
         if backbone is not None and backbone.resolve() == folder.resolve():
             raise ValueError(f"path must be another folder than that of the adapter's backbone; got {str(folder)!r}")
@@ -85,6 +88,8 @@ class SavingMixin:
             The commit's URL. With several processes, rank 0 publishes; the others return the model's URL at once.
         """
         api = HfApi(token=token)
+        if not merged:
+            self.cross_encoder.require_saved_backbone()
         if distributed.rank() != 0:
             return f"{api.endpoint}/{repo}"
         repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
@@ -130,6 +135,10 @@ class SavingMixin:
         adapter_folder = None
         if adapters.is_adapter(folder, name, settings.get("revision")):
             adapter_folder = str(folder.absolute())
+            if settings.get("adapter") is not None:
+                raise ValueError(
+                    f"adapter must be None for {name!r}, which holds an adapter; got a new one. Merge it first"
+                )
             name, settings["revision"] = adapters.backbone_of(folder)
         loaded = cls(name, **settings)  # type: ignore[call-arg]
         loaded.cross_encoder.adapter_folder = adapter_folder

@@ -1,5 +1,6 @@
 """Train every sequence of stages that a study compares; a beginning that sequences share is trained once."""
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -11,6 +12,7 @@ from typing import Any, overload
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from pyterrier_msft.algebra import FitterSequence, FitterSum, check_fitter
@@ -135,7 +137,8 @@ def fit_sequences(
             if prefix not in trained:
                 start = trained[prefix[:-1]]
                 folder = None if folders is None else folders.of(prefix, start)
-                trained[prefix] = _fit_stage(start, stages[prefix[-1]], validation, folder, "-".join(prefix))
+                with _wait_for_others(folder):
+                    trained[prefix] = _fit_stage(start, stages[prefix[-1]], validation, folder, "-".join(prefix))
     # Distinct objects even if two names stand for one sequence: PyTerrier tells transformers apart by identity.
     result: dict[str, MonoCE] = {}
     for name, path in paths.items():
@@ -156,6 +159,7 @@ class _Folders:
         validation: ValidationFrames | None,
     ) -> None:
         self.save_dir = check_writable(save_dir, "save_dir")
+        reranker.cross_encoder.require_saved_backbone()
         frames = [frame_digest(frame) for frame in validation or ()]
         settings = [reranker.scoring_settings(), reranker.interpolate]
         looked_up = "" if validation is None else reranker.source_digest(validation[0])
@@ -172,6 +176,25 @@ class _Folders:
         is_new = start.cross_encoder.head_is_new
         key = sha256_of([start.fingerprint, is_new, self.stages[prefix[-1]], self.context])
         return self.save_dir / f"{'-'.join(prefix)}-{key[:16]}"
+
+
+@contextlib.contextmanager
+def _wait_for_others(folder: Path | None) -> Iterator[None]:
+    """Wait until no other process trains the stage of this folder, so that its result can be reused."""
+    if folder is None or distributed.world_size() > 1:  # the ranks train together
+        yield
+        return
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.warning("waiting for another process that trains %s", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _fit_stage(

@@ -36,6 +36,14 @@ CHANGES = {
         "import pandas\nK = pandas.DataFrame({'w': [1, 5]}, index=['p', 'n'])\ndef loss(s, l, m): return s * K",
         "['p', 'n']", "['n', 'p']",
     ),
+    "an array in a cell of a frame": (
+        "import numpy, pandas\nA = numpy.ones(3000)\nA[999] = 1.001\nK = pandas.DataFrame({'v': [A]})\n"
+        "def loss(s, l, m): return s * K",
+        "001", "002",
+    ),
+    "an element with a stride": (
+        "import torch\nK = torch.tensor([1.0, 2.0])[::2]\ndef loss(s, l, m): return s * K", "[1", "[3",
+    ),
     "a tensor": ("import torch\nK = torch.ones(2000)\nK[999] = 1.00001\ndef loss(s, l, m): return s * K", "001", "002"),
     "an array": ("import numpy\nK = numpy.ones(2000)\nK[999] = 1.00001\ndef loss(s, l, m): return s * K", "001", "002"),
     "a nested function": ("def loss(s, l, m):\n  def f(x): return x * 2\n  return f(s.sum())", "* 2", "* 3"),

@@ -372,3 +372,30 @@ def test_a_new_reranker_alone_is_advised_against_with_few_queries(backbone, trai
         fitted.append(new(backbone, interpolate=False).fit(*few, fitter=quick).fit(*few, fitter=quick))
     for ce in fitted:
         assert ("fewer than 1,000 queries is often worse than its first stage" in str(ce.data_report)) == advised
+
+
+def test_scores_with_a_large_offset(backbone, train, dev, test):
+    weights = []
+    for offset in (0.0, 1e9):
+        ce = new(backbone, seed=1)
+        train_results, dev_results = (
+            part.results.assign(score=part.results["score"] + offset) for part in (train, dev)
+        )
+        ce.fit(train_results, train.qrels, dev_results, dev.qrels, fitter=replace(FITTER, max_steps=4))
+        weights.append(ce.first_stage_weight)
+        found = ce.stages[-1].interpolation
+        assert found["first_stage"] == pytest.approx(ndcg(dev.results, dev), abs=1e-6)
+    assert weights[1] == pytest.approx(weights[0], rel=1e-3)
+
+
+def test_a_metric_that_can_only_be_zero_is_rejected(backbone, train, dev):
+    with pytest.raises(ValueError, match=r"RR\(rel=2\)@10 is 0 for each of them\. Their labels are at most 1"):
+        new(backbone).fit(
+            train.results, train.qrels, dev.results, dev.qrels, fitter=FITTER.replace(metric="RR(rel=2)@10")
+        )
+
+
+def test_patience_without_validation_is_rejected(backbone, train, dev):
+    for fitter, validation in ((FITTER, []), (FITTER.replace(metric=None), [dev.results, dev.qrels])):
+        with pytest.raises(ValueError, match="patience needs validation results and qrels, and a metric"):
+            new(backbone).fit(train.results, train.qrels, *validation, fitter=fitter.replace(patience=2))

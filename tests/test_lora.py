@@ -238,3 +238,25 @@ def test_the_error_without_peft_names_the_extra(backbone, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"pyterrier-msft\[lora\]"):
         MonoCE(backbone, adapter=LORA)
+
+
+def test_an_adapter_on_a_model_in_memory_is_saved_merged(backbone, train_part, test_part, tmp_path):
+    network = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1)
+    ce = MonoCE(network, adapter=LORA, max_length=24, dtype="float32", device="cpu")
+    stages = {"CL": Stage(CL.replace(**BRIEF), train_part.results, train_part.qrels)}
+    for save in (
+        lambda: ce.save(tmp_path / "adapter", merged=False),
+        lambda: fit_sequences(ce, stages, ["CL"], save_dir=tmp_path / "sequences"),
+    ):
+        with pytest.raises(ValueError, match="model must be a folder or a name on the hub to save its adapter alone"):
+            save()
+    assert not (tmp_path / "adapter").exists()
+    ce.fit(train_part.results, train_part.qrels, fitter=CL.replace(**BRIEF)).save(tmp_path / "merged")
+    loaded = MonoCE.load(tmp_path / "merged", dtype="float32", device="cpu")
+    np.testing.assert_allclose(loaded(test_part.results)["score"], ce(test_part.results)["score"], atol=1e-5)
+
+
+def test_a_second_adapter_is_rejected(trained, tmp_path):
+    trained.save(tmp_path / "adapter", merged=False)
+    with pytest.raises(ValueError, match=r"adapter must be None for .*, which holds an adapter; got a new one"):
+        MonoCE.load(tmp_path / "adapter", adapter=LORA)

@@ -2,6 +2,7 @@ import copy
 import json
 import pickle
 import shutil
+import threading
 import warnings
 from pathlib import Path
 
@@ -693,3 +694,74 @@ def test_a_class_of_the_callers_has_another_fingerprint(backbone, test_part, tmp
     own.save(tmp_path / "model")
     with pytest.warns(UserWarning, match="has other weights or another tokenizer than when its history was saved"):
         MonoCE.load(tmp_path / "model")(test_part.results)
+
+
+# ---- validation that can't choose, and what it says
+
+
+def test_a_metric_that_is_always_the_same(backbone, train_part, dev_part):
+    parts = train_part.results, train_part.qrels, dev_part.results, dev_part.qrels
+    constant = BRIEF.replace(metric="R@1000", max_steps=4, eval_every=1, seed=3)
+    ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu")
+    with pytest.warns(UserWarning, match=r"validation R@1000 was 1\.000 each time, so it can't choose weights"):
+        ce.fit(*parts, fitter=constant)
+    last = MonoCE(backbone, max_length=24, dtype="float32", device="cpu")
+    last.fit(*parts, fitter=constant.replace(metric=None))
+    assert ce.fingerprint == last.fingerprint
+    assert "kept step 4 of 4" in str(ce.data_report)
+    stage = Stage(constant, *parts[:2])
+    with pytest.warns(UserWarning, match=r"all 2 combinations have a validation R@1000 of 1\.000; the first one"):
+        fit_grid(ce, stage, {"batch_size": [4, 8]}, validation=parts[2:])
+
+
+def test_early_stopping_is_reported(backbone, train_part, dev_part, capsys):
+    ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu", verbose=True)
+    still = BRIEF.replace(learning_rate=1e-12, max_steps=9, eval_every=2, patience=2)
+    with pytest.warns(UserWarning, match="didn't improve|can't choose|changed no weight"):
+        ce.fit(train_part.results, train_part.qrels, dev_part.results, dev_part.qrels, fitter=still)
+    text = "stopped at step 4: no improvement for 2 validations; kept step 4 of 9"
+    assert text in str(ce.data_report)
+    assert text in capsys.readouterr().err
+
+
+# ---- folders and threads
+
+
+def test_a_folder_that_is_saved_to_before_it_is_loaded(ce, backbone, train_part, test_part, tmp_path):
+    MonoCE(backbone, max_length=24, dtype="float32", device="cpu").save(tmp_path / "model")
+    lazy = MonoCE(tmp_path / "model", max_length=24, dtype="float32", device="cpu")
+    tuned = MonoCE.load(tmp_path / "model", dtype="float32", device="cpu")
+    tuned.fit(train_part.results, train_part.qrels, fitter=BRIEF).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"must hold the model that it held when this re-ranker was made"):
+        lazy(test_part.results)
+    assert_frame_equal(
+        MonoCE(tmp_path / "model", max_length=24, dtype="float32", device="cpu")(test_part.results),
+        tuned(test_part.results),
+    )
+
+
+def test_a_readme_of_the_users_is_kept(ce, backbone, tmp_path):
+    shutil.copytree(backbone, tmp_path / "model")
+    readme = tmp_path / "model/README.md"
+    for notes in ("my notes", "more notes"):
+        readme.write_text(notes)
+        ce.save(tmp_path / "model")
+    ce.save(tmp_path / "model")
+    assert "pyterrier_msft" in readme.read_text()
+    assert (tmp_path / "model/README.old.md").read_text() == "my notes"
+    assert (tmp_path / "model/README.old-2.md").read_text() == "more notes"
+    assert len([*(tmp_path / "model").glob("README*")]) == 3
+
+
+def test_two_threads_train_as_one(ce, train_part):
+    alone = ce.clone().fit(train_part.results, train_part.qrels, fitter=CL)
+    copies = [ce.clone(), ce.clone()]
+    threads = [
+        threading.Thread(target=copy_.fit, args=(train_part.results, train_part.qrels), kwargs={"fitter": CL})
+        for copy_ in copies
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [copy_.fingerprint for copy_ in copies] == [alone.fingerprint] * 2

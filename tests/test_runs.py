@@ -388,3 +388,23 @@ def test_topics_with_two_queries_for_a_qid(results, train_part, tmp_path):
     other = topics.head(1).assign(query="another query")
     with pytest.raises(ValueError, match="topics must have one query for each qid; got several for 'tr0'"):
         [*runs.read_run(path, depth=2, topics=pd.concat([topics, other]))]
+
+
+@pytest.mark.parametrize("padded", ["qid", "Q0", "docno", "rank"])
+def test_aligned_columns_are_rejected(train_part, results, tmp_path, padded):
+    path = write(results, tmp_path, ".trec")
+    first, *others = path.read_text().splitlines()
+    column = ["qid", "Q0", "docno", "rank"].index(padded)
+    shifted = [" ".join(part + " " * (i == column) for i, part in enumerate(line.split())) for line in others]
+    path.write_text("\n".join([first, *shifted]) + "\n")
+    with pytest.raises(
+        ValueError, match="columns that are separated by one space or one tab; got several spaces in a row"
+    ):
+        read(Contrastive(n_negatives=3), path, train_part, Dataset(train_part))
+
+
+def test_ids_that_are_large_numbers(tmp_path):
+    frame = pd.DataFrame({"qid": [1e16, 1e16], "docno": [2.0, 3.0], "query": "q", "score": [2.0, 1.0]})
+    rankings = next(runs.read_run(write(frame, tmp_path, ".parquet"), depth=None))
+    assert rankings.qids == ["10000000000000000"]
+    assert [*rankings.docnos] == ["2", "3"]

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import threading
 
 import numpy as np
 import pandas as pd
@@ -241,3 +242,20 @@ def test_warnings_say_what_they_are_about(ce, stages, train_part):
     wrong = Stage(CL, pd.concat([results, extra]), train_part.qrels)
     with pytest.warns(UserWarning, match=r"^seed 2, KD-CL: Contrastive dropped 1 of 64 queries"):
         fit_sequences(ce, {**stages, "CL": wrong}, ["KD-CL"], seeds=[2])
+
+
+def test_a_stage_that_is_being_trained_elsewhere_is_waited_for(ce, stages, batches, tmp_path):
+    found = []
+
+    def run(start):
+        found.append(fit_sequences(start, stages, ["CL"], save_dir=tmp_path)["CL"].fingerprint)
+
+    threads = [threading.Thread(target=run, args=(start,)) for start in (ce.clone(), ce.clone())]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(batches) == 4
+    assert len(found) == 2
+    assert found[0] == found[1]
+    assert len([*tmp_path.iterdir()]) == 1  # neither a lock nor checkpoints

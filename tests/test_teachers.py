@@ -88,8 +88,15 @@ def test_docnos_that_look_like_positions(file):
     assert docnos(teachers.read_permutations(write(file, line(docs=numbered, ranking=list("123"))))) == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize("response", ["[d3] > [d1] > [d2]", "[ d3 ], then [d1] and [d2]."])
-def test_docnos_in_brackets(file, response):
+@pytest.mark.parametrize(
+    "response",
+    [
+        "[d3] > [d1] > [d2]", "[ d3 ], then [d1] and [d2].", "d3 > d1 > d2", "The 3 passages: d3, d1, d2.",
+        "[d3] > [d9] > [d1] > [d2]",
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*unknown positions or docnos")
+def test_docnos_in_text(file, response):
     candidates = [{"docid": f"d{i}", "text": f"text {i}"} for i in (1, 2, 3)]
     out = teachers.read_permutations(write(file, line(candidates=candidates, response=response)))
     assert docnos(out) == ["d3", "d1", "d2"]

@@ -19,9 +19,15 @@ class Answer:
 
     @classmethod
     def of_text(cls, text: str, docnos: Sequence[str | None]) -> "Answer":
-        """Find the positions in an LLM's text, such as "[2] > [1]", or the docnos in brackets."""
-        named = [name.strip() for name in re.findall(r"\[([^\[\]]+)\]", text)]
-        if named and {*named} <= {*docnos} and not all(name.isdecimal() for name in named):
+        """Find the positions in an LLM's text, such as "[2] > [1]", or docnos that aren't numbers: "d2 > d1"."""
+        names = {docno for docno in docnos if docno is not None and not docno.isdecimal()}
+        in_brackets = [name.strip() for name in re.findall(r"\[([^\[\]]+)\]", text)]
+        if not names.isdisjoint(in_brackets):
+            return cls(docnos, in_brackets, preference=1)
+        words = [word.strip("\"'()[]{}.:") for word in re.split(r"[\s,;>=|]+", text)]
+        named = [word for word in words if word in names]
+        has_numbers = any(word.isdecimal() for word in words)  # beside which a docno may be a word of a sentence
+        if not in_brackets and (len({*named}) > 1 or (named and not has_numbers)):
             return cls(docnos, named, preference=1)
         numbers = re.findall(r"\[(\d+)\]", text) or re.findall(r"\d+", text)
         return cls(docnos, [number.lstrip("0") or "0" for number in numbers], preference=-1)

@@ -148,6 +148,8 @@ def frame_digest(frame: pd.DataFrame) -> str:
     digest = hashlib.sha256(repr(sorted(map(str, frame.columns))).encode())
     for column in sorted(frame.columns, key=str):
         values = frame[column]
+        if values.dtype == object:
+            values = values.map(lambda value: value.tolist() if isinstance(value, np.ndarray) else value)
         if not pd.api.types.is_numeric_dtype(values):
             values = values.astype(str)
         digest.update(pd.util.hash_pandas_object(values, index=False).to_numpy().tobytes())

@@ -62,6 +62,7 @@ class DataReport:
     truncated_queries: float = 0.0
     truncated_documents: float = 0.0
     plan: Any = None  # a text: how the training run is set up
+    outcome: Any = None  # a text: with validation, which step was kept, and why training ended early, if it did
     interpolation: Any = None  # a text: the choice of the first stage's weight
     advice: Any = None  # a text
     parts: Any = None  # of a sum of fitters, or of several sources: the report of each, by name
@@ -91,7 +92,7 @@ class DataReport:
         return lines + self._of_training()
 
     def _of_training(self) -> list[str]:
-        return [text for text in (self.plan, self.interpolation, self.advice) if text]
+        return [text for text in (self.plan, self.outcome, self.interpolation, self.advice) if text]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DataReport":

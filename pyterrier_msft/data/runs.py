@@ -7,7 +7,7 @@ import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS = 1_000_000  # rows of a file read at once
 TREC_COLUMNS = ["qid", "Q0", "docno", "rank", "score", "tag"]
+UNUSED = ["Q0", "rank"]  # columns that are only read to see whether all columns are where they should be
 
 
 def read_run(
@@ -71,6 +72,8 @@ def read_run(
         queries = dict(zip(asked["qid"], asked["query"], strict=True))
     converter = _Converter(path, key, depth, None if relevant is None else RowsByQuery(relevant), queries)
     needed = [name for name in ("qid", "query", "docno", key) if name in columns]
+    if columns == TREC_COLUMNS:
+        needed += UNUSED
     yield from map(converter.rankings, _whole_queries(rows.select(needed), path))
     if queries is not None and topics is not None and converter.seen and converter.seen.isdisjoint(queries):
         why = explain_mismatch(pd.DataFrame({"qid": sorted(converter.seen)}), topics, "the topics")
@@ -191,7 +194,10 @@ def _whole_queries(rows: "pl.LazyFrame", path: str | Path) -> Iterator["pl.DataF
     held: pl.DataFrame | None = None
     try:
         for chunk in rows.collect_batches(chunk_size=CHUNK_ROWS, maintain_order=True):
-            batch = chunk.with_columns(
+            is_trec = {*UNUSED} <= {*chunk.columns}
+            if is_trec:
+                _check_separators(chunk, path)
+            batch = (chunk.drop(UNUSED) if is_trec else chunk).with_columns(
                 *map(_as_ids, chunk.select("qid", "docno")),
                 pl.col("^(score|rank)$").cast(pl.Float64),
                 pl.col("^query$").cast(pl.String),
@@ -212,6 +218,18 @@ def _whole_queries(rows: "pl.LazyFrame", path: str | Path) -> Iterator["pl.DataF
         yield held
 
 
+def _check_separators(rows: "pl.DataFrame", path: str | Path) -> None:
+    """Raise a ValueError if a row of a TREC run has several spaces in a row, which shift its columns."""
+    import polars as pl
+
+    padded = rows.filter(pl.any_horizontal(pl.all().is_null()))  # an empty field, from one space to the next
+    if len(padded):
+        raise ValueError(
+            f"{path} must have columns that are separated by one space or one tab; got several spaces in a row, e.g. "
+            f"for the query {padded['qid'][0]!r}. Read the file with pt.io.read_results"
+        )
+
+
 def _scan(path: Path) -> "pl.LazyFrame":
     try:
         import polars as pl
@@ -226,14 +244,14 @@ def _scan(path: Path) -> "pl.LazyFrame":
     separator = "\t" if "\t" in line else " "
     if len(line.rstrip("\n").split(separator)) != len(TREC_COLUMNS):
         raise ValueError(f"{path} must have the columns of a TREC run {TREC_COLUMNS}; got the line {line[:80]!r}")
-    types: dict[str, Any] = {"rank": pl.Int64, "score": pl.Float64}
-    schema = {name: types.get(name, pl.String) for name in TREC_COLUMNS}
+    schema = {name: pl.Float64 if name == "score" else pl.String for name in TREC_COLUMNS}
     return pl.scan_csv(path, separator=separator, has_header=False, schema=schema, quote_char=None)
 
 
 def _as_ids(values: "pl.Series") -> "pl.Series":
-    """Convert ids to strings, as `frames.as_ids` does."""
+    """Convert ids to strings, as `ids.as_ids` does."""
     import polars as pl
 
-    text = values.cast(pl.String).str.strip_chars()
-    return text.str.strip_suffix(".0") if values.dtype.is_float() else text
+    if values.dtype.is_float():
+        return pl.Series(values.name, as_ids(values.to_pandas()).to_numpy(dtype=object), dtype=pl.String)
+    return values.cast(pl.String).str.strip_chars()

@@ -13,6 +13,9 @@ Kind = Literal["one label", "several labels", "modular", "prompt"]
 network that reads pairs in a prompt."""
 
 
+CARD_MARK = "[pyterrier_msft](https://github.com/terrierteam/pyterrier_msft)"  # in each card
+
+
 def model_card(
     record: ModelRecord, *, name: str, is_adapter: bool, kind: Kind, license: str | None = None,
     metrics: pd.DataFrame | None = None, **data: Any,
@@ -48,7 +51,7 @@ def model_card(
         f"---\n{front_matter.to_yaml()}\n---\n",
         f"# {name.rpartition('/')[2]}\n",
         f"A cross-encoder that re-ranks documents for a query{f', made from `{base}`' if base else ''}, trained with "
-        f"[pyterrier_msft](https://github.com/terrierteam/pyterrier_msft) {record.versions['pyterrier_msft']}.\n",
+        f"{CARD_MARK} {record.versions['pyterrier_msft']}.\n",
         "## How to use\n",
         _usage(record.settings, name, _interpolation(record), is_adapter=is_adapter, kind=kind),
         "## Training\n",

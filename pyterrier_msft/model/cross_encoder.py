@@ -77,6 +77,8 @@ class CrossEncoder:
         self.adapter_is_new = False  # whether the adapter is untrained
         self._draws_head = False  # whether loading the model again draws a new head
         self._is_callers = self._network is model  # whether the caller has the network, too
+        self.was_in_memory = isinstance(model, PreTrainedModel)  # rather than in a folder or on the hub
+        self._saved_before = ModelRecord.read(self.name).fingerprint  # in the folder, if it has a record
         self.was_saved_untrained = False  # according to the record of a saved re-ranker
         self.saved_record: ModelRecord | None = None  # to compare with what is still to be loaded
         self._source: str | None = None  # folder or name to load the present weights from
@@ -153,6 +155,11 @@ class CrossEncoder:
         )  # fmt: skip
         self._draws_head = self._head_is_new and self.adapter_folder is None
         peft_model, record = None, ModelRecord.read(self.name)
+        if record.fingerprint != self._saved_before:
+            raise ValueError(
+                f"{self.name} must hold the model that it held when this re-ranker was made; got one that was saved "
+                "there since. Make the re-ranker again"
+            )
         if self._head_is_new and record.fingerprint is not None and not record.head_is_new:
             raise missing_files(self.name, ["the weights of its trained head"])
         self._head_is_new |= self.was_saved_untrained or record.head_is_new
@@ -183,6 +190,14 @@ class CrossEncoder:
         """The folder of an adapter's backbone; None without an adapter or for a backbone on the hub."""
         name = self._peft_model.active_peft_config.base_model_name_or_path if self.has_adapter else None
         return Path(name) if name is not None and Path(name).is_dir() else None
+
+    def require_saved_backbone(self) -> None:
+        """Raise a ValueError if the model has an adapter on a backbone that was passed in memory."""
+        if self.was_in_memory and self.has_adapter:
+            raise ValueError(
+                "model must be a folder or a name on the hub to save its adapter alone; got one in memory, which can't "
+                "be loaded again. Save the model to a folder and pass that, or merge the adapter"
+            )
 
     @property
     def head_is_new(self) -> bool:
@@ -274,6 +289,8 @@ class CrossEncoder:
                 "seeds need an adapter that is drawn anew; got one of a loaded model, or one that was saved untrained. "
                 "Start from the name or the folder of its backbone"
             )
+        if self.was_in_memory and not self.adapter_is_new:
+            warn("a model in memory starts with the same head for each seed. Pass its folder or name to draw a new one")
         other = self.clone(with_weights=not (self.head_is_new or self.adapter_is_new))
         other.seed = seed
         return other

@@ -60,10 +60,18 @@ def fingerprint_of(network: PreTrainedModel, peft_model: Any, tokenizer: Tokeniz
     for part in _tokenizer_state(tokenizer):
         digest.update(hashlib.sha256(part).digest())
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
+        tensor = state[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()[:16]
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the values of a tensor as bytes."""
+    flat = tensor.detach().cpu().reshape(-1).contiguous()
+    # A single element counts as contiguous whatever its stride, but can't be viewed as bytes then.
+    data: memoryview = flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data
+    return data
 
 
 def _tokenizer_state(tokenizer: Tokenizer) -> Iterator[bytes]:

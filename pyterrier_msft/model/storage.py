@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pyterrier_msft.model import adapters
+from pyterrier_msft.model.card import CARD_MARK
 from pyterrier_msft.model.files import CROSS_ENCODER_FILES, MODULES, read_json
 from pyterrier_msft.model.record import RECORD
 
@@ -81,7 +82,8 @@ def module_files(folder: Path) -> list[str]:
 def replace_model(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder for a model's files, then move them into `folder` in place of the old model's.
 
-    An exception inside the block leaves the old model as it was. Files that aren't a model's are always kept.
+    An exception inside the block leaves the old model as it was. Files that aren't a model's are always kept; a
+    README.md that isn't one of this package's cards becomes README.old.md.
     """
     finish_save(folder)
     partial, is_new = folder / PARTIAL, not folder.is_dir()
@@ -92,6 +94,10 @@ def replace_model(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder if is_new else partial, ignore_errors=True)
         raise
+    card = folder / "README.md"
+    if card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        names = ("README.old.md", *(f"README.old-{number}.md" for number in range(2, 1000)))
+        os.replace(card, next(path for name in names if not (path := folder / name).exists()))
     finish_save(folder)
 
 

@@ -20,7 +20,7 @@ from pyterrier_msft.notices import warn
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import Checkpoint
 from pyterrier_msft.training.hyperparameters import Hyperparameters
-from pyterrier_msft.training.plan import Plan
+from pyterrier_msft.training.plan import Plan, describe_outcome
 
 # A resumed run loses at most this much work.
 SECONDS_BETWEEN_CHECKPOINTS = 300
@@ -36,7 +36,7 @@ class HistoryCallback(TrainerCallback, ExportableState):
         part_names: Sequence[str] = (), progress: str | None,
     ) -> None:  # fmt: skip
         self.history, self.plan, self.part_names = history, plan, part_names
-        self.metric = str(hyperparameters.metric)
+        self.metric, self.patience = str(hyperparameters.metric), hyperparameters.patience
         self.log_every = max(1, min(plan.eval_every, plan.updates // 50))
         self.first_row = len(history)
         # Since the last row:
@@ -99,6 +99,11 @@ class HistoryCallback(TrainerCallback, ExportableState):
         self.history[-1] |= {self.metric: float(metrics[f"eval_{self.metric}"]), "seconds": self._seconds()}
         self.last_row_at = time.monotonic()  # validation doesn't count as training time
 
+    def show_outcome(self) -> None:
+        """Say in the bar which step was kept, and why training ended early, if it did."""
+        if text := describe_outcome(self.history[self.first_row :], self.metric, self.plan, self.patience):
+            self.bar.set_postfix_str(text)
+
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
 
@@ -153,8 +158,7 @@ class BestWeightsCallback(TrainerCallback, ExportableState):
         value = float(metrics[f"eval_{self.metric}"])
         is_better = value > self.best
         self.evals_without_improvement = 0 if is_better else self.evals_without_improvement + 1
-        # Trained weights win a tie with those of the start, which may be random.
-        if is_better or (value == self.best and self.best_step == 0):
+        if is_better or value == self.best:  # weights that were trained longer win a tie
             self.best, self.best_step = value, state.global_step
             self.best_weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights().items()}
         control.should_training_stop |= self.out_of_patience

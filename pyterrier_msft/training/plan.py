@@ -1,7 +1,9 @@
 """How long a training run is, how fast it learns, and how often it is validated."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pyterrier_msft.data.groups import Groups
 from pyterrier_msft.data.mixture import MixedGroups
@@ -60,6 +62,21 @@ class Plan:
         if self.validation_queries:
             text += f"; validation on {self.validation_queries:,} queries every {self.eval_every:,} updates"
         return text
+
+
+def describe_outcome(history: Sequence[Mapping[str, Any]], metric: str, plan: Plan, patience: int | None) -> str | None:
+    """Say which step's weights a run has kept, and why it ended early, if it did; None without validation.
+
+    Weights that were trained longer win a tie.
+    """
+    values = [(row[metric], row["step"]) for row in history if metric in row]
+    if not values:
+        return None
+    kept, last = f"kept step {max(values)[1]} of {plan.updates}", history[-1]["step"]
+    if last >= plan.updates or patience is None:
+        return kept
+    validations = "one validation" if patience == 1 else f"{patience} validations"
+    return f"stopped at step {last}: no improvement for {validations}; {kept}"
 
 
 def plan_training(

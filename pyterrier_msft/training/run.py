@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from pyterrier_msft.training.trainer import ListwiseTrainer
 from pyterrier_msft.training.validation import Validation
 
 logger = logging.getLogger(__name__)
+
+# Training seeds the global random number generators, so two threads must not train at once.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def train(
@@ -57,7 +61,7 @@ def train(
     history, identity = [] if history is None else history, dict(identity or {})
     model.prepare_training()
     network, dtype = model.network, model.training_dtype
-    with contextlib.ExitStack() as stack:
+    with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
         stack.enter_context(preserve_global_state())
         stack.enter_context(quiet_transformers())
         if checkpoint_dir is None:
@@ -93,6 +97,7 @@ def _run(trainer: ListwiseTrainer, folder: Path | None = None, checkpoint: Check
     try:
         if best is None or best.best_weights is None or not best.out_of_patience:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
+        trainer.rows.show_outcome()
     except KeyboardInterrupt:
         logger.warning(
             "training was interrupted at step %d of %d; the re-ranker keeps the %s weights so far; %s",

@@ -8,6 +8,7 @@ import ir_measures
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import rankdata
 from transformers import PreTrainedModel
 
 from pyterrier_msft.model.encoding import PairEncoder
@@ -64,8 +65,19 @@ class Validation:
         """Return the metric's mean over the queries, for a score of each row of the results."""
         run = self.results[["qid", "docno"]].rename(columns={"qid": "query_id", "docno": "doc_id"})
         # A document's score is that of its best passage.
+        # Their ranks, because ir_measures rounds scores to float32.
+        scores = rankdata(scores, method="dense")
         run = run.assign(score=scores).groupby(["query_id", "doc_id"])["score"].max().reset_index()
         return float(self._evaluator.calc_aggregate(run)[self.metric])
+
+    def check_metric(self) -> None:
+        """Raise a ValueError if the metric is 0 for the best order of the results."""
+        labels = self.results[["qid", "docno"]].merge(self.qrels.drop_duplicates(["qid", "docno"]), "left")["label"]
+        if self.measure(labels.fillna(0).to_numpy(dtype=float)) == 0:
+            raise ValueError(
+                f"metric must be able to tell good orders of the validation results from bad ones; {self.metric} is 0 "
+                f"for each of them. Their labels are at most {self.qrels['label'].max()}"
+            )
 
     @property
     def first_stage(self) -> float:
