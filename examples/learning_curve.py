@@ -20,12 +20,12 @@ from ir_measures import nDCG
 from quickstart import bm25, minilm
 from scipy import stats
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, unlabelled
+from pyterrier_msft import Contrastive, Distillation, MonoCE, PrependScore, unlabelled
 
 MEASURE = nDCG @ 10
 ALONE, INTERPOLATED = "model", "model + first stage"
 KEYS = ["dataset", "recipe", "queries", "seed", "fold", "system"]
-RECIPES = ("labels", "teacher", "teacher, then labels")
+RECIPES = ("labels", "labels, score in the text", "teacher", "teacher, then labels")
 LENGTHS = {"pydocs": 64, "irds:vaswani": 64}  # tokens per pair; 96 for longer texts
 
 
@@ -127,16 +127,22 @@ class Study:
         for number, (fold, test) in enumerate(zip(self.folds, self.tests, strict=True)):
             if self._has(recipe, size, seed, number):
                 continue
-            if recipe == "labels":
+            if recipe.startswith("labels"):
                 start = MonoCE(self.args.backbone, max_length=self.max_length, seed=seed)
             else:
                 start = self._distil(seed).clone()
             if recipe == "teacher":
                 self._save(recipe, 0, seed, number, {ALONE: start(test)})
                 continue
+            topics = fold.train.sample(size, random_state=seed)
+            fitter = Contrastive(n_negatives=3, dropout=0.0, seed=seed)
+            if recipe == "labels, score in the text":
+                with_score = PrependScore()
+                start.fit(with_score(self._top(topics, self.args.depth)), fold.train_qrels, fitter=fitter)
+                self._save(recipe, size, seed, number, {ALONE: start(with_score(test))})
+                continue
             ce = start.apply_attributes(interpolate=True)
-            train = self.candidates(fold.train.sample(size, random_state=seed))
-            ce.fit(train, fold.train_qrels, fitter=Contrastive(n_negatives=3, dropout=0.0, seed=seed))
+            ce.fit(self.candidates(topics), fold.train_qrels, fitter=fitter)
             print(ce.data_report, flush=True)
             both = ce(test)
             alone = both.assign(score=both["score"] - ce.first_stage_weight * both["first_stage_score"])
@@ -205,6 +211,7 @@ def plot(table: pd.DataFrame, weights: pd.DataFrame) -> Any:
     )
     styles = {
         ("labels", ALONE): ("C1", "o", ":"), ("labels", INTERPOLATED): ("C0", "o", "-"),
+        ("labels, score in the text", ALONE): ("C3", "^", "-"),
         ("teacher, then labels", ALONE): ("C1", "s", ":"), ("teacher, then labels", INTERPOLATED): ("C2", "s", "-"),
     }  # fmt: skip
     for name, (panel, lower) in zip(names, panels.T, strict=True):

@@ -11,6 +11,7 @@ _MODULE_OF = {
     "Contrastive": "fitters",
     "Distillation": "fitters",
     "MonoCE": "reranker",
+    "PrependScore": "score_text",
     "Stage": "sequences",
     "explain": "explanation",
     "fit_grid": "grid",
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
     from pyterrier_msft.fitters import Contrastive, Distillation
     from pyterrier_msft.grid import fit_grid
     from pyterrier_msft.reranker import MonoCE
+    from pyterrier_msft.score_text import PrependScore
     from pyterrier_msft.sequences import Stage, fit_sequences
     from pyterrier_msft.significance import tost
     from pyterrier_msft.study_report import report
 
 __all__ = [
-    "Contrastive", "Distillation", "MonoCE", "Stage", "explain", "fit_grid", "fit_sequences", "losses", "plots",
-    "report", "significance", "teachers", "tost", "unlabelled",
+    "Contrastive", "Distillation", "MonoCE", "PrependScore", "Stage", "explain", "fit_grid", "fit_sequences", "losses",
+    "plots", "report", "significance", "teachers", "tost", "unlabelled",
 ]  # fmt: skip
 
 

