@@ -45,7 +45,7 @@ def test_a_word_that_decides_the_score(ce):
 def test_words_that_the_model_does_not_read(ce):
     text = " ".join([PART.results["text"][0]] * 10)  # 60 words, and max_length is 24
     words = explain(ce, PART.results.head(1).assign(text=text))
-    assert (words["importance"].iloc[30:] == 0).all()
+    assert words["importance"].iloc[30:].abs().max() < 1e-6
     assert words["importance"].iloc[:10].abs().min() > 0
     pd.testing.assert_frame_equal(explain(ce, PART.results.head(1).assign(text=text), max_words=10), words.head(10))
 

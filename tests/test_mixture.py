@@ -171,6 +171,8 @@ def test_the_report_of_each_source(ce, first, other, tmp_path):
         "    3 of 5 queries to train on, with 24 documents",
         "    dropped 2 of 5 queries without a relevant document (2 of them not in the qrels)",
         "  0.5 epochs of 2 updates with 8 queries each, learning rate 0.01",
+        "  a new re-ranker that is trained on fewer than 1,000 queries is often worse than its first stage: compare "
+        "them, and try interpolate=True, which adds the first stage's score",
     ]
     ce.save(tmp_path)
     assert repr(MonoCE.load(tmp_path).data_report) == repr(report)
