@@ -24,7 +24,7 @@ class PrependScore(pt.Transformer):
         ValueError: When called, if a score isn't a finite number.
 
     Example:
-        >>> pipeline = bm25 % 20 >> dataset.text_loader() >> PrependScore() >> MonoCE(model)
+        >>> pipeline = bm25 % 20 >> dataset.text_loader() >> PrependScore() >> MonoCE()
     """
 
     def __init__(self, *, text_field: str = "text") -> None:
