@@ -78,7 +78,10 @@ def render(study: Study, *, title: str, description: str, tests: Mapping[str, An
     return environment.get_template("report.html").render(
         title=title,
         paragraphs=[part for part in description.split("\n\n") if part.strip()],
-        findings=[tables.in_words(row) for row in rows if row["measure"] == study.measures[0]],
+        findings=[
+            *(tables.in_words(row) for row in rows if row["measure"] == study.measures[0]),
+            *tables.equal_models(study.models),
+        ],
         setup=_setup(study, tests),
         systems=_systems_table(study),
         models=tables.models_table(study.models) if study.models else None,
@@ -196,11 +199,17 @@ def _with_documents(study: Study, system: str, queries: list[dict[str, Any]]) ->
         query["lists"] = {}
         for name, frame in found.items():
             ranked = frame[frame["qid"] == query["qid"]].sort_values("score", ascending=False, kind="stable")
-            query["lists"][name] = [
+            query["lists"][_with_first_seed(study, name)] = [
                 {"docno": docno, "text": texts.get(docno, ""), "label": _label(labels.get((query["qid"], docno)))}
                 for docno in ranked["docno"].head(TOP_DOCUMENTS)
             ]
     return queries
+
+
+def _with_first_seed(study: Study, name: str) -> str:
+    """Return a system's name and, of several seeds, the one whose results are shown."""
+    seeds = [seed for system, seed in study.results if system == name]
+    return f"{name}, seed {seeds[0]}" if len(seeds) > 1 else name
 
 
 def _label(label: Any) -> str:

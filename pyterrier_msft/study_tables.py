@@ -142,6 +142,18 @@ def models_table(models: Sequence[TrainedModel]) -> Table:
     return Table("Re-rankers", [("System", "text"), ("Re-ranker", "code"), ("Weights", "code")], rows)
 
 
+def equal_models(models: Sequence[TrainedModel]) -> list[str]:
+    """Name the systems whose models have the same weights, as after a stage of which validation kept nothing."""
+    names: dict[str, dict[str, None]] = {}
+    for model in models:
+        names.setdefault(model.fingerprint, {})[model.name] = None
+    return [
+        f"{' and '.join(same)} have the same weights, so a comparison of them says nothing about their training."
+        for same in names.values()
+        if len({model.system for model in models if model.name in same}) > 1
+    ]
+
+
 def stages_table(models: Sequence[TrainedModel]) -> Table:
     """Tabulate the stages of training."""
     rows = []
@@ -150,9 +162,11 @@ def stages_table(models: Sequence[TrainedModel]) -> Table:
             updates = f"{stage.updates:,}" + f" (interrupted at {stage.interrupted})" * bool(stage.interrupted)
             best = ", ".join(f"{name} {number(value)}" for name, value in stage.metrics.items())
             counts = [f"{stage.queries:,}", f"{stage.documents:,}", updates, str(stage.seed)]
-            rows.append([model.name, str(place), stage.fitter, *counts, best or UNKNOWN])
+            outcome = stage.data_report.get("outcome")
+            rows.append([model.name, str(place), stage.fitter, *counts, best or UNKNOWN, outcome or "last step"])
     numbers = [(name, "number") for name in ("Queries", "Documents", "Updates", "Seed", "Best validation")]
     columns = [("System", "text"), ("Stage", "number"), ("Objective and settings", "code"), *numbers]
+    columns.append(("Weights", "text"))
     return Table("Stages of training", columns, rows)
 
 

@@ -192,6 +192,8 @@ def test_training_is_described(page, trained):
     expected = ["CL", "1", repr(ce.stages[0].fitter).strip("'"), "16", "64", "4", "7"]
     assert stage.tolist()[:7] == [*expected[:4], f"{ce.stages[0].documents}", *expected[5:]]
     assert stage["Best validation"] == f"nDCG@10 {ce.history['nDCG@10'].max():.4f}"
+    assert stage["Weights"] == ce.data_report.outcome
+    assert stage["Weights"].startswith("kept step ")
     assert page.tables["Re-rankers"]["Weights"].tolist() == [ce.fingerprint]
     assert "max_length=24" in page.tables["Re-rankers"]["Re-ranker"].iloc[0]
     for line in repr(ce.data_report).splitlines()[1:]:
@@ -237,6 +239,17 @@ def test_systems_are_run_once_and_seeds_are_averaged(tmp_path, trained):
     assert page.tables["Stages of training"]["Seed"].tolist() == ["7", "8"]
     assert page.images[0]["alt"] == "Line plot. Training loss and nDCG@10 on the validation queries of CL, by seed."
     assert " at 0x" not in page.text
+    # Documents are those of one seed, values are means over seeds.
+    assert "<p>CL, seed 7</p>" in page.source
+    assert "<p>BM25</p>" in page.source
+
+
+def test_systems_with_the_same_weights_are_told(tmp_path, trained):
+    same = {seed: {"CL": each["CL"], "CL-KD": trained[7]["CL"].clone()} for seed, each in trained.items()}
+    systems = {"BM25": BASE, "CL": BETTER, "CL-KD": BETTER}
+    page = Page(report(systems, TOPICS, QRELS, [RR], rerankers=same, path=tmp_path / "page.html"))
+    assert "CL, seed 7 and CL-KD, seed 7 and CL-KD, seed 8 have the same weights" in page.text
+    assert "CL, seed 8 have" not in page.text
 
 
 def test_without_matplotlib(monkeypatch):
