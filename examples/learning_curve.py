@@ -101,20 +101,14 @@ class Study:
 
     def _folds(self, train: Any, test: Any) -> list[Fold]:
         """Split the topics. A dataset without variants has two folds; each half is tested by training on the other."""
-
-        def judged(dataset: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
-            topics, qrels = dataset.get_topics(), dataset.get_qrels()
-            if "query" not in topics.columns:
-                topics = dataset.get_topics("text" if "text" in topics.columns else "title")
-            topics = topics[topics["qid"].isin(qrels[qrels["label"] > 0]["qid"])].sort_values("qid")
-            return topics.reset_index(drop=True), qrels
-
         topics, qrels = judged(train)
+        topics = topics.sort_values("qid", ignore_index=True)
         if self.args.test is None and self.args.dataset != "pydocs":
             topics = topics.sample(frac=1, random_state=0)
             halves = topics[::2], topics[1::2]
             return [Fold(halves[0], qrels, halves[1], qrels), Fold(halves[1], qrels, halves[0], qrels)]
         test_topics, test_qrels = judged(test)
+        test_topics = test_topics.sort_values("qid", ignore_index=True)
         return [Fold(topics, qrels, test_topics.head(self.args.test_queries), test_qrels)]
 
     def _top(self, topics: pd.DataFrame, depth: int) -> pd.DataFrame:
@@ -145,7 +139,7 @@ class Study:
             ce.fit(self.candidates(topics), fold.train_qrels, fitter=fitter)
             print(ce.data_report, flush=True)
             both = ce(test)
-            alone = both.assign(score=both["score"] - ce.first_stage_weight * both["first_stage_score"])
+            alone = model_alone(ce, both)
             weight = ce.first_stage_weight * spread(test) / spread(alone)  # in standard deviations of both scores
             self._append(self.weights_path, [recipe, size, seed, number, "weight"], pd.DataFrame({"value": [weight]}))
             self._save(recipe, size, seed, number, {ALONE: alone, INTERPOLATED: both})
@@ -179,6 +173,19 @@ class Study:
         named = dict(zip(KEYS, [self.args.dataset, *keys], strict=True))
         rows = rows.assign(**named)[[*KEYS, *rows.columns]]
         rows.to_csv(path, mode="a", header=not path.is_file(), index=False, float_format="%.4f")
+
+
+def judged(dataset: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the topics that have a relevant document, and the qrels."""
+    topics, qrels = dataset.get_topics(), dataset.get_qrels()
+    if "query" not in topics.columns:
+        topics = dataset.get_topics("text" if "text" in topics.columns else "title")
+    return topics[topics["qid"].isin(qrels[qrels["label"] > 0]["qid"])].reset_index(drop=True), qrels
+
+
+def model_alone(ce: MonoCE, both: pd.DataFrame) -> pd.DataFrame:
+    """Return the results of a re-ranker that interpolates without the first stage's score."""
+    return both.assign(score=both["score"] - ce.first_stage_weight * both["first_stage_score"])
 
 
 def spread(results: pd.DataFrame) -> float:

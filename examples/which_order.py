@@ -8,11 +8,11 @@ appended to seed-<n>.csv in --out as they are measured; repeat the command to re
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pyterrier as pt
 from ir_measures import nDCG
+from learning_curve import judged, model_alone
 from quickstart import bm25, minilm
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots, unlabelled
@@ -126,8 +126,7 @@ class Study:
             trained = fit_sequences(start, stages, [name], validation=self.validation, save_dir=self.out / "models")
             ce = trained[name]
             both = ce(self.test)
-            alone = both.assign(score=both["score"] - ce.first_stage_weight * both["first_stage_score"])
-            self.save(path, name, alone, both)
+            self.save(path, name, model_alone(ce, both), both)
 
     def save(self, path: Path, name: str, alone: pd.DataFrame, both: pd.DataFrame) -> None:
         """Append a system's values to a file."""
@@ -139,14 +138,6 @@ class Study:
         rows = pd.DataFrame(values).rename_axis("qid").reset_index()
         rows.insert(0, "name", name)
         rows.to_csv(path, mode="a", header=not path.is_file(), index=False, float_format="%.4f")
-
-
-def judged(dataset: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the topics that have a relevant document, and the qrels."""
-    topics, qrels = dataset.get_topics(), dataset.get_qrels()
-    if "query" not in topics.columns:
-        topics = dataset.get_topics("text")
-    return topics[topics["qid"].isin(qrels[qrels["label"] > 0]["qid"])].reset_index(drop=True), qrels
 
 
 def read(out: Path, seeds: list[int]) -> pd.DataFrame:

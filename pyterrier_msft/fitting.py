@@ -247,11 +247,6 @@ def _train_stage(
     record.data_report["outcome"] = describe_outcome(record.history, str(settings.metric), plan, settings.patience)
     record.fingerprint = model.fingerprint
     values = record.validations(str(settings.metric))
-    if record.fingerprint != start and len(values) > 2 and len({*values}) == 1:
-        warn(
-            f"validation {settings.metric} was {values[0]:.3f} each time, so it can't choose weights: the last ones "
-            "are kept. Choose another metric, e.g. one with a smaller cutoff"
-        )
     if record.fingerprint == start:
         model.head_is_new = was_new
         if len(values) > 1 and max(values[1:]) <= values[0]:
@@ -263,6 +258,11 @@ def _train_stage(
         else:
             rate = f"learning_rate={objectives[0].plan.learning_rate}, warmup={settings.warmup}"
             warn(f"{record.objective} changed no weight in {record.updates} updates with {rate}")
+    elif len(values) > 2 and len({*values}) == 1:
+        warn(
+            f"validation {settings.metric} was {values[0]:.3f} each time, so it can't choose weights: the last ones "
+            "are kept. Choose another metric, e.g. one with a smaller cutoff"
+        )
 
 
 def _stages_to_resume(stages: Sequence[StageRecord], checkpoint_dir: str | Path | None) -> Sequence[StageRecord]:

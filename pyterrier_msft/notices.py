@@ -17,8 +17,13 @@ INTERNAL_PACKAGES = {
 _names: ContextVar[tuple[str, ...]] = ContextVar("names", default=())
 
 
-def is_interactive() -> bool:
-    """Whether somebody sees progress bars: in a notebook or a terminal."""
+def shows_progress(verbose: bool | None) -> bool:
+    """Whether to show progress bars: as `verbose` says, or, if it is None, where somebody sees them."""
+    return _is_interactive() if verbose is None else verbose
+
+
+def _is_interactive() -> bool:
+    """Whether this runs in a notebook or a terminal."""
     find_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
     shell = None if find_shell is None else find_shell()
     return "IPKernelApp" in getattr(shell, "config", {}) or sys.stderr.isatty()

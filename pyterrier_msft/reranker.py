@@ -26,7 +26,7 @@ from pyterrier_msft.interpolation import HeldOut, candidates_of, fit_reranker
 from pyterrier_msft.model.cross_encoder import SOURCE_SETTINGS, CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import StageRecord, history_frame
-from pyterrier_msft.notices import is_interactive, named, warn
+from pyterrier_msft.notices import named, shows_progress, warn
 from pyterrier_msft.saving import SavingMixin
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.hyperparameters import check_number
@@ -234,7 +234,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
         fitters = check_fitter(self.fitter or Contrastive() if fitter is None else fitter).stages
         with distributed.silence_other_ranks():
             check_training_device(self.cross_encoder.device)
-            verbose = is_interactive() if self.verbose is None else self.verbose
+            verbose = shows_progress(self.verbose)
             validation = validation_frames(
                 topics_or_res_va, qrels_va, self._texts, with_scores=self.interpolate is not False
             )

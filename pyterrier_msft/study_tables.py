@@ -144,13 +144,14 @@ def models_table(models: Sequence[TrainedModel]) -> Table:
 
 def equal_models(models: Sequence[TrainedModel]) -> list[str]:
     """Name the systems whose models have the same weights, as after a stage of which validation kept nothing."""
-    names: dict[str, dict[str, None]] = {}
+    by_weights: dict[str, list[TrainedModel]] = {}
     for model in models:
-        names.setdefault(model.fingerprint, {})[model.name] = None
+        by_weights.setdefault(model.fingerprint, []).append(model)
     return [
-        f"{' and '.join(same)} have the same weights, so a comparison of them says nothing about their training."
-        for same in names.values()
-        if len({model.system for model in models if model.name in same}) > 1
+        f"{' and '.join(model.name for model in same)} have the same weights, so a comparison of them says nothing "
+        "about their training."
+        for same in by_weights.values()
+        if len({model.system for model in same}) > 1
     ]
 
 

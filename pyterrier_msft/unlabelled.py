@@ -16,7 +16,7 @@ from pyterrier_msft.data.frames import as_texts
 from pyterrier_msft.lexical import JOINERS, combining_marks
 from pyterrier_msft.model.loading import quiet_transformers
 from pyterrier_msft.model.precision import autocast, resolve_device, resolve_dtype
-from pyterrier_msft.notices import is_interactive
+from pyterrier_msft.notices import shows_progress
 from pyterrier_msft.training.hyperparameters import check_number
 
 MIN_WORDS, MAX_WORDS = 3, 32  # of a query
@@ -135,8 +135,9 @@ class BiEncoder(pt.Transformer):
                 self._network = AutoModel.from_pretrained(self.model).eval().to(device)
         ordered = sorted(texts, key=lambda text: (len(text), text))
         embeddings: dict[str, np.ndarray] = {}
-        verbose = is_interactive() if self.verbose is None else self.verbose
-        for start in pt.tqdm(range(0, len(ordered), 32), desc="BiEncoder", unit="batch", disable=not verbose):
+        for start in pt.tqdm(
+            range(0, len(ordered), 32), desc="BiEncoder", unit="batch", disable=not shows_progress(self.verbose)
+        ):
             batch = ordered[start : start + 32]
             tokens = self._tokenizer(
                 batch, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"

@@ -124,7 +124,7 @@ class BestWeightsCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.metric, self.patience = str(hyperparameters.metric), hyperparameters.patience
         self.plan, self.weights, self.evaluate = plan, weights, evaluate
-        self.best, self.best_step = -math.inf, 0
+        self.best = -math.inf
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.evals_without_improvement = 0
 
@@ -135,13 +135,13 @@ class BestWeightsCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the best weights."""
-        names = ("best", "best_step", "evals_without_improvement")
+        names = ("best", "evals_without_improvement")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint's best metric and weights."""
         attributes = checkpoint.callbacks["BestWeightsCallback"]
-        for name in ("best", "best_step", "evals_without_improvement"):
+        for name in ("best", "evals_without_improvement"):
             setattr(self, name, attributes[name])
         self.best_weights = checkpoint.best_weights()
 
@@ -158,8 +158,8 @@ class BestWeightsCallback(TrainerCallback, ExportableState):
         value = float(metrics[f"eval_{self.metric}"])
         is_better = value > self.best
         self.evals_without_improvement = 0 if is_better else self.evals_without_improvement + 1
-        if is_better or value == self.best:  # weights that were trained longer win a tie
-            self.best, self.best_step = value, state.global_step
+        if value >= self.best:  # weights that were trained longer win a tie
+            self.best = value
             self.best_weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights().items()}
         control.should_training_stop |= self.out_of_patience
 

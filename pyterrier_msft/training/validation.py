@@ -64,9 +64,8 @@ class Validation:
     def measure(self, scores: np.ndarray) -> float:
         """Return the metric's mean over the queries, for a score of each row of the results."""
         run = self.results[["qid", "docno"]].rename(columns={"qid": "query_id", "docno": "doc_id"})
+        scores = rankdata(scores, method="dense")  # because ir_measures rounds scores to float32
         # A document's score is that of its best passage.
-        # Their ranks, because ir_measures rounds scores to float32.
-        scores = rankdata(scores, method="dense")
         run = run.assign(score=scores).groupby(["query_id", "doc_id"])["score"].max().reset_index()
         return float(self._evaluator.calc_aggregate(run)[self.metric])
 
