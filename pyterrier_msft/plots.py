@@ -56,7 +56,7 @@ VERDICT_STYLES = {
 
 
 def learning_curve(history: pd.DataFrame, *, ax: "Axes | None" = None, metric: str | None = None) -> "Axes":
-    """Plot the training loss (left axis) and the validation metric (right axis) against training steps.
+    """Plot the training loss (above) and the validation metric (below) against training steps.
 
     Stages are plotted one after the other, with a dotted line between them; they are named at the top, or in the
     legend of several systems. The curve of the loss breaks there, as the losses of two objectives aren't comparable. A
@@ -67,41 +67,38 @@ def learning_curve(history: pd.DataFrame, *, ax: "Axes | None" = None, metric: s
         history: Rows of training runs in their order, e.g. `MonoCE.history`, with the columns stage, step (from the
             stage's start), loss, and one named after the metric, e.g. "nDCG@10". NaN: not measured at this step. A
             column fitter names the stages; a column system separates several curves.
-        ax: The Axes to draw into. None: a new figure.
+        ax: The subplot to draw into, which is split in two if there is both a loss and a metric. None: a new figure.
         metric: The metric's column. None: the only column named after a measure, if there is one.
 
     Returns:
-        The Axes of the loss. The metric's is its twin, last in `figure.axes`; without a loss, the metric's is returned.
+        The Axes of the loss. Those of the metric are last in `figure.axes`; without a loss, they are returned.
 
     Raises:
-        ValueError: If a column is missing, the metric isn't there, or several columns could be the metric.
+        ValueError: If a column is missing, the metric isn't there, several columns could be the metric, or `ax` isn't
+            a subplot.
     """
     require_columns(history, ["stage", "step"], "history")
     metric = _metric_column(history, metric)
     has_loss = "loss" in history and bool(history["loss"].notna().any())
     if not has_loss and metric is None:
         raise ValueError(f"history must have a loss or a metric with values; got {list(history)}")
-    ax = new_axes(ax, (7.5, 4.2))
+    has_both = has_loss and metric is not None
+    ax = new_axes(ax, (7.5, 5.0 if has_both else 4.2))
+    below = _split(ax) if has_both else ax
     systems = history.groupby("system", sort=False, dropna=False) if "system" in history else [("", history)]
     curves = {str(name): _consecutive(frame) for name, frame in systems}
-    right = (ax.twinx() if has_loss else ax) if metric is not None else None
     if has_loss:
-        _plot_losses(ax, curves, faded=right is not None)
-    if right is not None:
-        for k, curve in enumerate(curves.values()):
-            rows = curve[curve[metric].notna()]
-            colour = line_style(k) if len(curves) > 1 else {"color": BLUE}
-            style: dict[str, Any] = {"marker": MARKERS[k % len(MARKERS)], "markersize": 4, "linewidth": 1.6}
-            right.plot(rows["x"], rows[metric], **style, **colour)
-            kept = rows.sort_values([str(metric), "x"]).drop_duplicates("stage", keep="last")
-            right.scatter(kept["x"], kept[metric], s=90, facecolors="none", edgecolors=colour["color"])
-        right.set_ylabel(f"validation {metric}" + " (marked)" * has_loss, parse_math=False)
-    ax.set_xlabel("training step")
-    ax.set_xlim(0, max(float(curve["x"].max()) for curve in curves.values()) * 1.02)
+        _plot_losses(ax, curves)
+    if metric is not None:
+        _plot_metric(below, curves, metric)
+    ax.figure.align_ylabels([ax, below])
+    below.set_xlabel("training step")
+    below.set_xlim(0, max(float(curve["x"].max()) for curve in curves.values()) * 1.02)
     for x in {end for curve in curves.values() for _, end in _stages(curve)[:-1]}:
-        ax.axvline(x, color=GREY, linestyle=":", linewidth=1.0, zorder=0)
+        for panel in {ax, below}:
+            panel.axvline(x, color=GREY, linestyle=":", linewidth=1.0, zorder=0)
     if len(curves) > 1:
-        _add_legend(right or ax, curves, marked=right is not None)
+        _add_legend(below, curves, marked=metric is not None)
     else:
         _name_stages(ax, next(iter(curves.values())))
     return ax
@@ -240,7 +237,18 @@ def _consecutive(history: pd.DataFrame) -> pd.DataFrame:
     return history.assign(part=part, x=step + part.map(lengths.cumsum() - lengths))
 
 
-def _plot_losses(ax: "Axes", curves: Mapping[str, pd.DataFrame], *, faded: bool) -> None:
+def _split(ax: "Axes") -> "Axes":
+    """Leave the upper half of a subplot to its Axes; return new Axes in the lower half, with the same x-axis."""
+    place = ax.get_subplotspec()
+    if place is None:
+        raise ValueError("ax must be a subplot, e.g. of plt.subplots(); got Axes at a fixed position")
+    upper, lower = place.subgridspec(2, 1, hspace=0.08)
+    ax.set_subplotspec(upper)
+    ax.tick_params(labelbottom=False)
+    return ax.figure.add_subplot(lower, sharex=ax)
+
+
+def _plot_losses(ax: "Axes", curves: Mapping[str, pd.DataFrame]) -> None:
     is_single, is_smoothed = len(curves) == 1, False
     for k, curve in enumerate(curves.values()):
         for _, part in curve[curve["loss"].notna()].groupby("part"):
@@ -252,9 +260,19 @@ def _plot_losses(ax: "Axes", curves: Mapping[str, pd.DataFrame], *, faded: bool)
                     ax.plot(part["x"], part["loss"], color=LIGHT_GREY, linewidth=0.7)
                 ax.plot(part["x"], smooth, color=GREY, linewidth=1.4)
             else:
-                ax.plot(part["x"], smooth, alpha=0.45 if faded else 1.0, linewidth=1.2, **line_style(k))
-    smoothing = " (light), running mean (dark)" if is_single else ", running mean"
+                ax.plot(part["x"], smooth, linewidth=1.2, **line_style(k))
+    smoothing = "\n(light), running mean (dark)" if is_single else "\n(running mean)"
     ax.set_ylabel("training loss" + smoothing * is_smoothed)
+
+
+def _plot_metric(ax: "Axes", curves: Mapping[str, pd.DataFrame], metric: str) -> None:
+    for k, curve in enumerate(curves.values()):
+        rows = curve[curve[metric].notna()]
+        colour = line_style(k) if len(curves) > 1 else {"color": BLUE}
+        ax.plot(rows["x"], rows[metric], marker=MARKERS[k % len(MARKERS)], markersize=4, linewidth=1.6, **colour)
+        kept = rows.sort_values([metric, "x"]).drop_duplicates("stage", keep="last")
+        ax.scatter(kept["x"], kept[metric], s=90, facecolors="none", edgecolors=colour["color"])
+    ax.set_ylabel(f"validation {metric}\n(ring: kept)", parse_math=False)
 
 
 def _stages(curve: pd.DataFrame) -> list[tuple[str, float]]:

@@ -89,7 +89,7 @@ def test_settings_and_other_figures_stay_unchanged(draw):
 def test_axes_are_labelled_and_no_text_is_cut_off(draw):
     ax = draw(None)
     if ax.axison:  # not a text
-        assert ax.get_xlabel()
+        assert ax.figure.axes[-1].get_xlabel()
         assert ax.get_ylabel() or ax.get_yticklabels()[0].get_text()
     figure = ax.figure
     figure.canvas.draw()
@@ -114,12 +114,15 @@ def test_stages_are_plotted_one_after_the_other():
     ax = plots.learning_curve(TWO_STAGES)
     loss, metric = ax.figure.axes
     assert loss is ax
-    assert loss.get_ylabel() == "training loss (light), running mean (dark)"
-    assert metric.get_ylabel() == "validation nDCG@10 (marked)"
-    (curve,) = metric.lines
+    assert loss.get_ylabel() == "training loss\n(light), running mean (dark)"
+    assert metric.get_ylabel() == "validation nDCG@10\n(ring: kept)"
+    ax.figure.canvas.draw()
+    assert loss.get_window_extent().y0 > metric.get_window_extent().y1  # above it
+    assert loss.get_xlim() == metric.get_xlim()
+    curve, boundary = metric.lines
     assert list(curve.get_xdata()) == [50, 100, 150, 200, 250, 300, 350, 400, 450, 500, 550, 600]
-    *parts, boundary = loss.lines
-    assert list(boundary.get_xdata()) == [400, 400]
+    *parts, loss_boundary = loss.lines
+    assert list(boundary.get_xdata()) == list(loss_boundary.get_xdata()) == [400, 400]
     # The raw loss of each stage, and its running mean if it's long enough.
     assert [(line.get_xdata()[0], line.get_xdata()[-1]) for line in parts] == [(10, 400), (10, 400), (410, 600)]
     assert stage_names(ax) == ["Contrastive", "Distillation"]
@@ -149,11 +152,12 @@ def test_names_of_short_stages_dont_overlap():
 
 def test_several_systems_are_named_with_their_stages():
     _, metric = plots.learning_curve(SYSTEMS).figure.axes
-    assert len(metric.lines) == 3
+    curves = metric.lines[:3]
+    assert all(list(boundary.get_xdata()) == [400, 400] for boundary in metric.lines[3:])
     names = ["CL (Contrastive)", "CL-KD (Contrastive, then Distillation)", "$KD$ (Distillation)"]
     assert [text.get_text() for text in metric.get_legend().get_texts()] == names
-    assert len({(str(line.get_linestyle()), line.get_marker()) for line in metric.lines}) == 3  # greyscale
-    for curve, handle in zip(metric.lines, metric.get_legend().get_lines(), strict=True):
+    assert len({(str(line.get_linestyle()), line.get_marker()) for line in curves}) == 3  # greyscale
+    for curve, handle in zip(curves, metric.get_legend().get_lines(), strict=True):
         assert (curve.get_color(), curve.get_marker()) == (handle.get_color(), handle.get_marker())
     seeds = pd.concat([TWO_STAGES.assign(system=f"seed {seed}") for seed in (1, 2)])
     legend = plots.learning_curve(seeds).figure.axes[1].get_legend()
@@ -168,7 +172,7 @@ def test_without_metric_or_loss():
     for losses in (TWO_STAGES.drop(columns="loss"), TWO_STAGES.assign(loss=math.nan)):
         ax = plots.learning_curve(losses)
         assert ax.figure.axes == [ax]
-        assert ax.get_ylabel() == "validation nDCG@10"
+        assert ax.get_ylabel().startswith("validation nDCG@10")
         assert ax.lines[0].get_xdata()[-1] == 600
 
 
@@ -195,6 +199,18 @@ def test_rows_with_only_a_metric():
 def test_invalid_histories_are_rejected(history, metric, message):
     with pytest.raises(ValueError, match=message):
         plots.learning_curve(history, metric=metric)
+
+
+def test_both_panels_fit_into_a_subplot():
+    figure = plt.figure(layout="constrained", figsize=(12, 5))
+    left, right = figure.subplots(1, 2)
+    plots.learning_curve(TWO_STAGES, ax=right)
+    figure.canvas.draw()
+    panels = [each.get_window_extent() for each in figure.axes if each is not left]
+    assert len(panels) == 2
+    assert all(panel.x0 > left.get_window_extent().x1 for panel in panels)
+    with pytest.raises(ValueError, match="ax must be a subplot, e.g. of plt.subplots"):
+        plots.learning_curve(TWO_STAGES, ax=plt.figure().add_axes((0, 0, 1, 1)))
 
 
 # ---- query_differences
