@@ -242,10 +242,10 @@ def _split(ax: "Axes") -> "Axes":
     place = ax.get_subplotspec()
     if place is None:
         raise ValueError("ax must be a subplot, e.g. of plt.subplots(); got Axes at a fixed position")
-    upper, lower = place.subgridspec(2, 1, hspace=0.08)
-    ax.set_subplotspec(upper)
+    halves = place.subgridspec(2, 1, hspace=0.08)
+    ax.set_subplotspec(halves[0])
     ax.tick_params(labelbottom=False)
-    return ax.figure.add_subplot(lower, sharex=ax)
+    return ax.figure.add_subplot(halves[1], sharex=ax)
 
 
 def _plot_losses(ax: "Axes", curves: Mapping[str, pd.DataFrame]) -> None:

@@ -209,7 +209,7 @@ def test_both_panels_fit_into_a_subplot():
     panels = [each.get_window_extent() for each in figure.axes if each is not left]
     assert len(panels) == 2
     assert all(panel.x0 > left.get_window_extent().x1 for panel in panels)
-    with pytest.raises(ValueError, match="ax must be a subplot, e.g. of plt.subplots"):
+    with pytest.raises(ValueError, match="ax must be a subplot"):
         plots.learning_curve(TWO_STAGES, ax=plt.figure().add_axes((0, 0, 1, 1)))
 
 
