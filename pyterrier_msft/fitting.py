@@ -21,7 +21,7 @@ from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.fingerprint import training_state
 from pyterrier_msft.model.record import StageRecord, library_versions
-from pyterrier_msft.notices import warn
+from pyterrier_msft.notices import warn, warn_of_data
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import checkpoint_identity
 from pyterrier_msft.training.first_stage_weight import validation_of
@@ -137,9 +137,9 @@ def _source_groups(
         )
     where = f"source {number}: " if n_sources > 1 else ""
     if report.dropped():
-        warn(f"{where}{fitter.objective} dropped {report.dropped()}")
+        warn_of_data(f"{where}{fitter.objective} dropped {report.dropped()}")
     if report.conflicts():
-        warn(f"{where}{fitter.objective} found {report.conflicts()}")
+        warn_of_data(f"{where}{fitter.objective} found {report.conflicts()}")
     return groups, report
 
 
@@ -161,7 +161,7 @@ def _part_data(fitter: Fitter, sources: Sequence[Source], found: Sequence[tuple[
         return PartData(fitter, groups, report, groups.digest())
     for number, (source, (groups, _)) in enumerate(zip(sources, found, strict=True), 1):
         if (draws := source.weight * len(groups)) < 0.5:
-            warn(
+            warn_of_data(
                 f"source {number} counts for more than its weight: each epoch draws one of its {len(groups):,} "
                 f"queries, but {source.weight:g} means {draws:.2g}. Use more of its queries, or a larger weight"
             )

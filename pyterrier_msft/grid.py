@@ -18,7 +18,7 @@ from pyterrier_msft.data.validation import validation_frames
 from pyterrier_msft.digests import format_value
 from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.fitting import ValidationFrames
-from pyterrier_msft.notices import naming, warn
+from pyterrier_msft.notices import naming, saying_once, warn
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.sequences import Stage, fit_sequences
 from pyterrier_msft.training.hyperparameters import check_seeds
@@ -64,6 +64,7 @@ class GridResult:
         )
 
 
+@saying_once()
 def fit_grid(
     reranker: MonoCE,
     stage: Stage,

@@ -18,7 +18,7 @@ from pyterrier_msft.fitting import StageData, ValidationFrames, fit_stages, stag
 from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import StageRecord
-from pyterrier_msft.notices import warn
+from pyterrier_msft.notices import warn, warn_of_data
 from pyterrier_msft.training.first_stage_weight import Interpolation, Scored, choose_weight
 from pyterrier_msft.training.plan import plan_training
 from pyterrier_msft.training.validation import Validation
@@ -42,7 +42,7 @@ def candidates_of(results: TrainingResults, qrels: pd.DataFrame | None, texts: T
     results, qrels = sources[0].results, sources[0].qrels
     if is_mixture or not isinstance(results, pd.DataFrame) or qrels is None:
         found = "several or weighted sources" if is_mixture else "without qrels" if qrels is None else "in a file"
-        warn(
+        warn_of_data(
             f"no weight is chosen for the first stage's score: the training results are {found}, and there are no "
             "validation results. Pass these, call fit again with labels, or set a number as interpolate"
         )

@@ -15,6 +15,8 @@ INTERNAL_PACKAGES = {
 
 # What the code that runs now belongs to, e.g. a seed and a sequence.
 _names: ContextVar[tuple[str, ...]] = ContextVar("names", default=())
+# The messages about data so far, where the same data may be read several times.
+_said: ContextVar[set[str] | None] = ContextVar("said", default=None)
 
 
 def shows_progress(verbose: bool | None) -> bool:
@@ -43,6 +45,28 @@ def named(message: str) -> str:
     """Put the names before a message."""
     names = _names.get()
     return f"{', '.join(names)}: {message}" if names else message
+
+
+@contextlib.contextmanager
+def saying_once() -> Iterator[None]:
+    """Within this, `warn_of_data` gives the same warning once."""
+    if _said.get() is not None:
+        yield
+        return
+    token = _said.set(set())
+    try:
+        yield
+    finally:
+        _said.reset(token)
+
+
+def warn_of_data(message: str) -> None:
+    """Issue a warning about data, which may be read once for each seed and sequence."""
+    said = _said.get()
+    if said is None or message not in said:
+        warn(message)
+    if said is not None:
+        said.add(message)
 
 
 def warn(message: str) -> None:

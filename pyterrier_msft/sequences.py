@@ -22,7 +22,7 @@ from pyterrier_msft.digests import sha256_of
 from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.fitting import ValidationFrames
 from pyterrier_msft.model.fingerprint import training_state
-from pyterrier_msft.notices import naming
+from pyterrier_msft.notices import naming, saying_once
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import check_writable
@@ -89,6 +89,7 @@ def fit_sequences(
     reranker: MonoCE, stages: Mapping[str, Stage], sequences: Sequence[str], *,
     validation: ValidationFrames | None = ..., save_dir: str | Path | None = ..., seeds: Sequence[int],
 ) -> dict[int, dict[str, MonoCE]]: ...  # fmt: skip
+@saying_once()
 def fit_sequences(
     reranker: MonoCE,
     stages: Mapping[str, Stage],

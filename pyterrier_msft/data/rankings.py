@@ -18,7 +18,7 @@ from pyterrier_msft.data.frames import (
     require_columns,
 )
 from pyterrier_msft.ids import as_ids
-from pyterrier_msft.notices import warn
+from pyterrier_msft.notices import warn_of_data
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def warn_of_contradictions(ranking: pd.DataFrame) -> None:
     steps = ordered.sort_values(["qid", "rank"], kind="stable").groupby("qid")["score"].diff()
     n_up, n_steps = int((steps > 0).sum()), int((steps.abs() > 0).sum())
     if n_up > 0.1 * n_steps:
-        warn(
+        warn_of_data(
             f"the teacher's ranking has a rank and a score that contradict each other for {n_up:,} of {n_steps:,} "
             "neighbouring documents: the score is used. Drop the column that is out of date"
         )

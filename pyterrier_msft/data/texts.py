@@ -15,7 +15,7 @@ from pyterrier_msft.data.frames import as_texts, even_step, frame_digest, is_bla
 from pyterrier_msft.data.groups import DIGEST_SAMPLE
 from pyterrier_msft.data.runs import has_queries, sample_docnos
 from pyterrier_msft.ids import as_ids, require_ids
-from pyterrier_msft.notices import warn
+from pyterrier_msft.notices import warn, warn_of_data
 
 MIN_LOOKUPS_FOR_CHECK = 32  # if none of so many documents has a text, the source must be wrong
 NEEDED_TEXTS = "text source must have all documents of the results, and of the qrels with add_missing_positives=True"
@@ -134,7 +134,7 @@ class TextLookup:
         texts = [by_docno.get(docno, "") for docno in docnos]
         missing = [docno for docno, text in zip(docnos, texts, strict=True) if not text.strip()]
         if missing and not self.n_missing:
-            warn(f"some documents have no text, e.g. {missing[0]!r}; they are read as empty")
+            warn_of_data(f"some documents have no text, e.g. {missing[0]!r}; they are read as empty")
         self.n_found += len(docnos) - len(missing)
         self.n_missing += len(missing)
         if not self.n_found and self.n_missing >= MIN_LOOKUPS_FOR_CHECK:

@@ -19,7 +19,7 @@ from pyterrier_msft.data.labels import whole_grades
 from pyterrier_msft.data.mixture import TrainingResults, as_sources
 from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.ids import as_ids
-from pyterrier_msft.notices import warn
+from pyterrier_msft.notices import warn_of_data
 
 
 def validation_frames(
@@ -59,9 +59,9 @@ def validation_frames(
             reason = explain_mismatch(frame, qrels, "the qrels")
         raise ValueError(f"{what} results must contain a relevant document; got none{': ' * bool(reason)}{reason}")
     if blank := int((is_blank(results["query"]) | is_blank(results[texts.field]))[judged].sum()):
-        warn(f"{blank:,} {what} documents have no text or no query; it is read as empty")
+        warn_of_data(f"{blank:,} {what} documents have no text or no query; it is read as empty")
     if what == "validation" and (unjudged := frame.loc[~judged, "qid"].nunique()):
-        warn(f"validation leaves out {unjudged:,} of {frame['qid'].nunique():,} queries, which have no labels")
+        warn_of_data(f"validation leaves out {unjudged:,} of {frame['qid'].nunique():,} queries, which have no labels")
     return frame[judged].reset_index(drop=True), labels
 
 
@@ -69,7 +69,7 @@ def warn_of_shared_queries(results: pd.DataFrame, trained: Collection[str]) -> N
     """Warn if the texts of validation queries are trained on; qids may be the same by chance."""
     queries = results.drop_duplicates("qid")["query"]
     if shared := int((queries.isin(trained) & (queries != "")).sum()):
-        warn(f"{shared} validation queries are also training queries; the metric will be too optimistic")
+        warn_of_data(f"{shared} validation queries are also training queries; the metric will be too optimistic")
 
 
 def warn_of_mixed_scores(training: TrainingResults, validation: pd.DataFrame) -> None:
@@ -78,7 +78,7 @@ def warn_of_mixed_scores(training: TrainingResults, validation: pd.DataFrame) ->
     has_column = [FIRST_STAGE_SCORE in frame.columns for frame in (*frames, validation)]
     if any(has_column) and not all(has_column):
         which = "validation" if has_column[-1] else "training"
-        warn(
+        warn_of_data(
             f"only the {which} results have the column {FIRST_STAGE_SCORE!r}, which is used instead of 'score': "
             "training and validation may be on different scales. Drop the column if 'score' is the first stage's"
         )

@@ -16,7 +16,7 @@ from pyterrier_msft.data.rankings import Rankings, peek
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.texts import TextLookup
 from pyterrier_msft.digests import digestible, format_value, is_default, sha256_of
-from pyterrier_msft.notices import warn
+from pyterrier_msft.notices import warn_of_data
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 from pyterrier_msft.training.objectives import Loss
 
@@ -134,7 +134,7 @@ class Fitter(Combinable, Hyperparameters):
         if not len(groups):
             raise ValueError(self._no_data_message(report, head, qrels))
         if report.teacher_looks_inverted():
-            warn(
+            warn_of_data(
                 "the teacher's ranking looks upside down: its rank correlation with the first stage is "
                 f"{report.agreement:.2f}. A better document needs a higher score or a lower rank"
             )
