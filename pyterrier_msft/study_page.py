@@ -70,6 +70,10 @@ def render(study: Study, *, title: str, description: str, tests: Mapping[str, An
     )  # fmt: skip
     rows = study.table.to_dict("records")
     systems = [str(row["system"]) for row in rows if row["measure"] == study.measures[0]]
+    verdicts, pairs = {*study.table["verdict"]}, None
+    if len(systems) > 1:
+        pairs = significance.equivalence_table(study.perquery, measures=study.measures[:1], **tests)
+        verdicts |= {*pairs["verdict"]}
     forest = tables.picture(
         lambda: plots.equivalence(study.table),
         "Forest plot of the differences in the table, with their intervals and the margin.",
@@ -90,7 +94,8 @@ def render(study: Study, *, title: str, description: str, tests: Mapping[str, An
         curves=tables.training_pictures(study.models, study.measures),
         means=tables.means_table(study.perquery, study.measures),
         comparisons=tables.comparison_table(study.table),
-        legend={verdict: text for verdict, text in LEGEND.items() if verdict in set(study.table["verdict"])},
+        pairs=None if pairs is None else tables.pairs_table(pairs),
+        legend={verdict: text for verdict, text in LEGEND.items() if verdict in verdicts},
         forest=forest,
         measure=study.measures[0],
         by_query=[_by_query(study, system) for system in systems],

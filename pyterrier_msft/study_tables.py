@@ -105,20 +105,39 @@ def means_table(perquery: pd.DataFrame, measures: Sequence[str]) -> Table:
 
 def comparison_table(table: pd.DataFrame) -> Table:
     """Tabulate the frame of `equivalence_table`, whose rows have the same baseline."""
-    suffix = "_holm" if "p_ttest_holm" in table else ""
-    level = f"{100 * float(table['ci_level'].iloc[0]):.4g}% interval"
+    baseline = str(table["baseline"].iloc[0])
     rows = [
-        [
-            str(row["measure"]), str(row["system"]), number(row["mean"]), number(row["baseline_mean"]),
-            signed(row["difference"]), _interval(row), f"±{row['margin']:g}",
-            p_value(row[f"p_ttest{suffix}"]), p_value(row[f"p_tost{suffix}"]), str(row["verdict"]),
-        ]
+        [str(row["measure"]), str(row["system"]), number(row["mean"]), number(row["baseline_mean"]), *_tested(row)]
         for row in table.to_dict("records")
+    ]
+    columns = [("Measure", "text"), ("System", "text"), ("Mean", "number"), (baseline, "number"), *_test_columns(table)]
+    return Table(f"Differences from {baseline}{_corrected(table)}", columns, rows)
+
+
+def pairs_table(table: pd.DataFrame) -> Table:
+    """Tabulate the frame of `equivalence_table` of all pairs by one measure."""
+    rows = [[str(row["system"]), str(row["baseline"]), *_tested(row)] for row in table.to_dict("records")]
+    columns = [("System", "text"), ("Compared with", "text"), *_test_columns(table)]
+    return Table(f"All {len(rows)} pairs by {table['measure'].iloc[0]}{_corrected(table)}", columns, rows)
+
+
+def _test_columns(table: pd.DataFrame) -> list[tuple[str, str]]:
+    level = f"{100 * float(table['ci_level'].iloc[0]):.4g}% interval"
+    names = ["Difference", level, "Margin", "p (t-test)", "p (TOST)"]
+    return [*((name, "number") for name in names), ("Verdict", "text")]
+
+
+def _tested(row: Mapping[Any, Any]) -> list[str]:
+    suffix = "_holm" if "p_ttest_holm" in row else ""
+    return [
+        signed(row["difference"]), _interval(row), f"±{row['margin']:g}", p_value(row[f"p_ttest{suffix}"]),
+        p_value(row[f"p_tost{suffix}"]), str(row["verdict"]),
     ]  # fmt: skip
-    numbers = [str(table["baseline"].iloc[0]), "Difference", level, "Margin", "p (t-test)", "p (TOST)"]
-    columns = [("Measure", "text"), ("System", "text"), ("Mean", "number"), *((name, "number") for name in numbers)]
-    corrected = ", p-values with Holm's correction" if suffix else ""
-    return Table(f"Differences from {numbers[0]}{corrected}", [*columns, ("Verdict", "text")], rows)
+
+
+def _corrected(table: pd.DataFrame) -> str:
+    comparisons = "1 comparison" if len(table) == 1 else f"{len(table)} comparisons"
+    return f", p-values with Holm's correction for {comparisons}" if "p_ttest_holm" in table else ""
 
 
 def in_words(row: Mapping[Any, Any]) -> str:

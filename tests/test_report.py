@@ -16,6 +16,7 @@ from ir_measures import RR, nDCG
 from scipy import stats
 
 from pyterrier_msft import Contrastive, MonoCE, Stage, fit_sequences, report
+from pyterrier_msft.significance import equivalence_table
 
 mpl.use("Agg")
 from matplotlib import pyplot
@@ -152,7 +153,7 @@ def test_values_tests_and_verdicts(page):
     base, better = reciprocal_ranks(BASE), reciprocal_ranks(BETTER)
     means = page.tables["Mean over 12 queries"].set_index("System")["RR"]
     assert means.to_dict() == {"first <stage>": f"{base.mean():.4f}", "CL": f"{better.mean():.4f}"}
-    table = page.tables["Differences from first <stage>, p-values with Holm's correction"]
+    table = page.tables["Differences from first <stage>, p-values with Holm's correction for 2 comparisons"]
     row = table[table["Measure"] == "RR"].iloc[0]
     assert row["Difference"] == f"+{(better - base).mean():.4f}"
     low, high = stats.ttest_rel(better, base).confidence_interval(0.9)
@@ -164,6 +165,26 @@ def test_values_tests_and_verdicts(page):
     assert "undecided" not in page.text  # the legend has only the verdicts that occur
     nDCG_row = table[table["Measure"] == "nDCG@5"].iloc[0]
     assert f"CL: nDCG@5 {nDCG_row['Mean']} against {nDCG_row['first <stage>']} of first <stage>" in page.text
+
+
+def test_all_pairs_of_three_systems(tmp_path):
+    systems = {"BM25": BASE, "CL": BETTER, "KD": BASE.assign(score=BASE["quality"])}
+    options = {"margin": {nDCG @ 5: 0.02, RR: 0.01}, "alpha": 0.1}
+    page = Page(report(systems, TOPICS, QRELS, MEASURES, path=tmp_path / "page.html", **options))
+    table = page.tables["All 3 pairs by nDCG@5, p-values with Holm's correction for 3 comparisons"]
+    perquery = pt.Experiment([*systems.values()], TOPICS, QRELS, [nDCG @ 5], names=[*systems], perquery=True)
+    expected = equivalence_table(perquery, margin=0.02, alpha=0.1, correction="holm")
+    assert table["System"].tolist() == expected["system"].tolist() == ["CL", "KD", "KD"]
+    assert table["Compared with"].tolist() == expected["baseline"].tolist() == ["BM25", "BM25", "CL"]
+    assert table["Verdict"].tolist() == expected["verdict"].tolist()
+    assert [float(p.removeprefix("< ")) for p in table["p (t-test)"]] == pytest.approx(
+        expected["p_ttest_holm"], abs=1e-3
+    )
+    assert all(verdict in page.text for verdict in table["Verdict"])
+
+
+def test_two_systems_have_one_pair(page):
+    assert not any(caption.startswith("All ") for caption in page.tables)
 
 
 def test_extremes_and_their_documents(page):
@@ -212,7 +233,7 @@ def test_versions_and_command(page, trained, tmp_path, monkeypatch):
     of_values = Page(report(perquery, TOPICS, QRELS, [RR], path=tmp_path / "page.html"))
     assert "python study.py --out 'a folder'" in of_values.text
     # From the values by query alone: the same results, without documents.
-    difference = of_values.tables["Differences from a, p-values with Holm's correction"]["Difference"]
+    difference = of_values.tables["Differences from a, p-values with Holm's correction for 1 comparison"]["Difference"]
     assert difference.tolist() == [f"+{(reciprocal_ranks(BETTER) - reciprocal_ranks(BASE)).mean():.4f}"]
     assert "top documents" not in of_values.text
     assert "#training" not in of_values.links

@@ -241,7 +241,7 @@ def test_warnings_say_what_they_are_about(ce, stages, train_part):
     extra = train_part.results.head(8).assign(qid="unjudged")
     wrong = Stage(CL, pd.concat([results, extra]), train_part.qrels)
     for _ in range(2):  # once in each call
-        with pytest.warns(UserWarning) as caught:
+        with pytest.warns(UserWarning, match="dropped") as caught:
             fit_sequences(ce, {**stages, "CL": wrong}, ["KD-CL", "CL"], seeds=[2, 3])
         dropped = [str(warning.message) for warning in caught if "dropped" in str(warning.message)]
         assert len(dropped) == 1
