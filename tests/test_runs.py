@@ -390,6 +390,17 @@ def test_topics_with_two_queries_for_a_qid(results, train_part, tmp_path):
         [*runs.read_run(path, depth=2, topics=pd.concat([topics, other]))]
 
 
+def test_blank_lines(results, tmp_path):
+    lines = write(results, tmp_path, ".trec").read_text().splitlines(keepends=True)
+    (tmp_path / "blank.trec").write_text("".join([*lines[:3], "\n", *lines[3:], "\n", "\n"]))
+    topics = results[["qid", "query"]].drop_duplicates()
+    whole, blank = (
+        next(runs.read_run(tmp_path / name, depth=None, topics=topics)) for name in ("run.trec", "blank.trec")
+    )
+    assert blank.docnos == whole.docnos
+    assert blank.key.tolist() == whole.key.tolist()
+
+
 @pytest.mark.parametrize("padded", ["qid", "Q0", "docno", "rank"])
 def test_aligned_columns_are_rejected(train_part, results, tmp_path, padded):
     path = write(results, tmp_path, ".trec")

@@ -245,7 +245,8 @@ def _scan(path: Path) -> "pl.LazyFrame":
     if len(line.rstrip("\n").split(separator)) != len(TREC_COLUMNS):
         raise ValueError(f"{path} must have the columns of a TREC run {TREC_COLUMNS}; got the line {line[:80]!r}")
     schema = {name: pl.Float64 if name == "score" else pl.String for name in TREC_COLUMNS}
-    return pl.scan_csv(path, separator=separator, has_header=False, schema=schema, quote_char=None)
+    rows = pl.scan_csv(path, separator=separator, has_header=False, schema=schema, quote_char=None)
+    return rows.filter(pl.any_horizontal(pl.col("qid", "docno").is_not_null()))  # blank lines, often the last one
 
 
 def _as_ids(values: "pl.Series") -> "pl.Series":
