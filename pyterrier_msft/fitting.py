@@ -24,7 +24,6 @@ from pyterrier_msft.model.record import StageRecord, library_versions
 from pyterrier_msft.notices import warn, warn_of_data
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import checkpoint_identity
-from pyterrier_msft.training.first_stage_weight import validation_of
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 from pyterrier_msft.training.objectives import Objective
 from pyterrier_msft.training.plan import Plan, describe_outcome, plan_training
@@ -177,17 +176,17 @@ def _part_data(fitter: Fitter, sources: Sequence[Source], found: Sequence[tuple[
 def fit_stages(
     model: CrossEncoder, encoders: Sequence[PairEncoder], prepared: Sequence[StageData], stages: list[StageRecord], *,
     validation: ValidationFrames | None, checkpoint_dir: Path | None, progress: str | None,
-    interpolate: bool | float = False,
+    first_stage_weight: float = 0.0,
 ) -> None:  # fmt: skip
     """Train a model in place, stage after stage, and add the stages' records to `stages`.
 
-    Validation measures what a re-ranker with this setting of `interpolate` scores.
+    Validation measures the model's score plus the weighted score of the first stage.
     """
     for place, (data, encoder) in enumerate(zip(prepared, encoders, strict=True), 1):
         folder = _stage_dir(checkpoint_dir, place, len(prepared))
         of_several = f", stage {place} of {len(prepared)}" if len(prepared) > 1 else ""
         _train_stage(
-            model, encoder, data, stages, place=place, validation=validation, interpolate=interpolate,
+            model, encoder, data, stages, place=place, validation=validation, first_stage_weight=first_stage_weight,
             checkpoint_dir=folder, progress=None if progress is None else progress + of_several,
         )  # fmt: skip
 
@@ -206,7 +205,7 @@ def _stage_dir(checkpoint_dir: Path | None, place: int, n_stages: int) -> Path |
 
 def _train_stage(
     model: CrossEncoder, encoder: PairEncoder, data: StageData, stages: list[StageRecord], *, place: int,
-    validation: ValidationFrames | None, interpolate: bool | float, checkpoint_dir: Path | None, progress: str | None,
+    validation: ValidationFrames | None, first_stage_weight: float, checkpoint_dir: Path | None, progress: str | None,
 ) -> None:  # fmt: skip
     """Train a model in place, and add a record of the stage to `stages`.
 
@@ -217,7 +216,7 @@ def _train_stage(
     start = resumed[0].start if resumed else before
     measured = None
     if validation and settings.metric is not None:
-        measured = validation_of(validation, settings.metric, interpolate=interpolate)
+        measured = Validation(*validation, settings.metric, first_stage_weight)
     head_before = model.head_is_new
     was_new = resumed[0].head_was_new if resumed else head_before
     objectives = _objectives(model, data, head_is_new=was_new, validation=measured)
@@ -227,7 +226,7 @@ def _train_stage(
     is_identified = checkpoint_dir is not None or distributed.world_size() > 1
     identity = {}
     if is_identified:
-        identity = _identity(model, encoder, data, validation, interpolate, start, head_is_new=was_new)
+        identity = _identity(model, encoder, data, validation, first_stage_weight, start, head_is_new=was_new)
     stages[len(stages) - len(resumed) :] = [record]
     model.head_is_new = False
     try:
@@ -336,10 +335,9 @@ def _new_record(encoder: PairEncoder, data: StageData, plans: Sequence[Plan], pl
 
 def _identity(
     model: CrossEncoder, encoder: PairEncoder, data: StageData, validation: ValidationFrames | None,
-    interpolate: bool | float, start: str, *, head_is_new: bool,
+    first_stage_weight: float, start: str, *, head_is_new: bool,
 ) -> dict[str, str]:  # fmt: skip
     """Return what determines the result of training, by name. A checkpoint with another identity is refused."""
-    weight = "the best" if interpolate is True else str(float(interpolate))
     return {
         **data.fitter.readable_settings(),
         **{name: str(getattr(encoder, name)) for name in ("max_length", "max_query_length", "passages")},
@@ -348,6 +346,6 @@ def _identity(
         "whether the head is new": str(head_is_new),
         "data": data.digest[:16],
         "validation": sha256_of([*map(frame_digest, validation)])[:16] if validation else "none",
-        "the first stage's weight in validation": weight if validation else "0.0",
+        "the first stage's weight in validation": str(first_stage_weight if validation else 0.0),
         "start weights": start,
     }

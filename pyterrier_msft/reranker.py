@@ -219,7 +219,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
                 `Stage`.
             qrels_tr: qid, docno, label. Not needed for distillation.
             topics_or_res_va: Validation results, of other queries. The weights with the best value of the fitter's
-                metric are kept. With `interpolate=True`, it is that of the best sum with the first stage's score.
+                metric are kept: of the re-ranker's scores, but with `interpolate=True` of the model's alone.
             qrels_va: Their qrels.
             fitter: Used instead of the re-ranker's own.
             checkpoint_dir: Folder for checkpoints, which makes training resumable: repeat the call, in a new process

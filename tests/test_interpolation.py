@@ -221,20 +221,6 @@ def test_validation_measures_what_the_re_ranker_scores(backbone, train, dev, tmp
         start.fit(train.results, train.qrels, dev.results.drop(columns="score"), dev.qrels, fitter=fitter)
 
 
-def test_validation_measures_the_best_sum(backbone, train, dev, tmp_path):
-    fitter = replace(FITTER, max_steps=4, eval_every=2)
-    ce = new(backbone).fit(train.results, train.qrels, dev.results, dev.qrels, fitter=fitter, checkpoint_dir=tmp_path)
-    values = ce.history["nDCG@10"].dropna().tolist()
-    assert len(values) == 3
-    assert values[0] == pytest.approx(ndcg(dev.results, dev), abs=0.03)  # a new head knows nothing
-    assert max(values) == pytest.approx(ndcg(ce(dev.results), dev))
-    assert max(values) > ndcg(alone(ce)(dev.results), dev) + 0.02
-    with pytest.raises(ValueError, match=r"the first stage's weight in validation is the best there and 0\.3 here"):
-        new(backbone, interpolate=0.3).fit(
-            train.results, train.qrels, dev.results, dev.qrels, fitter=fitter, checkpoint_dir=tmp_path
-        )
-
-
 def test_a_fit_that_makes_the_sum_worse_warns(fitted, train, dev):
     texts = np.random.default_rng(1).permutation(train.results["text"])
     ruin = replace(FITTER, learning_rate=5e-2, max_steps=6, metric=None)
