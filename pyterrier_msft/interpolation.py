@@ -277,7 +277,7 @@ def fit_reranker(
         parts = [_affordable(Validation(*validation, metric), MAX_PAIRS)]
         if stages and stages[-1].interpolation:
             start = dataclasses.replace(parts[0], first_stage_weight=stages[-1].interpolation["weight"])
-            before = start.value(model.network, scorer, model.dtype)
+            before, _ = start.values(model.network, scorer, model.dtype)
     fit_stages(
         model, encoders, prepared, stages, validation=validation, checkpoint_dir=checkpoint_dir, progress=progress,
         first_stage_weight=0.0 if interpolate is True else float(interpolate),
@@ -346,12 +346,12 @@ def _warn_of_earlier_labels(stages: Sequence[StageRecord]) -> None:
 
 
 def _warn_if_below_first_stage(stage: StageRecord, validation: Validation) -> None:
-    values = stage.validations(str(validation.metric))
-    if not values or "score" not in validation.results:
+    value = stage.metrics.get(str(validation.metric))
+    if value is None or "score" not in validation.results:
         return
     first = validation.sample(stage.plan["validation_queries"]).first_stage
-    if max(values) < first:
+    if value < first:
         warn(
-            f"re-ranking is worse than the first stage: validation {validation.metric} is {max(values):.3f}, but "
+            f"re-ranking is worse than the first stage: validation {validation.metric} is {value:.3f}, but "
             f"{first:.3f} for the first stage. MonoCE(..., interpolate=True) combines both"
         )

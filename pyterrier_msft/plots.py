@@ -61,12 +61,13 @@ def learning_curve(history: pd.DataFrame, *, ax: "Axes | None" = None, metric: s
     Stages are plotted one after the other, with a dotted line between them; they are named at the top, or in the
     legend of several systems. The curve of the loss breaks there, as the losses of two objectives aren't comparable. A
     single system has its raw loss in light grey and the running mean in dark grey; several have only the running mean.
-    A ring marks the best value of each stage, whose weights `fit` keeps.
+    A ring marks the step of each stage whose weights `fit` keeps.
 
     Args:
         history: Rows of training runs in their order, e.g. `MonoCE.history`, with the columns stage, step (from the
             stage's start), loss, and one named after the metric, e.g. "nDCG@10". NaN: not measured at this step. A
-            column fitter names the stages; a column system separates several curves.
+            column fitter names the stages; a column system separates several curves; kept says which step's weights
+            are kept (without it, those with the best metric).
         ax: The subplot to draw into, which is split in two if there is both a loss and a metric. None: a new figure.
         metric: The metric's column. None: the only column named after a measure, if there is one.
 
@@ -270,7 +271,8 @@ def _plot_metric(ax: "Axes", curves: Mapping[str, pd.DataFrame], metric: str) ->
         rows = curve[curve[metric].notna()]
         colour = line_style(k) if len(curves) > 1 else {"color": BLUE}
         ax.plot(rows["x"], rows[metric], marker=MARKERS[k % len(MARKERS)], markersize=4, linewidth=1.6, **colour)
-        kept = rows.sort_values([metric, "x"]).drop_duplicates("stage", keep="last")
+        known = rows["kept"].eq(True) if "kept" in rows else False
+        kept = rows.assign(kept=known).sort_values(["kept", metric, "x"]).drop_duplicates("stage", keep="last")
         ax.scatter(kept["x"], kept[metric], s=90, facecolors="none", edgecolors=colour["color"])
     ax.set_ylabel(f"validation {metric}\n(ring: kept)", parse_math=False)
 

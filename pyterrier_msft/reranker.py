@@ -218,8 +218,9 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
                 the queries and the texts, which are looked up batch by batch. Or a list of several sources, see
                 `Stage`.
             qrels_tr: qid, docno, label. Not needed for distillation.
-            topics_or_res_va: Validation results, of other queries. The weights with the best value of the fitter's
-                metric are kept: of the re-ranker's scores, but with `interpolate=True` of the model's alone.
+            topics_or_res_va: Validation results, of other queries. Kept are the last weights that aren't significantly
+                worse than the best by the fitter's metric (paired t-test, p < .05), or those of the start if none is
+                better. The metric is that of the re-ranker's scores, but with `interpolate=True` of the model's alone.
             qrels_va: Their qrels.
             fitter: Used instead of the re-ranker's own.
             checkpoint_dir: Folder for checkpoints, which makes training resumable: repeat the call, in a new process
@@ -281,7 +282,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
         - stage (from 1), fitter, step (updates in the stage) and epoch,
         - loss (the mean since the previous row) and learning_rate,
         - of a sum of fitters, the loss of each part without its weight, e.g. loss_Contrastive,
-        - with validation, the metric, under its own name,
+        - with validation, the metric, under its own name, and kept, whether these weights are kept,
         - seconds (since the stage began) and pairs_per_second.
         """
         return history_frame(self.stages)

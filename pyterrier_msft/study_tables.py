@@ -16,7 +16,7 @@ import pandas as pd
 
 from pyterrier_msft import plots, significance
 from pyterrier_msft.data.report import DataReport
-from pyterrier_msft.model.record import HISTORY_END, HISTORY_START, StageRecord, history_frame, library_versions
+from pyterrier_msft.model.record import StageRecord, history_frame, library_versions, metric_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -180,11 +180,11 @@ def stages_table(models: Sequence[TrainedModel]) -> Table:
     for model in models:
         for place, stage in enumerate(model.stages, 1):
             updates = f"{stage.updates:,}" + f" (interrupted at {stage.interrupted})" * bool(stage.interrupted)
-            best = ", ".join(f"{name} {number(value)}" for name, value in stage.metrics.items())
+            validation = ", ".join(f"{name} {number(value)}" for name, value in stage.metrics.items())
             counts = [f"{stage.queries:,}", f"{stage.documents:,}", updates, str(stage.seed)]
             outcome = stage.data_report.get("outcome")
-            rows.append([model.name, str(place), stage.fitter, *counts, best or UNKNOWN, outcome or "last step"])
-    numbers = [(name, "number") for name in ("Queries", "Documents", "Updates", "Seed", "Best validation")]
+            rows.append([model.name, str(place), stage.fitter, *counts, validation or UNKNOWN, outcome or "last step"])
+    numbers = [(name, "number") for name in ("Queries", "Documents", "Updates", "Seed", "Validation")]
     columns = [("System", "text"), ("Stage", "number"), ("Objective and settings", "code"), *numbers]
     columns.append(("Weights", "text"))
     return Table("Stages of training", columns, rows)
@@ -212,7 +212,7 @@ def training_pictures(models: Sequence[TrainedModel], measures: Sequence[str]) -
     pictures = []
     for system, frames in groups.items():
         history = pd.concat(frames, ignore_index=True)
-        metrics = [str(name) for name in history if name not in {"system", *HISTORY_START, *HISTORY_END}]
+        metrics = metric_columns(map(str, history))
         metric = next((name for name in measures if name in metrics), metrics[0] if metrics else None)
         if metric is None and history["loss"].isna().all():
             continue

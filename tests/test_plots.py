@@ -201,6 +201,15 @@ def test_invalid_histories_are_rejected(history, metric, message):
         plots.learning_curve(history, metric=metric)
 
 
+def test_a_ring_marks_the_kept_step():
+    one = TWO_STAGES[TWO_STAGES["stage"] == "Contrastive"]
+    rings = plots.learning_curve(one).figure.axes[1].collections[0]
+    assert rings.get_offsets().tolist() == [[400, pytest.approx(one["nDCG@10"].max())]]
+    kept = one.assign(kept=one["step"] == 150)
+    rings = plots.learning_curve(kept).figure.axes[1].collections[0]
+    assert rings.get_offsets().tolist() == [[150, pytest.approx(one.set_index("step").at[150, "nDCG@10"])]]
+
+
 def test_both_panels_fit_into_a_subplot():
     figure = plt.figure(layout="constrained", figsize=(12, 5))
     left, right = figure.subplots(1, 2)

@@ -212,7 +212,8 @@ def test_training_is_described(page, trained):
     stage = page.tables["Stages of training"].iloc[0]
     expected = ["CL", "1", repr(ce.stages[0].fitter).strip("'"), "16", "64", "4", "7"]
     assert stage.tolist()[:7] == [*expected[:4], f"{ce.stages[0].documents}", *expected[5:]]
-    assert stage["Best validation"] == f"nDCG@10 {ce.history['nDCG@10'].max():.4f}"
+    kept = ce.history[ce.history["kept"]]
+    assert stage["Validation"] == f"nDCG@10 {kept['nDCG@10'].item():.4f}"
     assert stage["Weights"] == ce.data_report.outcome
     assert stage["Weights"].startswith("kept step ")
     assert page.tables["Re-rankers"]["Weights"].tolist() == [ce.fingerprint]

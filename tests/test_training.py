@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from conftest import record_calls
 from interruptions import interrupted_at, interruptible_lce
 from ir_measures import RR
+from scipy.stats import ttest_rel
 
 from pyterrier_msft import Contrastive, losses
 from pyterrier_msft.data.groups import Groups, Ragged
@@ -145,15 +146,38 @@ def test_weights_that_were_trained_longer_win_a_tie(model, groups, validation, m
     assert torch.equal(weights(model), seen[3])
 
 
-def validate_with(monkeypatch, model, values) -> list[torch.Tensor]:
-    """Let validation give these values, and return a list to which the weights of each validation are added."""
-    values, seen = iter(values), []
+@pytest.mark.parametrize("seed", range(6))
+def test_later_weights_are_kept_unless_they_are_significantly_worse(model, groups, validation, monkeypatch, seed):
+    rng = np.random.default_rng(seed)
+    start = np.zeros(30)
+    best = rng.random(30)
+    noise = rng.normal(0, 0.2, (3, 30))
+    others = best - rng.uniform(0.001, 0.15, (3, 1)) + noise - noise.mean(axis=1, keepdims=True)
+    seen = validate_with(monkeypatch, model, [start, best, *others])
+    rows = run(model, groups, dataclasses.replace(FAST, max_steps=4, eval_every=1), validation=validation)
+    kept = max([1, *(step for step, other in enumerate(others, 2) if ttest_rel(best, other).pvalue >= 0.05)])
+    assert torch.equal(weights(model), seen[kept])
+    assert [row["step"] for row in rows if row.get("kept")] == [kept]
 
-    def measure(self, scores):
+
+def test_weights_that_are_slightly_worse_than_the_start_are_not_kept(model, groups, validation, monkeypatch):
+    before = weights(model).clone()
+    validate_with(monkeypatch, model, [np.array([0.5, 0.4, 0.6]), np.array([0.6, 0.3, 0.5])])
+    run(model, groups, dataclasses.replace(FAST, max_steps=1, eval_every=1), validation=validation)
+    assert torch.equal(weights(model), before)
+
+
+def validate_with(monkeypatch, model, found) -> list[torch.Tensor]:
+    """Let validation give these values, of all queries or by query; return a list of the weights of each validation."""
+    found, seen = iter(found), []
+
+    def values(self, *_):
         seen.append(weights(model).clone())
-        return next(values)
+        value = np.asarray(next(found))
+        by_query = (value if value.ndim else np.full(30, value)).tolist()
+        return float(np.mean(by_query)), by_query
 
-    monkeypatch.setattr(Validation, "measure", measure)
+    monkeypatch.setattr(Validation, "values", values)
     return seen
 
 

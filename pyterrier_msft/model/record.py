@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +19,7 @@ RECORD = "msft.json"
 HISTORY_START = ("stage", "fitter", "step", "epoch", "loss", "learning_rate")
 HISTORY_END = ("seconds", "pairs_per_second")
 PART_LOSS = "loss_"  # the beginning of the columns with the losses of several objectives
+KEPT = "kept"  # in the rows of validations: whether these weights are kept
 
 
 class _Record:
@@ -65,9 +66,10 @@ class StageRecord(_Record):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The best value of each validation metric."""
-        columns = sorted(name for name in _added_columns(self.history) if not name.startswith(PART_LOSS))
-        return {name: max(row[name] for row in self.history if name in row) for name in columns}
+        """The value of each validation metric with the weights that were kept."""
+        columns = sorted(metric_columns(_added_columns(self.history)))
+        kept = [row for row in self.history if row.get(KEPT, True)]  # all, of a record that doesn't say
+        return {name: max(row[name] for row in kept if name in row) for name in columns}
 
 
 @dataclass
@@ -127,7 +129,14 @@ def history_frame(stages: Sequence[StageRecord]) -> pd.DataFrame:
     """Put the histories of all stages into one frame, with the stage's number and fitter in each row."""
     rows = [{"stage": number, "fitter": s.objective, **row} for number, s in enumerate(stages, 1) for row in s.history]
     added = sorted(_added_columns(rows), key=lambda name: not name.startswith(PART_LOSS))  # losses before metrics
-    return pd.DataFrame(rows, columns=[*HISTORY_START, *added, *HISTORY_END])
+    frame = pd.DataFrame(rows, columns=[*HISTORY_START, *added, *HISTORY_END])
+    return frame.assign(**{KEPT: frame[KEPT].eq(True)}) if KEPT in frame else frame
+
+
+def metric_columns(names: Iterable[str]) -> list[str]:
+    """Return the columns of a history that have a validation metric."""
+    others = {"system", KEPT, *HISTORY_START, *HISTORY_END}
+    return [name for name in names if name not in others and not name.startswith(PART_LOSS)]
 
 
 def _added_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyterrier as pt
 import torch
+from scipy.special import stdtr
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 
-from pyterrier_msft.model.record import PART_LOSS
+from pyterrier_msft.model.record import KEPT, PART_LOSS
 from pyterrier_msft.notices import warn
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import Checkpoint
@@ -26,6 +28,8 @@ from pyterrier_msft.training.plan import Plan, describe_outcome
 SECONDS_BETWEEN_CHECKPOINTS = 300
 # Scores of a query's documents that differ by less than this count as equal; logits are of order 1.
 COLLAPSED_SPREAD = 1e-3
+SIGNIFICANCE_LEVEL = 0.05  # at which a validation counts as worse than the best one
+SELECTION_STATE = ("best", "best_step", "best_by_query", "kept_step", "evals_without_improvement")
 
 
 class HistoryCallback(TrainerCallback, ExportableState):
@@ -33,9 +37,9 @@ class HistoryCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self, history: list[dict[str, Any]], plan: Plan, hyperparameters: Hyperparameters, *,
-        part_names: Sequence[str] = (), progress: str | None,
+        part_names: Sequence[str] = (), progress: str | None, selection: "SelectionCallback | None",
     ) -> None:  # fmt: skip
-        self.history, self.plan, self.part_names = history, plan, part_names
+        self.history, self.plan, self.part_names, self.selection = history, plan, part_names, selection
         self.metric, self.patience = str(hyperparameters.metric), hyperparameters.patience
         self.log_every = max(1, min(plan.eval_every, plan.updates // 50))
         self.first_row = len(history)
@@ -97,6 +101,9 @@ class HistoryCallback(TrainerCallback, ExportableState):
         if state.global_step == 0:
             self.history.append({"step": 0, "epoch": 0.0})
         self.history[-1] |= {self.metric: float(metrics[f"eval_{self.metric}"]), "seconds": self._seconds()}
+        if self.selection is not None:
+            for row in (row for row in self.history[self.first_row :] if self.metric in row):
+                row[KEPT] = row["step"] == self.selection.kept_step
         self.last_row_at = time.monotonic()  # validation doesn't count as training time
 
     def show_outcome(self) -> None:
@@ -108,10 +115,13 @@ class HistoryCallback(TrainerCallback, ExportableState):
         return self.seconds_before + time.monotonic() - self.started
 
 
-class BestWeightsCallback(TrainerCallback, ExportableState):
-    """Validate at the start and request validations, keep the best weights in memory, and stop early.
+class SelectionCallback(TrainerCallback, ExportableState):
+    """Validate at the start and request validations, choose the weights to keep, in memory, and stop early.
 
-    The start is one of the candidates, so that training that doesn't help ends where it began.
+    Kept are the last weights that aren't significantly worse than the best (paired t-test over the queries). The
+    learning rate falls to 0, so later weights are better on average, by less than few queries can tell, and the best
+    of many validations is the luckiest one. The start is kept if nothing is better, so that training that doesn't help
+    ends where it began.
     """
 
     def __init__(
@@ -124,8 +134,10 @@ class BestWeightsCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.metric, self.patience = str(hyperparameters.metric), hyperparameters.patience
         self.plan, self.weights, self.evaluate = plan, weights, evaluate
-        self.best = -math.inf
-        self.best_weights: dict[str, torch.Tensor] | None = None
+        self.by_query: list[float] = []  # the metric's values in the newest validation
+        self.best, self.best_step, self.best_by_query = -math.inf, 0, [0.0]
+        self.kept_step = 0
+        self.kept_weights: dict[str, torch.Tensor] | None = None
         self.evals_without_improvement = 0
 
     @property
@@ -134,19 +146,18 @@ class BestWeightsCallback(TrainerCallback, ExportableState):
         return self.patience is not None and self.evals_without_improvement >= self.patience
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs besides the best weights."""
-        names = ("best", "evals_without_improvement")
-        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
+        """Return what a resumed run needs besides the kept weights."""
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in SELECTION_STATE}}
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint's best metric and weights."""
-        attributes = checkpoint.callbacks["BestWeightsCallback"]
-        for name in ("best", "evals_without_improvement"):
+        """Continue from a checkpoint's best metric and kept weights."""
+        attributes = checkpoint.callbacks["SelectionCallback"]
+        for name in SELECTION_STATE:
             setattr(self, name, attributes[name])
-        self.best_weights = checkpoint.best_weights()
+        self.kept_weights = checkpoint.kept_weights()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step == 0 and self.best_weights is None:
+        if state.global_step == 0 and self.kept_weights is None:
             self.evaluate()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -156,12 +167,23 @@ class BestWeightsCallback(TrainerCallback, ExportableState):
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         value = float(metrics[f"eval_{self.metric}"])
-        is_better = value > self.best
-        self.evals_without_improvement = 0 if is_better else self.evals_without_improvement + 1
-        if value >= self.best:  # weights that were trained longer win a tie
-            self.best = value
-            self.best_weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights().items()}
+        self.evals_without_improvement = 0 if value > self.best else self.evals_without_improvement + 1
+        is_best = value >= self.best
+        if is_best:
+            self.best, self.best_step, self.best_by_query = value, state.global_step, self.by_query
+        if is_best or (self.best_step > 0 and not self._is_significantly_worse()):
+            self.kept_step = state.global_step
+            self.kept_weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights().items()}
         control.should_training_stop |= self.out_of_patience
+
+    def _is_significantly_worse(self) -> bool:
+        """Whether the newest validation is worse than the best one by more than chance."""
+        difference = np.subtract(self.best_by_query, self.by_query)
+        n = len(difference)
+        if n == 1 or np.ptp(difference) == 0:
+            return bool(difference.mean() > 0)
+        t = difference.mean() / (difference.std(ddof=1) / math.sqrt(n))
+        return bool(2 * stdtr(n - 1, -t) < SIGNIFICANCE_LEVEL)
 
 
 class CheckpointCallback(TrainerCallback, ExportableState):

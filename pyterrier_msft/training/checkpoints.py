@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from pyterrier_msft.training import distributed
 
-BEST_WEIGHTS_NAME = "best.safetensors"
+KEPT_WEIGHTS_NAME = "kept.safetensors"
 MARKER_NAME = ".pyterrier_msft"  # the first file of each checkpoint: even an incomplete one is known to be ours
 
 
@@ -37,9 +37,9 @@ class Checkpoint:
         """The number of processes that wrote it."""
         return int(self.callbacks["CheckpointCallback"]["world_size"])
 
-    def best_weights(self) -> dict[str, torch.Tensor] | None:
+    def kept_weights(self) -> dict[str, torch.Tensor] | None:
         """Load the best weights so far; None without validation."""
-        path = self.path / BEST_WEIGHTS_NAME
+        path = self.path / KEPT_WEIGHTS_NAME
         return load_file(path) if path.is_file() else None
 
 

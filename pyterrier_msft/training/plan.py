@@ -7,6 +7,7 @@ from typing import Any
 
 from pyterrier_msft.data.groups import Groups
 from pyterrier_msft.data.mixture import MixedGroups
+from pyterrier_msft.model.record import KEPT
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 from pyterrier_msft.training.validation import Validation
 
@@ -65,14 +66,15 @@ class Plan:
 
 
 def describe_outcome(history: Sequence[Mapping[str, Any]], metric: str, plan: Plan, patience: int | None) -> str | None:
-    """Say which step's weights a run has kept, and why it ended early, if it did; None without validation.
-
-    Weights that were trained longer win a tie.
-    """
-    values = [(row[metric], row["step"]) for row in history if metric in row]
+    """Say which step's weights a run has kept, and why it ended early, if it did; None without validation."""
+    values = {row["step"]: row[metric] for row in history if metric in row}
     if not values:
         return None
-    kept, last = f"kept step {max(values)[1]} of {plan.updates}", history[-1]["step"]
+    step = next(row["step"] for row in history if row.get(KEPT))
+    kept, last = f"kept step {step} of {plan.updates}", history[-1]["step"]
+    best = max(values, key=lambda each: (values[each], each))
+    if best != step:
+        kept += f", as step {best} isn't significantly better"
     if last >= plan.updates or patience is None:
         return kept
     validations = "one validation" if patience == 1 else f"{patience} validations"

@@ -46,9 +46,9 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train a cross-encoder in place, on its device and in its precision; weights and loss are float32.
 
-    The first objective's plan has the numbers of the run. With `validation`, the weights that are best by its metric
-    are kept, which may be those of the start, and `patience` applies. With `checkpoint_dir`, the run resumes from the
-    newest checkpoint, whose `identity` (by name, what determines the result) must be equal. Rows are appended to
+    The first objective's plan has the numbers of the run. With `validation`, `SelectionCallback` chooses the weights
+    that are kept, which may be those of the start, and `patience` applies. With `checkpoint_dir`, the run resumes from
+    the newest checkpoint, whose `identity` (by name, what determines the result) must be equal. Rows are appended to
     `history` as they are logged, so that they survive an interruption.
 
     Returns:
@@ -89,20 +89,20 @@ def train(
 
 
 def _run(trainer: ListwiseTrainer, folder: Path | None = None, checkpoint: Checkpoint | None = None) -> None:
-    """Train, from a checkpoint if there is one; leave the best weights in the network."""
-    best = trainer.best
+    """Train, from a checkpoint if there is one; leave the weights to keep in the network."""
+    selection = trainer.selection
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint.path)
         trainer.resume_callbacks(checkpoint)
     try:
-        if best is None or best.best_weights is None or not best.out_of_patience:
+        if selection is None or selection.kept_weights is None or not selection.out_of_patience:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
         trainer.rows.show_outcome()
     except KeyboardInterrupt:
         logger.warning(
             "training was interrupted at step %d of %d; the re-ranker keeps the %s weights so far; %s",
             trainer.state.global_step, trainer.plan.updates,
-            "last" if best is None or best.best_weights is None else "best",
+            "last" if selection is None or selection.kept_weights is None else "best",
             "pass checkpoint_dir=... to make training resumable" if folder is None
             else f"repeat the call to resume from the last checkpoint in {folder}",
         )  # fmt: skip
@@ -110,8 +110,8 @@ def _run(trainer: ListwiseTrainer, folder: Path | None = None, checkpoint: Check
     finally:
         # accelerate leaves its mixed-precision `forward` on the model, which would round later float32 scores.
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        if best is not None and best.best_weights is not None:
-            trainer.network.load_state_dict(best.best_weights)
+        if selection is not None and selection.kept_weights is not None:
+            trainer.network.load_state_dict(selection.kept_weights)
         trainer.network.eval()
         if distributed.world_size() > 1:
             trainer.accelerator.free_memory()  # removes DDP's hooks from the parameters

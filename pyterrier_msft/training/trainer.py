@@ -26,8 +26,8 @@ from pyterrier_msft.training.batches import (
     StepDataset,
     StepSchedule,
 )
-from pyterrier_msft.training.callbacks import BestWeightsCallback, CheckpointCallback, CollapseCallback, HistoryCallback
-from pyterrier_msft.training.checkpoints import BEST_WEIGHTS_NAME, MARKER_NAME, Checkpoint, save_weights
+from pyterrier_msft.training.callbacks import CheckpointCallback, CollapseCallback, HistoryCallback, SelectionCallback
+from pyterrier_msft.training.checkpoints import KEPT_WEIGHTS_NAME, MARKER_NAME, Checkpoint, save_weights
 from pyterrier_msft.training.gradient_cache import Chunk, gradient_cache_step, max_graph_tokens, split_chunks
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 from pyterrier_msft.training.objectives import Objective
@@ -231,9 +231,11 @@ class ListwiseTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Compute the validation metric, and notify the callbacks."""
         assert self.validation is not None
-        value = self.validation.value(self.network, self.encoder, self.dtype)
+        value, by_query = self.validation.values(self.network, self.encoder, self.dtype)
         metrics = {f"eval_{self.validation.metric}": value}
         self.log(metrics)
+        if self.selection is not None:
+            self.selection.by_query = by_query
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -250,8 +252,8 @@ class ListwiseTrainer(Trainer):
         if distributed.rank() == 0:
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # it marks a checkpoint as complete
             save_weights(self.network.state_dict(), folder / SAFE_WEIGHTS_NAME)
-            if self.best is not None and self.best.best_weights is not None:
-                save_weights(self.best.best_weights, folder / BEST_WEIGHTS_NAME)
+            if self.selection is not None and self.selection.kept_weights is not None:
+                save_weights(self.selection.kept_weights, folder / KEPT_WEIGHTS_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -262,28 +264,30 @@ class ListwiseTrainer(Trainer):
     ) -> None:
         plan, hyperparameters = self.plan, self.hyperparameters
         names = [part.name for part in self.objectives] if len(self.objectives) > 1 else []
-        self.rows = HistoryCallback(history, plan, hyperparameters, part_names=names, progress=progress)
         self.collapse = CollapseCallback(plan)
-        self.best: BestWeightsCallback | None = None
+        self.selection: SelectionCallback | None = None
         self.remove_callback(PrinterCallback)
         # The order matters: HistoryCallback logs the steps at which those before it validate or save.
         if self.validation is not None:
-            self.best = BestWeightsCallback(
+            self.selection = SelectionCallback(
                 plan, hyperparameters, weights=self.network.state_dict, evaluate=self.evaluate
             )
-            self.add_callback(self.best)
+            self.add_callback(self.selection)
         self.saving: CheckpointCallback | None = None
         if identity is not None:
             self.saving = CheckpointCallback(identity, plan, save=partial(self._save_checkpoint, self.model, None))
             self.add_callback(self.saving)
+        self.rows = HistoryCallback(
+            history, plan, hyperparameters, part_names=names, progress=progress, selection=self.selection
+        )
         self.add_callback(self.rows)
         self.add_callback(self.collapse)
 
     def resume_callbacks(self, checkpoint: Checkpoint) -> None:
         """Restore the state that the callbacks exported to a checkpoint."""
         self.rows.resume(checkpoint)
-        if self.best is not None:
-            self.best.resume(checkpoint)
+        if self.selection is not None:
+            self.selection.resume(checkpoint)
         if self.saving is not None:
             self.saving.is_resumed = True
         saved_by, world_size = checkpoint.world_size, distributed.world_size()

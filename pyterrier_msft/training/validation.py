@@ -54,20 +54,24 @@ class Validation:
             )
         return scores
 
-    def value(self, network: PreTrainedModel, encoder: PairEncoder, dtype: torch.dtype) -> float:
-        """Score the results as the re-ranker does, and measure them."""
+    def values(self, network: PreTrainedModel, encoder: PairEncoder, dtype: torch.dtype) -> tuple[float, list[float]]:
+        """Score the results as the re-ranker does; return the metric's mean, and its value for each query."""
         scores = self.score(network, encoder, dtype)
         if self.first_stage_weight:
             scores = scores + self.first_stage_weight * self.results["score"].to_numpy()
-        return self.measure(scores)
+        found = self._evaluator.calc(self._run(scores))
+        by_query = {metric.query_id: metric.value for metric in found.per_query}
+        return float(found.aggregated[self.metric]), [by_query[qid] for qid in sorted(by_query)]
 
     def measure(self, scores: np.ndarray) -> float:
         """Return the metric's mean over the queries, for a score of each row of the results."""
+        return float(self._evaluator.calc_aggregate(self._run(scores))[self.metric])
+
+    def _run(self, scores: np.ndarray) -> pd.DataFrame:
         run = self.results[["qid", "docno"]].rename(columns={"qid": "query_id", "docno": "doc_id"})
         scores = rankdata(scores, method="dense")  # because ir_measures rounds scores to float32
         # A document's score is that of its best passage.
-        run = run.assign(score=scores).groupby(["query_id", "doc_id"])["score"].max().reset_index()
-        return float(self._evaluator.calc_aggregate(run)[self.metric])
+        return run.assign(score=scores).groupby(["query_id", "doc_id"])["score"].max().reset_index()
 
     def check_metric(self) -> None:
         """Raise a ValueError if the metric is 0 for the best order of the results."""
