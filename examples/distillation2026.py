@@ -103,7 +103,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--objective", choices=OBJECTIVES, default="infonce")
     parser.add_argument("--data", help="a file in place of the download, in the same format")
     parser.add_argument("--test", nargs="+", default=[], metavar="NAME=RUN", help="re-rank the top 1,000 of TREC runs")
-    parser.add_argument("--validate", metavar="NAME=RUN", help="choose the best weights on the top 100 of this run")
+    parser.add_argument("--validate", metavar="NAME=RUN", help="choose the weights on the top 100 of this run")
     parser.add_argument("--seed", type=int, default=12)
     parser.add_argument("--out", default="distillation2026-out", help="folder for the model and results")
     parser.add_argument("--dry-run", action="store_true", help="only print the settings")

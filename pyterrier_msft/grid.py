@@ -82,7 +82,7 @@ def fit_grid(
         stage: The fitter and its data.
         grid: The values to try by the fitter's settings, e.g.
             `{"learning_rate": [1e-4, 2e-4], "n_negatives": [3, 7]}`.
-        validation: Results and qrels of other queries, which also choose the best weights of each training run. The
+        validation: Results and qrels of other queries, which also choose the weights of each training run. The
             chosen combination's value is the best of many, so it is too optimistic: report that of test queries.
         metric: The `ir_measures` measure to maximize, in each training run too. None: the fitter's `metric`.
         save_dir: Folder to keep each result in, so that a later call reuses it, also with a larger grid, and an

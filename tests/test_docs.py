@@ -385,7 +385,7 @@ def literals(calls: set[str] | None = None) -> list[str]:
 
 
 def warning_messages() -> list[str]:
-    return literals({"warn", "logger.warning"})
+    return literals({"warn", "warn_of_data", "logger.warning"})
 
 
 def documented(section: str = "") -> list[str]:

@@ -29,7 +29,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 300
 # Scores of a query's documents that differ by less than this count as equal; logits are of order 1.
 COLLAPSED_SPREAD = 1e-3
 SIGNIFICANCE_LEVEL = 0.05  # at which a validation counts as worse than the best one
-SELECTION_STATE = ("best", "best_step", "best_by_query", "kept_step", "evals_without_improvement")
+SELECTION_STATE = ("start", "best", "best_by_query", "kept_step", "evals_without_improvement")
 
 
 class HistoryCallback(TrainerCallback, ExportableState):
@@ -120,8 +120,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
 
     Kept are the last weights that aren't significantly worse than the best (paired t-test over the queries). The
     learning rate falls to 0, so later weights are better on average, by less than few queries can tell, and the best
-    of many validations is the luckiest one. The start is kept if nothing is better, so that training that doesn't help
-    ends where it began.
+    of many validations is the luckiest one. No weights are kept that are worse than those of the start, so that
+    training that doesn't help ends where it began.
     """
 
     def __init__(
@@ -135,7 +135,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
         self.metric, self.patience = str(hyperparameters.metric), hyperparameters.patience
         self.plan, self.weights, self.evaluate = plan, weights, evaluate
         self.by_query: list[float] = []  # the metric's values in the newest validation
-        self.best, self.best_step, self.best_by_query = -math.inf, 0, [0.0]
+        self.start = self.best = -math.inf
+        self.best_by_query: list[float] = []
         self.kept_step = 0
         self.kept_weights: dict[str, torch.Tensor] | None = None
         self.evals_without_improvement = 0
@@ -168,10 +169,12 @@ class SelectionCallback(TrainerCallback, ExportableState):
     ) -> None:
         value = float(metrics[f"eval_{self.metric}"])
         self.evals_without_improvement = 0 if value > self.best else self.evals_without_improvement + 1
+        if state.global_step == 0:
+            self.start = value
         is_best = value >= self.best
         if is_best:
-            self.best, self.best_step, self.best_by_query = value, state.global_step, self.by_query
-        if is_best or (self.best_step > 0 and not self._is_significantly_worse()):
+            self.best, self.best_by_query = value, self.by_query
+        if is_best or (value >= self.start and not self._is_significantly_worse()):
             self.kept_step = state.global_step
             self.kept_weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights().items()}
         control.should_training_stop |= self.out_of_patience

@@ -38,7 +38,7 @@ class Checkpoint:
         return int(self.callbacks["CheckpointCallback"]["world_size"])
 
     def kept_weights(self) -> dict[str, torch.Tensor] | None:
-        """Load the best weights so far; None without validation."""
+        """Load the weights to keep so far; None without validation."""
         path = self.path / KEPT_WEIGHTS_NAME
         return load_file(path) if path.is_file() else None
 
