@@ -36,6 +36,7 @@ class Calibration:
     intercept: float = 0.0
     scores: list[float] = field(default_factory=list)  # isotonic: a line connects these points
     probabilities: list[float] = field(default_factory=list)
+    highest: float = 1.0  # score of these documents
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         """Return the probability of relevance for each score."""
@@ -46,7 +47,7 @@ class Calibration:
     def __str__(self) -> str:
         return (
             f"{self.method}, from {self.relevant:,} relevant among {self.documents:,} documents of {self.queries:,} "
-            "queries"
+            f"queries; probabilities of up to {float(self(np.array(self.highest))):.2f}"
         )
 
     @classmethod
@@ -164,7 +165,7 @@ def estimate(
         )
     return Calibration(
         method=method, queries=int(frame["qid"].nunique()), documents=len(best), relevant=int(relevant.sum()),
-        fingerprint=reranker.fingerprint, settings=score_settings(reranker),
+        fingerprint=reranker.fingerprint, settings=score_settings(reranker), highest=float(scores.max()),
         **(_isotonic if method == "isotonic" else _logistic)(scores, relevant),
     )  # fmt: skip
 

@@ -65,7 +65,7 @@ class BM25(pt.Transformer):
             repeated = pd.Series(docnos).loc[lambda found: found.duplicated()]
             raise ValueError(
                 f"documents must have distinct docnos; got {len(docnos):,} documents with {len(set(docnos)):,} docnos, "
-                f"e.g. {repeated.iloc[0]!r} repeatedly"
+                f"e.g. {repeated.iloc[0]!r} repeatedly. Drop the duplicates"
             )
         if not vocabulary:
             raise ValueError(f"documents must have at least one word; got {len(docnos):,} documents without any")

@@ -37,6 +37,11 @@ RESULT_COLUMNS = {"qid", "query", "docno", "score", "rank"}
 WEIGHTS_SETTINGS = {"model", "adapter", "revision", "trust_remote_code", *SOURCE_SETTINGS}
 
 
+def _argument(name: str) -> Any:
+    """Return a property that reads an argument of the cross-encoder."""
+    return property(attrgetter(f"cross_encoder.{name}"), doc="The argument of this name.")
+
+
 class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
     """A Transformer that re-scores each query's documents with a point-wise cross-encoder.
 
@@ -91,14 +96,14 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
     _model = property(attrgetter("cross_encoder.name"))
     _dtype = property(attrgetter("cross_encoder.requested_dtype"))
     _device = property(attrgetter("cross_encoder.requested_device"))
-    adapter = property(attrgetter("cross_encoder.adapter"))
-    seed = property(attrgetter("cross_encoder.seed"))
-    revision = property(attrgetter("cross_encoder.revision"))
-    trust_remote_code = property(attrgetter("cross_encoder.trust_remote_code"))
-    relevant = property(attrgetter("cross_encoder.relevant"))
-    template = property(attrgetter("cross_encoder.template"))
-    true = property(attrgetter("cross_encoder.true"))
-    false = property(attrgetter("cross_encoder.false"))
+    adapter = _argument("adapter")
+    seed = _argument("seed")
+    revision = _argument("revision")
+    trust_remote_code = _argument("trust_remote_code")
+    relevant = _argument("relevant")
+    template = _argument("template")
+    true = _argument("true")
+    false = _argument("false")
 
     def __init__(
         self, model: str | Path | PreTrainedModel = "google/electra-base-discriminator", *,

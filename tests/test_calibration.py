@@ -81,7 +81,8 @@ def test_probabilities_are_those_of_an_independent_estimate(ce, held_out, method
     assert in_order.iloc[-1] > 3 * in_order.iloc[0]
     counts = (ce.calibration.queries, ce.calibration.documents, ce.calibration.relevant)
     assert counts == (40, 320, 40)
-    assert str(ce.calibration) == f"{method}, from 40 relevant among 320 documents of 40 queries"
+    highest = f"probabilities of up to {out['probability'].max():.2f}"
+    assert str(ce.calibration) == f"{method}, from 40 relevant among 320 documents of 40 queries; {highest}"
 
 
 def test_extreme_scores():

@@ -53,7 +53,14 @@ def model_card(
         f"A cross-encoder that re-ranks documents for a query{f', made from `{base}`' if base else ''}, trained with "
         f"{CARD_MARK} {record.versions['pyterrier_msft']}.\n",
         "## How to use\n",
-        _usage(record.settings, name, _interpolation(record), is_adapter=is_adapter, kind=kind),
+        _usage(
+            record.settings,
+            name,
+            _interpolation(record),
+            is_adapter=is_adapter,
+            kind=kind,
+            is_calibrated=record.calibration is not None,
+        ),
         "## Training\n",
         _training(record.stages),
         *(["## Evaluation\n", *evaluation] if evaluation else []),
@@ -80,7 +87,9 @@ def markdown_table(frame: pd.DataFrame) -> str:
     return "".join(f"| {' | '.join(cell(value) for value in line)} |\n" for line in lines)
 
 
-def _usage(settings: Mapping[str, Any], name: str, interpolation: str, *, is_adapter: bool, kind: Kind) -> str:
+def _usage(
+    settings: Mapping[str, Any], name: str, interpolation: str, *, is_adapter: bool, kind: Kind, is_calibrated: bool
+) -> str:
     length = settings["max_length"]
     model_class = "AutoPeftModelForSequenceClassification" if is_adapter else "AutoModelForSequenceClassification"
     imports = f"from transformers import {model_class}, AutoTokenizer"
@@ -117,6 +126,8 @@ def _usage(settings: Mapping[str, Any], name: str, interpolation: str, *, is_ada
         )
     if interpolation:
         notes += f" PyTerrier adds the first stage's score to it, the others don't: {interpolation}."
+    if is_calibrated:
+        notes += " PyTerrier adds a column `probability` (`MonoCE.calibration`)."
     return "\n".join(f"{library}:\n\n```python\n{code}\n```\n" for library, code in examples.items()) + f"\n{notes}\n"
 
 
