@@ -175,19 +175,21 @@ def _part_data(fitter: Fitter, sources: Sequence[Source], found: Sequence[tuple[
 
 def fit_stages(
     model: CrossEncoder, encoders: Sequence[PairEncoder], prepared: Sequence[StageData], stages: list[StageRecord], *,
-    validation: ValidationFrames | None, checkpoint_dir: Path | None, progress: str | None,
+    scorer: PairEncoder, validation: ValidationFrames | None, checkpoint_dir: Path | None, progress: str | None,
     first_stage_weight: float = 0.0,
 ) -> None:  # fmt: skip
     """Train a model in place, stage after stage, and add the stages' records to `stages`.
 
-    Validation measures the model's score plus the weighted score of the first stage.
+    Validation measures the model's score of the pairs that `scorer` encodes, plus the weighted score of the first
+    stage.
     """
     for place, (data, encoder) in enumerate(zip(prepared, encoders, strict=True), 1):
         folder = _stage_dir(checkpoint_dir, place, len(prepared))
         of_several = f", stage {place} of {len(prepared)}" if len(prepared) > 1 else ""
         _train_stage(
-            model, encoder, data, stages, place=place, validation=validation, first_stage_weight=first_stage_weight,
-            checkpoint_dir=folder, progress=None if progress is None else progress + of_several,
+            model, encoder, data, stages, place=place, scorer=scorer, validation=validation,
+            first_stage_weight=first_stage_weight, checkpoint_dir=folder,
+            progress=None if progress is None else progress + of_several,
         )  # fmt: skip
 
 
@@ -205,7 +207,8 @@ def _stage_dir(checkpoint_dir: Path | None, place: int, n_stages: int) -> Path |
 
 def _train_stage(
     model: CrossEncoder, encoder: PairEncoder, data: StageData, stages: list[StageRecord], *, place: int,
-    validation: ValidationFrames | None, first_stage_weight: float, checkpoint_dir: Path | None, progress: str | None,
+    scorer: PairEncoder, validation: ValidationFrames | None, first_stage_weight: float, checkpoint_dir: Path | None,
+    progress: str | None,
 ) -> None:  # fmt: skip
     """Train a model in place, and add a record of the stage to `stages`.
 
@@ -226,12 +229,14 @@ def _train_stage(
     is_identified = checkpoint_dir is not None or distributed.world_size() > 1
     identity = {}
     if is_identified:
-        identity = _identity(model, encoder, data, validation, first_stage_weight, start, head_is_new=was_new)
+        identity = _identity(model, encoder, data, start, head_is_new=was_new)
+        if validation:
+            identity |= _validation_identity(scorer, validation, first_stage_weight)
     stages[len(stages) - len(resumed) :] = [record]
     model.head_is_new = False
     try:
         train(
-            model, encoder, objectives, settings, validation=measured, checkpoint_dir=checkpoint_dir,
+            model, encoder, objectives, settings, scorer=scorer, validation=measured, checkpoint_dir=checkpoint_dir,
             identity=identity, history=record.history, progress=progress,
         )  # fmt: skip
     except BaseException:
@@ -334,9 +339,8 @@ def _new_record(encoder: PairEncoder, data: StageData, plans: Sequence[Plan], pl
 
 
 def _identity(
-    model: CrossEncoder, encoder: PairEncoder, data: StageData, validation: ValidationFrames | None,
-    first_stage_weight: float, start: str, *, head_is_new: bool,
-) -> dict[str, str]:  # fmt: skip
+    model: CrossEncoder, encoder: PairEncoder, data: StageData, start: str, *, head_is_new: bool
+) -> dict[str, str]:
     """Return what determines the result of training, by name. A checkpoint with another identity is refused."""
     return {
         **data.fitter.readable_settings(),
@@ -345,7 +349,17 @@ def _identity(
         **training_state(model.network),
         "whether the head is new": str(head_is_new),
         "data": data.digest[:16],
-        "validation": sha256_of([*map(frame_digest, validation)])[:16] if validation else "none",
-        "the first stage's weight in validation": str(first_stage_weight if validation else 0.0),
+        "validation": "none",
         "start weights": start,
+    }
+
+
+def _validation_identity(
+    scorer: PairEncoder, validation: ValidationFrames, first_stage_weight: float
+) -> dict[str, str]:
+    """Return what validation adds to the identity."""
+    return {
+        "validation": sha256_of([*map(frame_digest, validation)])[:16],
+        "max_length in validation": str(scorer.max_length),
+        "the first stage's weight in validation": str(first_stage_weight),
     }

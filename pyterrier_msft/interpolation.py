@@ -227,7 +227,7 @@ def _cross_validate(
         copy, rest = model.clone(), [_without(data, qids) for data in prepared]
         folder = None if checkpoint_dir is None else checkpoint_dir / f"half-{number + 1}"
         bar = None if progress is None else f"{progress} on half {number + 1} of 2"
-        fit_stages(copy, encoders, rest, [*stages], validation=None, checkpoint_dir=folder, progress=bar)
+        fit_stages(copy, encoders, rest, [*stages], scorer=scorer, validation=None, checkpoint_dir=folder, progress=bar)
         scored.append(Scored.by(copy, scorer, parts[number]))
         seen = Scored.by(copy, scorer, parts[1 - number].sample(SPREAD_QUERIES))
         shrinkage.append(scored[-1].spread / seen.spread)
@@ -279,8 +279,8 @@ def fit_reranker(
             start = dataclasses.replace(parts[0], first_stage_weight=stages[-1].interpolation["weight"])
             before, _ = start.values(model.network, scorer, model.dtype)
     fit_stages(
-        model, encoders, prepared, stages, validation=validation, checkpoint_dir=checkpoint_dir, progress=progress,
-        first_stage_weight=0.0 if interpolate is True else float(interpolate),
+        model, encoders, prepared, stages, scorer=scorer, validation=validation, checkpoint_dir=checkpoint_dir,
+        progress=progress, first_stage_weight=0.0 if interpolate is True else float(interpolate),
     )  # fmt: skip
     if not interpolate and validation is None:
         _advise(stages[-len(prepared) :])

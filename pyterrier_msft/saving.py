@@ -18,7 +18,7 @@ from pyterrier_msft.model.card import model_card
 from pyterrier_msft.model.cross_encoder import SOURCE_SETTINGS, CrossEncoder
 from pyterrier_msft.model.files import MODULES
 from pyterrier_msft.model.fingerprint import FINGERPRINT_VERSION
-from pyterrier_msft.model.record import RECORD, ModelRecord, StageRecord, library_versions
+from pyterrier_msft.model.record import RECORD, ModelRecord, StageRecord, card_digest, library_versions
 from pyterrier_msft.training import distributed
 
 # `pt.Artifact` reads this to find `MonoCE.load`, through the entry point "cross_encoder.hf" in setup.py.
@@ -171,4 +171,5 @@ class SavingMixin:
         (folder / storage.FIRST).write_text(json.dumps(ARTIFACT))
         card_text = model_card(record, is_adapter=is_adapter, kind=model.kind, **card)
         (folder / "README.md").write_text(card_text, encoding="utf-8")
+        record.card = card_digest(card_text)
         record.write(folder)  # last: it marks the save as complete, see finish_save

@@ -27,6 +27,8 @@ class PrependScore(pt.Transformer):
         >>> pipeline = bm25 % 20 >> dataset.text_loader() >> PrependScore() >> MonoCE()
     """
 
+    reads_score = True  # for `teachers.cached`
+
     def __init__(self, *, text_field: str = "text") -> None:
         super().__init__()
         self.text_field = text_field

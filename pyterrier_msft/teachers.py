@@ -62,7 +62,9 @@ def get_ranking(
     """
     if isinstance(teacher, pt.Transformer):
         candidates = top_documents(results, depth=depth, text_field=text_field, relevant=relevant)
-        return _apply(teacher, candidates, verbose=verbose, name=name)
+        ranked = _apply(teacher, candidates, verbose=verbose, name=name)
+        _warn_of_old_scores(ranked, candidates)
+        return ranked
     if isinstance(teacher, str | Path):
         return _read_ranking(Path(teacher), name)
     if isinstance(teacher, Mapping):
@@ -137,6 +139,15 @@ def _apply(teacher: pt.Transformer, candidates: pd.DataFrame, *, verbose: bool, 
             parts.append(teacher(batch.reset_index(drop=True)))
             bar.update(batch["qid"].nunique())
     return pd.concat([part for part in parts if len(part)] or parts[:1] or [candidates], ignore_index=True)
+
+
+def _warn_of_old_scores(ranked: pd.DataFrame, candidates: pd.DataFrame) -> None:
+    """Warn if a transformer has changed the ranks and left the scores as they were."""
+    columns = ["qid", "docno", "score"]
+    if {*columns, "rank"} <= {*ranked} and {*columns} <= {*candidates}:
+        both = ranked[columns].merge(candidates[columns], on=["qid", "docno"], suffixes=("", "_before"))
+        if both["score"].equals(both["score_before"]):
+            warn_of_contradictions(ranked)
 
 
 # ---- caching
@@ -244,11 +255,15 @@ class Cached(pt.Transformer):
                 weight = getattr(part, "first_stage_weight", 0)
                 identity.append([str(getattr(part, "fingerprint", "")), settings, weight])
                 ignored -= {"score"} if weight else set()
+            if getattr(part, "reads_score", False):
+                ignored -= {"score"}
         return identity, ignored
 
     def _rank_and_store(self, candidates: dict[str, pd.DataFrame]) -> None:
         """Apply the teacher to the documents of some queries, given by cache key, and store its rankings."""
-        out = self.teacher(pd.concat(list(candidates.values()), ignore_index=True))
+        results = pd.concat(list(candidates.values()), ignore_index=True)
+        out = self.teacher(results)
+        _warn_of_old_scores(out, results)
         by_query = dict(tuple(clean_ranking(out, "teacher's output").groupby("qid", sort=False)))
         lines = []
         for name, rows in candidates.items():

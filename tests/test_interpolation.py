@@ -222,6 +222,22 @@ def test_validation_measures_what_the_re_ranker_scores(backbone, train, dev, tmp
         start.fit(train.results, train.qrels, dev.results.drop(columns="score"), dev.qrels, fitter=fitter)
 
 
+@pytest.mark.filterwarnings("ignore:re-ranking")
+def test_validation_reads_as_much_of_a_pair_as_the_re_ranker(backbone, train, dev, tmp_path):
+    """And not as much as the fitter sets for training."""
+    fitter = replace(FITTER, max_steps=4, eval_every=2, max_length=8)
+    ce = new(backbone, interpolate=False)
+    ce.fit(train.results, train.qrels, dev.results, dev.qrels, fitter=fitter, checkpoint_dir=tmp_path)
+    kept = ce.history.loc[ce.history["kept"], "nDCG@10"].item()
+    assert kept == pytest.approx(ndcg(ce(dev.results), dev))
+    ce.max_length = 8
+    assert kept != pytest.approx(ndcg(ce(dev.results), dev))
+    with pytest.raises(ValueError, match="max_length in validation is 24 there and 8 here"):
+        new(backbone, interpolate=False, max_length=8).fit(
+            train.results, train.qrels, dev.results, dev.qrels, fitter=fitter, checkpoint_dir=tmp_path
+        )
+
+
 def test_a_fit_that_makes_the_sum_worse_warns(fitted, train, dev):
     texts = np.random.default_rng(1).permutation(train.results["text"])
     ruin = replace(FITTER, learning_rate=5e-2, max_steps=6, metric=None)

@@ -753,6 +753,17 @@ def test_a_readme_of_the_users_is_kept(ce, backbone, tmp_path):
     assert len([*(tmp_path / "model").glob("README*")]) == 3
 
 
+def test_a_card_that_the_user_has_edited_is_kept(ce, tmp_path):
+    ce.save(tmp_path / "model")
+    readme = tmp_path / "model/README.md"
+    readme.write_text(edited := readme.read_text() + "## Intended use\n")
+    ce.save(tmp_path / "model")
+    ce.save(tmp_path / "model")
+    assert readme.read_text() + "## Intended use\n" == edited
+    assert (tmp_path / "model/README.old.md").read_text() == edited
+    assert len([*(tmp_path / "model").glob("README*")]) == 2
+
+
 def test_two_threads_train_as_one(ce, train_part):
     alone = ce.clone().fit(train_part.results, train_part.qrels, fitter=CL)
     copies = [ce.clone(), ce.clone()]

@@ -13,7 +13,7 @@ from conftest import write_tiny_bert
 from ir_measures import RR
 from pandas.testing import assert_frame_equal
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, losses, teachers, unlabelled
+from pyterrier_msft import Contrastive, Distillation, MonoCE, PrependScore, losses, teachers, unlabelled
 from pyterrier_msft.data.permutations import text_id
 
 COLUMNS = ["qid", "query", "docno", "text", "rank", "score"]
@@ -743,6 +743,14 @@ def test_cached_pipelines_know_their_weights(backbone, train_part, tmp_path):
         np.testing.assert_allclose(cached(frame)["score"], pipeline(frame)["score"], atol=1e-5)
 
 
+def test_the_score_in_the_text_is_part_of_the_key(backbone, train_part, tmp_path):
+    results = train_part.results.head(16)
+    pipeline = PrependScore() >> MonoCE(backbone, max_length=24, dtype="float32", device="cpu")
+    cached = teachers.cached(pipeline, tmp_path)
+    for frame in (results, results.assign(score=results["score"] ** 4)):
+        np.testing.assert_allclose(cached(frame)["score"], pipeline(frame)["score"], atol=1e-5)
+
+
 def test_a_bi_encoder_reads_the_first_stages_scores(tmp_path, train_part):
     model = str(write_tiny_bert(tmp_path / "model"))
     rows = train_part.results.head(8)
@@ -764,13 +772,17 @@ def test_texts_of_one_docno_that_differ(tmp_path, train_part):
 CONTRADICTION = "rank and a score that contradict each other for 7 of 7 neighbouring documents"
 
 
-def test_ranks_that_contradict_scores(train_part):
+def test_ranks_that_contradict_scores(train_part, tmp_path):
     rows = train_part.results.head(8)
     stale = rows.assign(rank=7 - rows["rank"])
     as_text = stale.astype({"rank": str, "score": str})
     for results, teacher in ((rows, stale), (rows, as_text), (stale, None), (rows, {"a": stale, "b": rows})):
         with pytest.warns(UserWarning, match=CONTRADICTION):
             Distillation(teacher=teacher).groups(results, None)
+    reverse = pt.apply.generic(lambda frame: frame.assign(rank=7 - frame["rank"]))  # leaves the scores as they were
+    for each in (reverse, teachers.cached(reverse, tmp_path)):
+        with pytest.warns(UserWarning, match=CONTRADICTION):
+            Distillation(teacher=each).groups(rows, None)
     reranker = pt.apply.generic(lambda frame: frame.assign(score=-frame["score"]))  # leaves the ranks as they were
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

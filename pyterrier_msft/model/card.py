@@ -6,14 +6,11 @@ from typing import Any, Literal
 import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from pyterrier_msft.model.record import ModelRecord, StageRecord
+from pyterrier_msft.model.record import CARD_MARK, ModelRecord, StageRecord
 
 Kind = Literal["one label", "several labels", "modular", "prompt"]
 """A network with one label; one with several, whose score is the log-odds of one; the modules of a CrossEncoder; a
 network that reads pairs in a prompt."""
-
-
-CARD_MARK = "[pyterrier_msft](https://github.com/terrierteam/pyterrier_msft)"  # in each card
 
 
 def model_card(

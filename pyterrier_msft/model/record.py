@@ -1,6 +1,7 @@
 """What a model's folder records about its training."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from pyterrier_msft import __version__
 from pyterrier_msft.notices import warn
 
 RECORD = "msft.json"
+CARD_MARK = "[pyterrier_msft](https://github.com/terrierteam/pyterrier_msft)"  # in each card
 
 # Columns of every history row; a validation metric adds a column under its own name, and a sum the loss of each part.
 HISTORY_START = ("stage", "fitter", "step", "epoch", "loss", "learning_rate")
@@ -84,6 +86,7 @@ class ModelRecord(_Record):
     versions: dict[str, str] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None  # from scores to probabilities
     fingerprint_version: int = 1  # see `fingerprint.FINGERPRINT_VERSION`
+    card: str = ""  # digest of the model card
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -97,6 +100,10 @@ class ModelRecord(_Record):
         """Read the record in a folder; an empty one if there is none."""
         path = Path(folder) / RECORD
         return cls.from_dict(json.loads(path.read_text())) if path.is_file() else cls()
+
+    def has_written(self, card: str) -> bool:
+        """Whether a card in the record's folder is the one that was saved with it."""
+        return card_digest(card) == self.card if self.card else CARD_MARK in card
 
     def write(self, folder: Path) -> None:
         """Write the record into a folder."""
@@ -123,6 +130,11 @@ class ModelRecord(_Record):
                 f"{name!r} must be the backbone as it was when the adapter in {adapter_folder!r} was saved; got "
                 f"another: {digests}. Restore the backbone, or train the adapter again"
             )
+
+
+def card_digest(card: str) -> str:
+    """Return the digest of a model card."""
+    return hashlib.sha256(card.encode()).hexdigest()[:16]
 
 
 def history_frame(stages: Sequence[StageRecord]) -> pd.DataFrame:

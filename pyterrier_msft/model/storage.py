@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pyterrier_msft.model import adapters
-from pyterrier_msft.model.card import CARD_MARK
 from pyterrier_msft.model.files import CROSS_ENCODER_FILES, MODULES, read_json
-from pyterrier_msft.model.record import RECORD
+from pyterrier_msft.model.record import RECORD, ModelRecord
 
 FIRST = "pt_meta.json"  # the file that `finish_save` moves first
 # Files that `MonoCE.save` may write, and that may be removed when another model takes its place.
@@ -83,7 +82,7 @@ def replace_model(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder for a model's files, then move them into `folder` in place of the old model's.
 
     An exception inside the block leaves the old model as it was. Files that aren't a model's are always kept; a
-    README.md that isn't one of this package's cards becomes README.old.md.
+    README.md that isn't a card as this package wrote it becomes README.old.md.
     """
     finish_save(folder)
     partial, is_new = folder / PARTIAL, not folder.is_dir()
@@ -95,10 +94,18 @@ def replace_model(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder if is_new else partial, ignore_errors=True)
         raise
     card = folder / "README.md"
-    if card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace"):
+    if card.is_file() and not _is_unchanged(card):
         names = ("README.old.md", *(f"README.old-{number}.md" for number in range(2, 1000)))
         os.replace(card, next(path for name in names if not (path := folder / name).exists()))
     finish_save(folder)
+
+
+def _is_unchanged(card: Path) -> bool:
+    try:
+        record = ModelRecord.read(card.parent)
+    except ValueError:  # a damaged record
+        record = ModelRecord()
+    return record.has_written(card.read_text(encoding="utf-8", errors="replace"))
 
 
 def finish_save(folder: Path) -> None:

@@ -38,6 +38,7 @@ def train(
     objectives: Sequence[Objective],
     hyperparameters: Hyperparameters,
     *,
+    scorer: PairEncoder | None = None,
     validation: Validation | None = None,
     checkpoint_dir: str | Path | None = None,
     identity: Mapping[str, str] | None = None,
@@ -47,9 +48,10 @@ def train(
     """Train a cross-encoder in place, on its device and in its precision; weights and loss are float32.
 
     The first objective's plan has the numbers of the run. With `validation`, `SelectionCallback` chooses the weights
-    that are kept, which may be those of the start, and `patience` applies. With `checkpoint_dir`, the run resumes from
-    the newest checkpoint, whose `identity` (by name, what determines the result) must be equal. Rows are appended to
-    `history` as they are logged, so that they survive an interruption.
+    that are kept, which may be those of the start, and `patience` applies; `scorer` encodes its pairs, if it isn't the
+    encoder of training. With `checkpoint_dir`, the run resumes from the newest checkpoint, whose `identity` (by name,
+    what determines the result) must be equal. Rows are appended to `history` as they are logged, so that they survive
+    an interruption.
 
     Returns:
         The history, a dictionary for each logged step.
@@ -74,7 +76,7 @@ def train(
         stack.enter_context(first_token_only(network))
         trainer = ListwiseTrainer(
             objectives, network, encoder, hyperparameters,
-            dtype=dtype, validation=validation, history=history, progress=progress,
+            dtype=dtype, scorer=scorer or encoder, validation=validation, history=history, progress=progress,
             identity=None if checkpoint_dir is None else identity, args=arguments,
         )  # fmt: skip
         stack.callback(trainer.rows.bar.close)

@@ -54,6 +54,7 @@ class ListwiseTrainer(Trainer):
         hyperparameters: Hyperparameters,
         *,
         dtype: torch.dtype,
+        scorer: PairEncoder,
         validation: Validation | None,
         history: list[dict[str, Any]],
         progress: str | None,
@@ -66,7 +67,7 @@ class ListwiseTrainer(Trainer):
         self.schedule = StepSchedule([BatchSchedule(part.groups, part.plan, seed=seed) for part in objectives])
         torch.manual_seed(args.seed + distributed.rank())  # different dropout masks on each rank
         self.objectives, self.network, self.encoder, self.plan = objectives, network, encoder, plan
-        self.hyperparameters, self.dtype = hyperparameters, dtype
+        self.hyperparameters, self.dtype, self.scorer = hyperparameters, dtype, scorer
         self.validation = None if validation is None else validation.sample(plan.validation_queries)
         self.max_graph_tokens = max_graph_tokens(network, dtype, max_length=encoder.max_length, device=args.device)
         # Changed for the rest of the run when memory runs out.
@@ -231,7 +232,7 @@ class ListwiseTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Compute the validation metric, and notify the callbacks."""
         assert self.validation is not None
-        value, by_query = self.validation.values(self.network, self.encoder, self.dtype)
+        value, by_query = self.validation.values(self.network, self.scorer, self.dtype)
         metrics = {f"eval_{self.validation.metric}": value}
         self.log(metrics)
         if self.selection is not None:
