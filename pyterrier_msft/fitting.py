@@ -229,9 +229,10 @@ def _train_stage(
     is_identified = checkpoint_dir is not None or distributed.world_size() > 1
     identity = {}
     if is_identified:
-        identity = _identity(model, encoder, data, start, head_is_new=was_new)
-        if validation:
-            identity |= _validation_identity(scorer, validation, first_stage_weight)
+        identity = {
+            **_identity(model, encoder, data, start, head_is_new=was_new),
+            **_validation_identity(scorer, validation, first_stage_weight),
+        }
     stages[len(stages) - len(resumed) :] = [record]
     model.head_is_new = False
     try:
@@ -349,17 +350,16 @@ def _identity(
         **training_state(model.network),
         "whether the head is new": str(head_is_new),
         "data": data.digest[:16],
-        "validation": "none",
         "start weights": start,
     }
 
 
 def _validation_identity(
-    scorer: PairEncoder, validation: ValidationFrames, first_stage_weight: float
+    scorer: PairEncoder, validation: ValidationFrames | None, first_stage_weight: float
 ) -> dict[str, str]:
     """Return what validation adds to the identity."""
     return {
-        "validation": sha256_of([*map(frame_digest, validation)])[:16],
+        "validation": sha256_of([*map(frame_digest, validation)])[:16] if validation else "none",
         "max_length in validation": str(scorer.max_length),
-        "the first stage's weight in validation": str(first_stage_weight),
+        "the first stage's weight in validation": str(first_stage_weight if validation else 0.0),
     }
