@@ -132,6 +132,11 @@ def _differences(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> _Dif
     return _Differences(len(d), mean, sd / math.sqrt(len(d)))
 
 
+def paired_t_test(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
+    """Return the p-value of the two-sided paired t-test of one value per query each, in the same order."""
+    return _ttest(_differences(np.asarray(a, dtype=float), np.asarray(b, dtype=float)))
+
+
 def _ttest(d: _Differences) -> float:
     """The p-value of the two-sided paired t-test, also without variance."""
     if d.n < 2:

@@ -10,15 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyterrier as pt
 import torch
-from scipy.special import stdtr
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 
 from pyterrier_msft.model.record import KEPT, PART_LOSS
 from pyterrier_msft.notices import warn
+from pyterrier_msft.significance import paired_t_test
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import Checkpoint
 from pyterrier_msft.training.hyperparameters import Hyperparameters
@@ -181,12 +180,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
 
     def _is_significantly_worse(self) -> bool:
         """Whether the newest validation is worse than the best one by more than chance."""
-        difference = np.subtract(self.best_by_query, self.by_query)
-        n = len(difference)
-        if n == 1 or np.ptp(difference) == 0:
-            return bool(difference.mean() > 0)
-        t = difference.mean() / (difference.std(ddof=1) / math.sqrt(n))
-        return bool(2 * stdtr(n - 1, -t) < SIGNIFICANCE_LEVEL)
+        is_tested = len(self.by_query) > 1  # with a single query, the better value is kept
+        return not is_tested or paired_t_test(self.best_by_query, self.by_query) < SIGNIFICANCE_LEVEL
 
 
 class CheckpointCallback(TrainerCallback, ExportableState):
