@@ -48,8 +48,10 @@ TEXT_WIDTH = 95  # characters of a line of text
 
 # How `equivalence` draws a verdict: colour, marker, and how it's filled.
 VERDICT_STYLES = {
-    significance.DIFFERENT: (VERMILLION, "D", "full"),
-    significance.BOTH: (PURPLE, "D", "left"),
+    significance.BETTER: (VERMILLION, "D", "full"),
+    significance.WORSE: (VERMILLION, "D", "full"),
+    significance.BETTER_WITHIN: (PURPLE, "D", "left"),
+    significance.WORSE_WITHIN: (PURPLE, "D", "left"),
     significance.EQUIVALENT: (BLUE, "o", "full"),
     significance.UNDECIDED: (GREY, "o", "none"),
 }

@@ -1,4 +1,4 @@
-"""Paired tests over queries: are two re-rankers different, equivalent, or is it undecided?
+"""Paired tests over queries: is a re-ranker better, worse or equivalent, or is it undecided?
 
 A t-test that finds no difference doesn't show that there is none; an equivalence test with a stated margin can.
 
@@ -47,9 +47,11 @@ from scipy.special import stdtr, stdtrit
 
 from pyterrier_msft.notices import warn
 
-DIFFERENT = "different"
+BETTER = "better"
+WORSE = "worse"
 EQUIVALENT = "equivalent within the margin"
-BOTH = "different, but within the margin"
+BETTER_WITHIN = "better, but within the margin"
+WORSE_WITHIN = "worse, but within the margin"
 UNDECIDED = "undecided"
 
 
@@ -198,12 +200,13 @@ def equivalence_table(
 ) -> pd.DataFrame:
     """Compare systems query by query: t-test, equivalence test, confidence interval and a verdict.
 
-    The verdict compares the two p-values (corrected, if a correction is given) with alpha:
+    The verdict on `system` compares the two p-values (corrected, if a correction is given) with alpha:
 
-    - "different": the t-test rejects equal means;
+    - "better" or "worse" (than the baseline): the t-test rejects equal means. As it is two-sided, the direction is that
+      of the difference;
     - "equivalent within the margin": the TOST rejects a difference of `margin` or more;
-    - "different, but within the margin": both reject; there is a difference, and it is smaller than what matters
-      (frequent with many queries);
+    - "better, but within the margin" or "worse, but within the margin": both reject; there is a difference, and it is
+      smaller than what matters (frequent with many queries);
     - "undecided": neither rejects; there are too few queries to tell. It does *not* mean "no difference".
 
     The confidence interval is the TOST's, of level 1 - 2 alpha (90% for alpha = .05): without a correction, the TOST
@@ -270,9 +273,11 @@ def _with_holm(table: pd.DataFrame, *, by_measure: bool) -> pd.DataFrame:
 
 
 def _with_verdicts(table: pd.DataFrame, alpha: float, *, suffix: str) -> pd.DataFrame:
-    verdicts = {(True, False): DIFFERENT, (False, True): EQUIVALENT, (True, True): BOTH, (False, False): UNDECIDED}
-    rejected = zip(table[f"p_ttest{suffix}"] < alpha, table[f"p_tost{suffix}"] < alpha, strict=True)
-    return table.assign(verdict=[verdicts[each] for each in rejected])
+    different, equivalent = table[f"p_ttest{suffix}"] < alpha, table[f"p_tost{suffix}"] < alpha
+    better = table["difference"] > 0
+    conditions = [different & equivalent & better, different & equivalent, different & better, different, equivalent]
+    choices = [BETTER_WITHIN, WORSE_WITHIN, BETTER, WORSE, EQUIVALENT]
+    return table.assign(verdict=np.select(conditions, choices, default=UNDECIDED).astype(object))
 
 
 def seed_summary(perquery: pd.DataFrame) -> pd.DataFrame:

@@ -19,9 +19,11 @@ TOP_DOCUMENTS = 3  # of each of these queries
 QUERY_LENGTH, TEXT_LENGTH = 300, 160  # characters
 
 LEGEND = {
-    significance.DIFFERENT: "the t-test rejects that the means are equal.",
+    significance.BETTER: "the t-test rejects that the means are equal, and the difference is positive.",
+    significance.WORSE: "the t-test rejects that the means are equal, and the difference is negative.",
     significance.EQUIVALENT: "the equivalence test (TOST) rejects a difference of the margin or more.",
-    significance.BOTH: "both tests reject: there is a difference, and it is smaller than the margin.",
+    significance.BETTER_WITHIN: "both tests reject: the difference is positive, and smaller than the margin.",
+    significance.WORSE_WITHIN: "both tests reject: the difference is negative, and smaller than the margin.",
     significance.UNDECIDED: "neither rejects: there are too few queries to tell. It doesn't mean “no difference”.",
 }
 

@@ -332,7 +332,7 @@ def test_forest_plot_of_a_single_query():
 
 def test_tick_labels_of_narrow_intervals_dont_overlap():
     row = {"measure": "nDCG@10", "system": "CL-KD", "baseline": "CL", "n_queries": 400, "difference": 0.001}
-    row |= {"ci_low": -0.001, "ci_high": 0.003, "ci_level": 0.9, "margin": 0.01, "verdict": significance.BOTH}
+    row |= {"ci_low": -0.001, "ci_high": 0.003, "ci_level": 0.9, "margin": 0.01, "verdict": significance.BETTER_WITHIN}
     ax = plots.equivalence(pd.DataFrame([row]))
     ax.figure.canvas.draw()
     boxes = [label.get_window_extent() for label in ax.get_xticklabels()]

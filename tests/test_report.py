@@ -159,9 +159,9 @@ def test_values_tests_and_verdicts(page):
     low, high = stats.ttest_rel(better, base).confidence_interval(0.9)
     assert row["90% interval"] == f"[{low:+.4f}, {high:+.4f}]".replace("-", "−")
     assert row["Margin"] == "±0.01"
-    assert row["Verdict"] == "different"
+    assert row["Verdict"] == "better"
     assert row["p (TOST)"] == "1.000"
-    assert "different the t-test rejects" in page.text
+    assert "better the t-test rejects" in page.text
     assert "undecided" not in page.text  # the legend has only the verdicts that occur
     nDCG_row = table[table["Measure"] == "nDCG@5"].iloc[0]
     assert f"CL: nDCG@5 {nDCG_row['Mean']} against {nDCG_row['first <stage>']} of first <stage>" in page.text

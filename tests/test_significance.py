@@ -223,7 +223,7 @@ def test_table_by_hand():
     assert list(table)[-3:] == ["p_ttest", "p_tost", "verdict"]
     assert table["verdict"].to_list() == [
         "equivalent within the margin",
-        "different",
+        "worse",
         "equivalent within the margin",
     ]
 
@@ -248,9 +248,11 @@ def test_table_agrees_with_the_tests(pair, margin):
 @pytest.mark.parametrize(
     ("shift", "spread", "verdict"),
     [
-        (0.03, 0.001, "different"),
+        (0.03, 0.001, "better"),
+        (-0.03, 0.001, "worse"),
         (0.0, 0.001, "equivalent within the margin"),
-        (0.005, 0.001, "different, but within the margin"),
+        (0.005, 0.001, "better, but within the margin"),
+        (-0.005, 0.001, "worse, but within the margin"),
         (0.005, 0.1, "undecided"),
     ],
 )
@@ -269,7 +271,7 @@ def test_verdict_follows_the_correction():
     np.testing.assert_allclose(corrected[["p_ttest_holm", "p_tost_holm"]], holm(plain[["p_ttest", "p_tost"]]))
     assert_frame_equal(corrected[list(plain)[:-1]], plain[list(plain)[:-1]])
     different, equivalent = corrected["p_ttest_holm"] < 0.05, corrected["p_tost_holm"] < 0.05
-    assert (corrected["verdict"].str.startswith("different") == different).all()
+    assert (corrected["verdict"].str.startswith(("better", "worse")) == different).all()
     assert (corrected["verdict"].str.contains("within") == equivalent).all()
     assert (plain["verdict"] != corrected["verdict"]).any()
 
