@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 from ir_measures import nDCG
-from quickstart import bm25, minilm
+from quickstart import bm25, minilm, texts
 from scipy import stats
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, PrependScore, unlabelled
@@ -82,7 +82,7 @@ class Study:
         self.max_length = LENGTHS.get(args.dataset, 96)
         train, test = self._dataset(args.train or "train"), self._dataset(args.test or "test")
         index = out / args.dataset.replace(":", "-").replace("/", "-")
-        self.candidates = bm25(train, index) >> train.text_loader()
+        self.candidates = bm25(train, index) >> texts(train)
         self.folds = self._folds(train, test)
         self.tests = [self._top(fold.test, args.depth) for fold in self.folds]
         self.made = unlabelled.make_queries(train.get_corpus_iter(verbose=False), n=args.made_queries)

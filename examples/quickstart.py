@@ -11,6 +11,7 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,7 +38,7 @@ def main() -> None:
     if args.dataset == "pydocs":
         train[0].describe().to_csv(out / "collection.csv", index=False)
     first_stage = bm25(train[0], out)
-    loader = train[0].text_loader()
+    loader = texts(train[0])
     candidates = first_stage % DEPTH >> loader
     teacher = unlabelled.BiEncoder(minilm(), max_length=64)
 
@@ -139,8 +140,21 @@ def bm25(dataset: pt.datasets.Dataset, out: Path) -> pt.Transformer:
     if isinstance(dataset, PyDocs):
         return dataset.bm25()
     if not (out / "bm25").exists():
-        BM25(dataset.get_corpus_iter(verbose=True)).save(out / "bm25")
+        documents = ({**document, "text": with_title(document)} for document in dataset.get_corpus_iter(verbose=True))
+        BM25(documents).save(out / "bm25")
     return BM25.load(out / "bm25")
+
+
+def texts(dataset: pt.datasets.Dataset) -> pt.Transformer:
+    """Add the documents' texts, with their titles."""
+    loader = dataset.text_loader()
+    return loader if isinstance(dataset, PyDocs) else loader >> pt.apply.text(with_title)
+
+
+def with_title(document: Any) -> str:
+    """Return a document's text, preceded by its title if it has one that isn't part of the text."""
+    title, text = document.get("title", ""), document["text"]
+    return text if title in text else f"{title} {text}"
 
 
 def minilm() -> str:

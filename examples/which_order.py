@@ -13,7 +13,7 @@ import pandas as pd
 import pyterrier as pt
 from ir_measures import nDCG
 from learning_curve import judged, model_alone
-from quickstart import bm25, minilm
+from quickstart import bm25, minilm, texts
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots, unlabelled
 from pyterrier_msft.significance import equivalence_table, seed_summary
@@ -69,7 +69,7 @@ class Study:
         self.args, self.out = args, out
         separator = ":" if args.dataset == "pydocs" else "/"
         train, test = (pt.get_dataset(f"{args.dataset}{separator}{part}") for part in ("train", "test"))
-        self.retrieve = bm25(train, out) % 50 >> train.text_loader()
+        self.retrieve = bm25(train, out) % 50 >> texts(train)
         self.topics, self.qrels = judged(train)
         if args.dataset == "pydocs":
             validation_topics, validation_qrels = judged(pt.get_dataset("pydocs:dev"))

@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
+from pyterrier_msft.notices import warn
+
 if TYPE_CHECKING:
     import bm25s
 
@@ -41,6 +43,7 @@ class BM25(pt.Transformer):
 
     Args:
         documents: Dictionaries with docno and text, such as `dataset.get_corpus_iter()` or `frame.to_dict("records")`.
+            Other fields, such as a title, aren't indexed.
         num_results: The number of documents to retrieve per query.
 
     Example:
@@ -57,9 +60,12 @@ class BM25(pt.Transformer):
         docnos: list[str] = []
         vocabulary: dict[str, int] = {}
         ids = []
+        unread = 0  # titles that aren't in the text
         for document in documents:
             docno, text = _fields(document)
             docnos.append(docno)
+            title = str(document.get("title") or "").strip()
+            unread += bool(title) and title not in text
             ids.append([vocabulary.setdefault(stem(word), len(vocabulary)) for word in _words(text)])
         if len(set(docnos)) < len(docnos):
             repeated = pd.Series(docnos).loc[lambda found: found.duplicated()]
@@ -69,6 +75,11 @@ class BM25(pt.Transformer):
             )
         if not vocabulary:
             raise ValueError(f"documents must have at least one word; got {len(docnos):,} documents without any")
+        if unread > len(docnos) / 2:
+            warn(
+                f"documents have titles that aren't indexed, only their texts are ({unread:,} of {len(docnos):,}). "
+                "Join both: BM25({**d, 'text': d['title'] + ' ' + d['text']} for d in documents)"
+            )
         self._docnos = np.array(docnos, dtype=object)
         self._index: bm25s.BM25 = engine.BM25(k1=K1, b=B, method="lucene")
         self._index.index((ids, vocabulary), create_empty_token=False, show_progress=False)

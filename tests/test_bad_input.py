@@ -309,6 +309,19 @@ def test_missing_text(missing, scorer, tmp_path):
 
 
 @row
+def test_unread_titles(scorer):
+    titled = RESULTS.assign(title=[None if i % 4 == 0 else f"Title {i}" for i in range(len(RESULTS))])
+    with pytest.warns(UserWarning, match=r"'title' that isn't read.*row\['title'\] \+ ' ' \+ row\['text'\]"):
+        scorer(titled)
+    assert "'title' that isn't read" in prepare(titled, QRELS)[2][0]
+    joined = titled.assign(text=titled["title"].fillna("") + " " + titled["text"])
+    of_topics = RESULTS.assign(title=RESULTS["query"])
+    for read in (joined, of_topics, titled.assign(title="")):
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            scorer(read)
+
+
+@row
 @pytest.mark.parametrize("missing", [None, NAN, pd.NA, ""])
 def test_missing_query(missing, scorer):
     frame = RESULTS.astype({"query": object})

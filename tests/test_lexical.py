@@ -4,6 +4,7 @@ import math
 import pickle
 import re
 import sys
+import warnings
 
 import pandas as pd
 import pyterrier as pt
@@ -173,6 +174,14 @@ def test_building_and_searching_print_and_log_nothing(tmp_path, capfd, caplog):
     BM25.load(tmp_path / "index").search("sort")
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
+
+
+def test_titles_that_are_not_indexed_are_reported():
+    titled = [{**document, "title": f"Title of {document['docno']}"} for document in DOCUMENTS]
+    with pytest.warns(UserWarning, match=f"titles that aren't indexed.*{len(titled)} of {len(titled)}"):
+        BM25(titled)
+    with warnings.catch_warnings(action="error"):
+        BM25([{**document, "text": document["title"] + " " + document["text"]} for document in titled])
 
 
 @pytest.mark.parametrize("name", ["bm25s", "Stemmer"])

@@ -18,6 +18,8 @@ from pyterrier_msft.ids import as_ids, require_ids
 from pyterrier_msft.notices import warn, warn_of_data
 
 MIN_LOOKUPS_FOR_CHECK = 32  # if none of so many documents has a text, the source must be wrong
+TITLE = "title"
+TITLE_SAMPLE = 200  # rows that are searched for titles
 NEEDED_TEXTS = "text source must have all documents of the results, and of the qrels with add_missing_positives=True"
 
 
@@ -64,8 +66,28 @@ class TextSource:
         return results
 
     def add_to(self, results: pd.DataFrame) -> pd.DataFrame:
-        """Add texts to results that lack them, if there is a source."""
-        return results if self.source is None or self.field in results.columns else self.load(results)
+        """Add texts to results that lack them, if there is a source; warn about titles that aren't part of them."""
+        if self.source is None or self.field in results.columns:
+            self._warn_of_unread_titles(results)
+            return results
+        return self.load(results)
+
+    def _warn_of_unread_titles(self, results: pd.DataFrame) -> None:
+        """Warn if results have the documents' titles, and the texts don't: those of BEIR, for example."""
+        columns = [TITLE, self.field, "query"]
+        if self.field == TITLE or [*results.columns.intersection(columns)].count(TITLE) != 1:
+            return
+        sample = results.reindex(columns=columns).iloc[:: even_step(len(results), TITLE_SAMPLE)]
+        rows = sample.astype(object).fillna("").astype(str).itertuples(index=False)
+        # A title that is the query is that of a topic.
+        unread = sum(
+            bool(title.strip()) and title.strip() not in text and title != query for title, text, query in rows
+        )
+        if unread > len(sample) / 2:
+            warn_of_data(
+                f"results have a column {TITLE!r} that isn't read, only {self.field!r} is. If these are the documents' "
+                f"titles, join both: pt.apply.{self.field}(lambda row: row['{TITLE}'] + ' ' + row['{self.field}'])"
+            )
 
     def load(self, results: pd.DataFrame) -> pd.DataFrame:
         """Look up the texts of results."""
