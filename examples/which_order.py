@@ -112,9 +112,9 @@ class Study:
         """Train and measure the systems of a seed that aren't in its file yet."""
         path = self.out / f"seed-{seed}.csv"
         done = {*pd.read_csv(path)["name"]} if path.is_file() else set()
-        if not done:
-            self.save(path, "BM25", self.test, self.test)
-            self.save(path, "teacher", taught := self.teacher(self.test), taught)
+        for name, ranker in {"BM25": pt.Transformer.identity(), "teacher": self.teacher}.items():
+            if name not in done:
+                self.save(path, name, ranked := ranker(self.test), ranked)
         rates = [f"{rate:g}" for rate in self.args.rates]
         orders = [f"{first}-{second} {rate}" for first, second in (("CL", "KD"), ("KD", "CL")) for rate in rates]
         wanted = [name for name in self.args.sequences or ["CL", "KD", "CL+KD", *orders] if name not in done]

@@ -1,5 +1,7 @@
 """`explain`: which words of a document its score depends on."""
 
+import hashlib
+
 import pandas as pd
 import pyterrier as pt
 
@@ -36,8 +38,7 @@ def explain(
         >>> words = explain(ce, results.head(1))
     """
     check_number("max_words", max_words, integer=True)
-    own = (part.text_field for part in all_parts_of(reranker) if hasattr(part, "text_field"))
-    text_field = text_field or next(own, "text")
+    text_field = text_field or _text_field(reranker)
     require_columns(results, ["qid", "query", "docno", text_field], "results")
     texts = [text.split() for text in as_texts(results[text_field])]
     variants = pd.DataFrame(
@@ -50,8 +51,9 @@ def explain(
     )
     whole = pd.DataFrame({"row": range(len(texts)), text_field: [" ".join(words) for words in texts]})
     to_score = pd.concat([whole, variants], ignore_index=True)
-    # Ids of their own, because a re-ranker may change the order of rows.
-    docnos = to_score.index.map(str)
+    # Ids of their own, because a re-ranker may change the order of rows, and a cache may know documents by their ids.
+    digests = (hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16] for text in to_score[text_field])
+    docnos = pd.Index([f"explain-{row}-{digest}" for row, digest in enumerate(digests)])
     frame = results.iloc[to_score["row"].to_numpy(dtype=int)].reset_index(drop=True)
     scored = reranker(frame.assign(docno=docnos, **{text_field: to_score[text_field]}))
     require_columns(scored, ["docno", "score"], "reranker: its results")
@@ -66,3 +68,10 @@ def explain(
     return documents.assign(
         position=variants["position"], word=variants["word"], importance=scores[rows] - scores[len(whole) :]
     )
+
+
+def _text_field(reranker: pt.Transformer) -> str:
+    found = {part.text_field: None for part in all_parts_of(reranker) if hasattr(part, "text_field")}
+    if len(found) > 1:
+        raise ValueError(f"text_field must be one of {[*found]}, since the re-rankers read different columns; got None")
+    return next(iter(found), "text")

@@ -236,9 +236,10 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
 
         Raises:
             ValueError: If something is missing or nothing is left to train on; raised before training starts.
+            RuntimeError: If another thread trains this re-ranker.
         """
         fitters = check_fitter(self.fitter or Contrastive() if fitter is None else fitter).stages
-        with distributed.silence_other_ranks():
+        with distributed.silence_other_ranks(), self.cross_encoder.in_training():
             check_training_device(self.cross_encoder.device)
             verbose = shows_progress(self.verbose)
             validation = validation_frames(

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from pyterrier_msft.data.frames import as_texts
 from pyterrier_msft.lexical import JOINERS, combining_marks
-from pyterrier_msft.model.loading import quiet_transformers
+from pyterrier_msft.model.loading import isolated_rng, quiet_transformers
 from pyterrier_msft.model.precision import autocast, resolve_device, resolve_dtype
 from pyterrier_msft.notices import shows_progress
 from pyterrier_msft.training.hyperparameters import check_number
@@ -61,7 +61,8 @@ def make_queries(
     seen: set[str] = set()
     for document in corpus:
         fields = [str(document.get(field) or "") for field in (title_field, text_field) if field is not None]
-        candidates = (sentence for text in fields for sentence in SENTENCE_END.split(text.strip()))
+        *titles, body = fields
+        candidates = (*titles, *SENTENCE_END.split(body.strip()))
         found = (" ".join(_word().findall(sentence)) for sentence in candidates)
         query = next((text for text in found if MIN_WORDS <= _count_words(text) <= MAX_WORDS), None)
         if query is not None and query not in seen and (docno := str(document["docno"])) not in queries:
@@ -130,7 +131,7 @@ class BiEncoder(pt.Transformer):
         """Embed texts, in batches of similar length."""
         device = resolve_device(self.device)
         if self._network is None:
-            with quiet_transformers():
+            with quiet_transformers(), isolated_rng(0):  # a pooler that the folder lacks is drawn
                 self._tokenizer = AutoTokenizer.from_pretrained(self.model)
                 self._network = AutoModel.from_pretrained(self.model).eval().to(device)
         ordered = sorted(texts, key=lambda text: (len(text), text))

@@ -69,3 +69,26 @@ def test_no_words(ce, results):
     words = explain(ce, results)
     assert [*words.columns] == ["qid", "docno", "position", "word", "importance"]
     assert not len(words)
+
+
+def test_a_cache_by_docno_keeps_the_documents_apart(ce):
+    """Such a cache returns a document's score whatever its text is now."""
+    scores = {}
+
+    def score(frame):
+        missing = frame[[key not in scores for key in zip(frame["query"], frame["docno"], strict=True)]]
+        scores.update(zip(zip(missing["query"], missing["docno"], strict=True), ce(missing)["score"], strict=True))
+        return frame.assign(score=[scores[key] for key in zip(frame["query"], frame["docno"], strict=True)])
+
+    numbered = PART.results.head(2).assign(docno=["0", "1"])
+    cached = pt.apply.generic(score)
+    for i in (1, 0):
+        row = numbered.iloc[[i]]
+        pd.testing.assert_frame_equal(explain(cached, row), explain(ce, row), atol=1e-4)
+    np.testing.assert_allclose(cached(numbered)["score"], ce(numbered)["score"], atol=1e-4)
+
+
+def test_re_rankers_of_different_fields_need_a_choice(ce):
+    two = ce >> ce.apply_attributes(text_field="body")
+    with pytest.raises(ValueError, match=r"text_field must be one of \['text', 'body'\]"):
+        explain(two, PART.results.assign(body="some text"))

@@ -17,7 +17,7 @@ from pandas.testing import assert_frame_equal
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_grid, fit_sequences
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_grid, fit_sequences, losses
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import ModelRecord
 
@@ -776,3 +776,62 @@ def test_two_threads_train_as_one(ce, train_part):
     for thread in threads:
         thread.join()
     assert [copy_.fingerprint for copy_ in copies] == [alone.fingerprint] * 2
+
+
+def test_loading_in_another_thread_does_not_change_training(ce, backbone, train_part):
+    """Both draw from torch's global random state."""
+    fitter = Contrastive(n_negatives=2, epochs=6, batch_size=2, dropout=0.2)
+    alone = ce.clone().fit(train_part.results, train_part.qrels, fitter=fitter).fingerprint
+    untrained = MonoCE(backbone, seed=1, dtype="float32", device="cpu").fingerprint
+    beside = ce.clone()
+    thread = threading.Thread(target=beside.fit, args=(train_part.results, train_part.qrels), kwargs={"fitter": fitter})
+    thread.start()
+    loaded = []
+    while thread.is_alive():
+        loaded.append(MonoCE(backbone, seed=1, dtype="float32", device="cpu").fingerprint)
+    assert beside.fingerprint == alone
+    assert {*loaded} == {untrained}
+
+
+def test_a_re_ranker_that_another_thread_trains_is_refused(ce, train_part, test_part):
+    errors = []
+
+    def attempt(use):
+        try:
+            use()
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    def loss(scores, labels, mask):
+        uses = [lambda: trained(test_part.results), lambda: trained.fit(train_part.results, train_part.qrels)]
+        threads = [threading.Thread(target=attempt, args=(use,)) for use in uses]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return losses.localized_contrastive(scores, labels, mask)
+
+    trained = ce.clone()
+    trained.fit(train_part.results, train_part.qrels, fitter=Contrastive(loss=loss, n_negatives=2, max_steps=1))
+    assert [message.partition(" need")[0] for message in sorted(errors)] == ["scores", "weights"]
+    assert len(trained(test_part.results)) == len(test_part.results)
+
+
+def test_scores_of_weights_that_changed_meanwhile_are_refused(ce, train_part, test_part):
+    scored = ce.clone()
+    network = scored.cross_encoder.network
+    forward = network.forward
+
+    def train_and_forward(**inputs):
+        network.forward = forward
+        thread = threading.Thread(
+            target=scored.fit, args=(train_part.results, train_part.qrels), kwargs={"fitter": BRIEF}
+        )
+        thread.start()
+        thread.join()
+        return forward(**inputs)
+
+    network.forward = train_and_forward
+    with pytest.raises(RuntimeError, match="no other thread trains at the same time"):
+        scored(test_part.results)
+    assert len(scored(test_part.results)) == len(test_part.results)

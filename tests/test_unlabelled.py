@@ -1,5 +1,6 @@
 """Queries made from a corpus, and a teacher that needs no LLM."""
 
+import re
 import unicodedata
 
 import numpy as np
@@ -29,6 +30,12 @@ def test_queries_are_titles_or_first_sentences():
     }
     without_titles = make_queries(CORPUS, n=10, title_field=None).set_index("qid")["query"]
     assert without_titles["made-a"] == "It is fast on average"
+
+
+@pytest.mark.parametrize("title", ["St. Louis Cardinals win the World Series", "What is AI? A short guide"])
+def test_a_title_is_used_as_a_whole(title):
+    made = make_queries([{"docno": "a", "title": title, "text": "Some other text follows."}], n=10)
+    assert made["query"].item().split() == re.findall(r"\w+", title)
 
 
 def test_a_sample_of_queries_depends_on_the_seed():

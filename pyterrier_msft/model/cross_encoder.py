@@ -1,9 +1,10 @@
 """`CrossEncoder`: network, tokenizer and adapter in one object."""
 
+import contextlib
 import copy
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,12 +27,12 @@ from pyterrier_msft.model.quantized import QuantizedNetwork
 from pyterrier_msft.model.record import ModelRecord
 from pyterrier_msft.model.scoring import score_pairs
 from pyterrier_msft.model.storage import check_source
+from pyterrier_msft.model.threads import RANDOM_STATE
 from pyterrier_msft.notices import warn
 
 # They determine what is loaded from a folder or the hub.
 SOURCE_SETTINGS = ("seed", "relevant", "template", "true", "false")
-# Loading seeds torch's global generator, and two threads may need the same cross-encoder.
-_LOADING = threading.RLock()
+_LOADING = threading.RLock()  # two threads may need the same cross-encoder
 
 
 class CrossEncoder:
@@ -84,6 +85,8 @@ class CrossEncoder:
         self._source: str | None = None  # folder or name to load the present weights from
         self._expected_fingerprint: str | None = None  # of weights still to be loaded
         self._int8: tuple[str, QuantizedNetwork] | None = None  # the fingerprint, and the quantized copy of the weights
+        self._trained_by: int | None = None  # the thread that trains it now
+        self._n_trainings = 0
         self._warned_encoders: frozenset[tuple[int, int | None]] = frozenset()  # whose truncated queries were reported
 
     @property
@@ -119,7 +122,8 @@ class CrossEncoder:
         return self._ensure_loaded()
 
     def _ensure_loaded(self) -> PreTrainedModel:
-        with _LOADING:
+        is_pending = self._network is None or (self._peft_model is None and self.adapter is not None)
+        with RANDOM_STATE if is_pending else contextlib.nullcontext(), _LOADING:
             return self._load()
 
     def _load(self) -> PreTrainedModel:
@@ -243,17 +247,40 @@ class CrossEncoder:
         self, encoder: PairEncoder, queries: Sequence[Any], texts: Sequence[Any], *, batch_size: int | None = None,
         progress: Callable[[int], Any] | None = None,
     ) -> np.ndarray:  # fmt: skip
-        """Score pairs, see `score_pairs`; a ValueError if a score isn't finite.
+        """Score pairs, see `score_pairs`. Truncated queries are reported once for each setting of the lengths.
 
-        Truncated queries are reported once for each setting of the lengths.
+        Raises:
+            ValueError: If a score isn't finite.
+            RuntimeError: If another thread trains this cross-encoder meanwhile.
         """
+        n_trainings = self._n_trainings
+        self._check_not_in_training("scores")
         self._warn_of_truncated_queries(encoder, queries, texts)
         dtype = self.dtype
         network = self._quantized(encoder) if dtype == torch.int8 else self.network
         scores = score_pairs(network, encoder, queries, texts, dtype=dtype, batch_size=batch_size, progress=progress)
+        if self._n_trainings > n_trainings:
+            self._check_not_in_training("scores", has_ended=True)
         if bad := int(np.sum(~np.isfinite(scores))):
             raise ValueError(f"scores must be finite; {bad:,} of {len(scores):,} aren't. Check the model's weights")
         return scores
+
+    @contextlib.contextmanager
+    def in_training(self) -> Iterator[None]:
+        """Keep other threads from scoring with weights that change, or from changing them, too."""
+        self._check_not_in_training("weights")
+        self._trained_by, self._n_trainings = threading.get_ident(), self._n_trainings + 1
+        try:
+            yield
+        finally:
+            self._trained_by = None
+
+    def _check_not_in_training(self, what: str, *, has_ended: bool = False) -> None:
+        if has_ended or self._trained_by not in {None, threading.get_ident()}:
+            raise RuntimeError(
+                f"{what} need a re-ranker that no other thread trains at the same time; {self.name} is being trained. "
+                "Wait for fit to return, or use a clone() that was made before"
+            )
 
     def _warn_of_truncated_queries(self, encoder: PairEncoder, queries: Sequence[Any], texts: Sequence[Any]) -> None:
         lengths = encoder.max_length, encoder.max_query_length
@@ -270,7 +297,7 @@ class CrossEncoder:
         # In one call, since the two share modules.
         weights = (self._network, self._peft_model) if with_weights else (None, None)
         other._network, other._peft_model = copy.deepcopy(weights)
-        other._is_callers = False
+        other._is_callers, other._trained_by = False, None
         return other
 
     def reseeded(self, seed: int) -> Self:
@@ -342,7 +369,7 @@ class CrossEncoder:
         return fingerprint_of(network, peft_model, tokenizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_int8": None}
+        state = {**self.__dict__, "_int8": None, "_trained_by": None}
         if self._network is None:
             return {**state, "name": _absolute(self.name)}
         fingerprint = self.fingerprint

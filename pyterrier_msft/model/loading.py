@@ -38,7 +38,7 @@ from pyterrier_msft.model.files import (
 from pyterrier_msft.model.labels import check_labels, score_label
 from pyterrier_msft.model.modular import Head, ModularNetwork
 from pyterrier_msft.model.prompts import Prompt
-from pyterrier_msft.model.threads import SharedContext
+from pyterrier_msft.model.threads import RANDOM_STATE, SharedContext
 
 Kind = Literal["classifier", "modules", "words"]  # how the score is computed from a network's output
 # The task, in the files of a sentence-transformers CrossEncoder.
@@ -229,8 +229,8 @@ def quiet_transformers() -> SharedContext:
 
 @contextlib.contextmanager
 def isolated_rng(seed: int) -> Iterator[None]:
-    """Seed torch inside the block, then restore its random state."""
-    with torch.random.fork_rng():
+    """Seed torch inside the block, then restore its random state. Other threads that do so, or train, wait."""
+    with RANDOM_STATE, torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 

@@ -5,6 +5,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+# Held by whoever seeds torch's global random state or draws from it: a training run, and loading a model with a new
+# head. Take it before any other lock.
+RANDOM_STATE = threading.RLock()
+
 
 class SharedContext(AbstractContextManager[Any]):
     """A context manager that the first of several threads enters for all of them, and the last one exits.

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.first_token import first_token_only
 from pyterrier_msft.model.loading import quiet_transformers
+from pyterrier_msft.model.threads import RANDOM_STATE
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import Checkpoint, check_writable, checkpoint_to_resume
 from pyterrier_msft.training.hyperparameters import Hyperparameters
@@ -27,9 +27,6 @@ from pyterrier_msft.training.trainer import ListwiseTrainer
 from pyterrier_msft.training.validation import Validation
 
 logger = logging.getLogger(__name__)
-
-# Training seeds the global random number generators, so two threads must not train at once.
-_ONE_AT_A_TIME = threading.RLock()
 
 
 def train(
@@ -63,7 +60,7 @@ def train(
     history, identity = [] if history is None else history, dict(identity or {})
     model.prepare_training()
     network, dtype = model.network, model.training_dtype
-    with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
+    with RANDOM_STATE, contextlib.ExitStack() as stack:
         stack.enter_context(preserve_global_state())
         stack.enter_context(quiet_transformers())
         if checkpoint_dir is None:
