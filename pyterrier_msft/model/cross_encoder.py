@@ -254,13 +254,13 @@ class CrossEncoder:
             RuntimeError: If another thread trains this cross-encoder meanwhile.
         """
         n_trainings = self._n_trainings
-        self._check_not_in_training("scores")
+        self._check_no_other_trains()
         self._warn_of_truncated_queries(encoder, queries, texts)
         dtype = self.dtype
         network = self._quantized(encoder) if dtype == torch.int8 else self.network
         scores = score_pairs(network, encoder, queries, texts, dtype=dtype, batch_size=batch_size, progress=progress)
         if self._n_trainings > n_trainings:
-            self._check_not_in_training("scores", has_ended=True)
+            raise self._trained_elsewhere()
         if bad := int(np.sum(~np.isfinite(scores))):
             raise ValueError(f"scores must be finite; {bad:,} of {len(scores):,} aren't. Check the model's weights")
         return scores
@@ -268,19 +268,22 @@ class CrossEncoder:
     @contextlib.contextmanager
     def in_training(self) -> Iterator[None]:
         """Keep other threads from scoring with weights that change, or from changing them, too."""
-        self._check_not_in_training("weights")
+        self._check_no_other_trains()
         self._trained_by, self._n_trainings = threading.get_ident(), self._n_trainings + 1
         try:
             yield
         finally:
             self._trained_by = None
 
-    def _check_not_in_training(self, what: str, *, has_ended: bool = False) -> None:
-        if has_ended or self._trained_by not in {None, threading.get_ident()}:
-            raise RuntimeError(
-                f"{what} need a re-ranker that no other thread trains at the same time; {self.name} is being trained. "
-                "Wait for fit to return, or use a clone() that was made before"
-            )
+    def _check_no_other_trains(self) -> None:
+        if self._trained_by not in {None, threading.get_ident()}:
+            raise self._trained_elsewhere()
+
+    def _trained_elsewhere(self) -> RuntimeError:
+        return RuntimeError(
+            f"the re-ranker of {self.name} must not be used while another thread trains it. Wait for fit to return, or "
+            "use a clone() that was made before"
+        )
 
     def _warn_of_truncated_queries(self, encoder: PairEncoder, queries: Sequence[Any], texts: Sequence[Any]) -> None:
         lengths = encoder.max_length, encoder.max_query_length
