@@ -82,10 +82,13 @@ class Study:
         self.max_length = LENGTHS.get(args.dataset, 96)
         train, test = self._dataset(args.train or "train"), self._dataset(args.test or "test")
         index = out / args.dataset.replace(":", "-").replace("/", "-")
-        self.candidates = bm25(train, index) >> texts(train)
+        retrieve = bm25(train, index)
+        self.candidates = retrieve >> texts(train)
         self.folds = self._folds(train, test)
         self.tests = [self._top(fold.test, args.depth) for fold in self.folds]
         self.made = unlabelled.make_queries(train.get_corpus_iter(verbose=False), n=args.made_queries)
+        # Without titles, as many of these queries are titles, and a text that begins with its query teaches little.
+        self.untitled = retrieve % 8 >> train.text_loader(fields=["text"])
         self.teacher = unlabelled.BiEncoder(minilm())
         self.distilled: dict[int, MonoCE] = {}
         for number, results in enumerate(self.tests):
@@ -149,7 +152,7 @@ class Study:
         if seed not in self.distilled:
             ce = MonoCE(self.args.backbone, max_length=self.max_length, seed=seed)
             fitter = Distillation(teacher=self.teacher, depth=8, epochs=2, dropout=0.0, seed=seed)
-            self.distilled[seed] = ce.fit(self._top(self.made, 8), fitter=fitter)
+            self.distilled[seed] = ce.fit(self.untitled(self.made), fitter=fitter)
         return self.distilled[seed]
 
     def _has(self, recipe: str, queries: int, seed: int, fold: int) -> bool:
