@@ -367,7 +367,7 @@ def test_very_long_text(scorer):
 @row
 def test_very_long_query(scorer, new):
     long, cut = RESULTS.assign(query=" w9" * 10_000), RESULTS.assign(query=" w9" * 14)  # each text has 6 tokens
-    with pytest.warns(UserWarning, match="^64 of 64 rows to score have a truncated query: they exceed max_length=23"):
+    with pytest.warns(UserWarning, match="^1 of 1 distinct queries to score are truncated: they exceed max_length=23"):
         found = scorer(long)["score"]
     assert found.tolist() == scorer(cut)["score"].tolist()
     assert scorer(long)["score"][:8].nunique() == 8  # the query doesn't displace the text
@@ -1438,7 +1438,8 @@ INVALID = {
     "score": [NAN, "high", None], "rank": ["first", NAN], "label": [NAN, "yes", np.inf],
 }  # fmt: skip
 WARNINGS = [
-    r"\d+ of \d+ rows to score have (no |a truncated query)",
+    r"\d+ of \d+ rows to score have no ",
+    r"\d+ of \d+ distinct queries to score are truncated",
     r"(Contrastive|Distillation) dropped \d+ ",
     r"(Contrastive|Distillation) found \d+ ",
     r"(Contrastive|Distillation) changed no weight",  # training is mocked

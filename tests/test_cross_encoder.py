@@ -208,7 +208,7 @@ def test_truncated_queries_are_reported_once(ce):
         warnings.simplefilter("error", UserWarning)
         ce(frame_with_query(20))  # with [CLS], "w2" and two [SEP] exactly 24
     with pytest.warns(
-        UserWarning, match=r"^2 of 3 rows to score have a truncated query: they exceed max_length=24"
+        UserWarning, match=r"^1 of 2 distinct queries to score are truncated: they exceed max_length=24"
     ) as caught:
         ce(frame_with_query(21))
     assert caught[0].filename == __file__
@@ -217,7 +217,7 @@ def test_truncated_queries_are_reported_once(ce):
         ce(frame_with_query(21))
         ce.clone()(frame_with_query(21))
     ce.max_query_length = 20
-    with pytest.warns(UserWarning, match=r"^2 of 3 rows .* exceed max_query_length=20"):
+    with pytest.warns(UserWarning, match=r"^1 of 2 distinct .* exceed max_query_length=20"):
         ce(frame_with_query(21))
 
 

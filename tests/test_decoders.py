@@ -247,7 +247,7 @@ def test_long_queries_leave_room_for_the_text(qwen):
     words = tokenizer.decode(parts(ce, long, long)).split()
     assert 7 <= len([word for word in words if word in WORDS]) <= 20
     assert tokenizer.decode(parts(ce, long, long)).endswith("<|im_end|>\n")
-    with pytest.warns(UserWarning, match="1 of 1 rows to score have a truncated query"):
+    with pytest.warns(UserWarning, match="1 of 1 distinct queries to score are truncated"):
         ce(pd.DataFrame([("q", long, "d", long)], columns=["qid", "query", "docno", "text"]))
     rates = ce.pair_encoder().truncation_rates(["w1", long], [long, "w1"])
     assert rates == (0.5, 0.5)

@@ -287,11 +287,17 @@ class CrossEncoder:
 
     def _warn_of_truncated_queries(self, encoder: PairEncoder, queries: Sequence[Any], texts: Sequence[Any]) -> None:
         lengths = encoder.max_length, encoder.max_query_length
-        if lengths in self._warned_encoders or not (count := int(encoder.truncates_query(queries, texts).sum())):
+        if lengths in self._warned_encoders:
+            return
+        is_truncated = encoder.truncates_query(queries, texts)
+        if not is_truncated.any():
             return
         self._warned_encoders |= {lengths}
         limit = f"max_length={lengths[0]}" if lengths[1] is None else f"max_query_length={lengths[1]}"
-        warn(f"{count:,} of {len(queries):,} rows to score have a truncated query: they exceed {limit}")
+        # A query is truncated if it is beside any of its documents' texts.
+        truncated = {str(query) for query, cut in zip(queries, is_truncated, strict=True) if cut}
+        total = len({*map(str, queries)})
+        warn(f"{len(truncated):,} of {total:,} distinct queries to score are truncated: they exceed {limit}")
 
     def clone(self, *, with_weights: bool = True) -> Self:
         """Copy the cross-encoder; without weights, the copy loads them again."""
