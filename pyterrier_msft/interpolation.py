@@ -48,9 +48,9 @@ class Interpolation:
 
     def __str__(self) -> str:
         return (
-            f"first stage's weight {self.weight:.3g} (weighted, its scores vary {self.relative_weight:.2g} times as "
-            f"much as the model's): on {self.queries:,} queries, {self.metric} is {self.value:.3f} (model alone "
-            f"{self.model:.3f}, first stage {self.first_stage:.3f})"
+            f"first stage's weight {self.weight:.3g}, with {self.metric} {self.value:.3f} on {self.queries:,} queries "
+            f"(model alone {self.model:.3f}, first stage {self.first_stage:.3f}); weighted, its scores vary "
+            f"{self.relative_weight:.2g} times as much as the model's"
         )
 
 

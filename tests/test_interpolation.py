@@ -352,10 +352,8 @@ def test_a_saved_re_ranker_has_its_weight(fitted, test, tmp_path):
 def test_the_report_says_what_was_decided(fitted):
     report = repr(fitted.data_report)
     assert re.search(r"1 epoch of 8 updates with 8 queries each, learning rate 0\.01\n", report)
-    assert re.search(
-        r"first stage's weight [\d.]+ \(weighted, its scores vary [\d.]+ times as much as the model's\): on 64 queries",
-        report,
-    )
+    values = r"model alone [\d.]+, first stage [\d.]+"
+    assert re.search(rf"first stage's weight [\d.]+, with nDCG@10 [\d.]+ on 64 queries \({values}\); weighted", report)
 
 
 def test_repr_and_copies_know_the_weight(fitted):
