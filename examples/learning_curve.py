@@ -25,7 +25,7 @@ from pyterrier_msft import Contrastive, Distillation, MonoCE, PrependScore, unla
 MEASURE = nDCG @ 10
 ALONE, INTERPOLATED = "model", "model + first stage"
 KEYS = ["dataset", "recipe", "queries", "seed", "fold", "system"]
-RECIPES = ("labels", "labels, score in the text", "teacher", "teacher, then labels")
+RECIPES = ("labels", "labels, score in the text", "labels, after a bi-encoder", "teacher", "teacher, then labels")
 LENGTHS = {"pydocs": 64, "irds:vaswani": 64}  # tokens per pair; 96 for longer texts
 
 
@@ -139,7 +139,10 @@ class Study:
                 self._save(recipe, size, seed, number, {ALONE: start(with_score(test))})
                 continue
             ce = start.apply_attributes(interpolate=True)
-            ce.fit(self.candidates(topics), fold.train_qrels, fitter=fitter)
+            results = self.candidates(topics)
+            if recipe == "labels, after a bi-encoder":  # whose score, which contains BM25's, is the first stage's
+                results, test = self.teacher(self._top(topics, 50)), self.teacher(test)
+            ce.fit(results, fold.train_qrels, fitter=fitter)
             print(ce.data_report, flush=True)
             both = ce(test)
             alone = model_alone(ce, both)
@@ -222,6 +225,7 @@ def plot(table: pd.DataFrame, weights: pd.DataFrame) -> Any:
     styles = {
         ("labels", ALONE): ("C1", "o", ":"), ("labels", INTERPOLATED): ("C0", "o", "-"),
         ("labels, score in the text", ALONE): ("C3", "^", "-"),
+        ("labels, after a bi-encoder", INTERPOLATED): ("C4", "D", "-"),
         ("teacher, then labels", ALONE): ("C1", "s", ":"), ("teacher, then labels", INTERPOLATED): ("C2", "s", "-"),
     }  # fmt: skip
     for name, (panel, lower) in zip(names, panels.T, strict=True):

@@ -332,7 +332,7 @@ def test_learning_curve(tmp_path, home):
     arguments += ["--backbone", write_tiny_bert(tmp_path / "tiny")]
     run(script, *arguments, cwd=tmp_path, home=home)
     results = pd.read_csv(tmp_path / "learning-curve" / "results.csv").set_index(["recipe", "system"])
-    assert len(results) == 2 + 2 + 2 * 2
+    assert len(results) == 2 + 2 + 3 * 2
     assert results["nDCG@10"].between(0, 1).all()
     assert results.loc[("labels", "model + first stage"), "queries"] == 24
     assert (tmp_path / "learning-curve" / "learning-curve.png").read_bytes().startswith(b"\x89PNG")
