@@ -139,14 +139,14 @@ class Study:
                 self._save(recipe, size, seed, number, {ALONE: start(with_score(test))})
                 continue
             ce = start.apply_attributes(interpolate=True)
-            results = self.candidates(topics)
+            results, to_rank = self.candidates(topics), test
             if recipe == "labels, after a bi-encoder":  # whose score, which contains BM25's, is the first stage's
-                results, test = self.teacher(self._top(topics, 50)), self.teacher(test)
+                results, to_rank = self.teacher(self._top(topics, 50)), self.teacher(test)
             ce.fit(results, fold.train_qrels, fitter=fitter)
             print(ce.data_report, flush=True)
-            both = ce(test)
+            both = ce(to_rank)
             alone = model_alone(ce, both)
-            weight = ce.first_stage_weight * spread(test) / spread(alone)  # in standard deviations of both scores
+            weight = ce.first_stage_weight * spread(to_rank) / spread(alone)  # in standard deviations of both scores
             self._append(self.weights_path, [recipe, size, seed, number, "weight"], pd.DataFrame({"value": [weight]}))
             self._save(recipe, size, seed, number, {ALONE: alone, INTERPOLATED: both})
 
