@@ -25,7 +25,7 @@ def home(tmp_path_factory):
 def run(*command: str, cwd: Path, home: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTERRIER_HOME": str(home)}
     done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=1800, check=False
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return done
