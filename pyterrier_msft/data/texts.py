@@ -77,7 +77,7 @@ class TextSource:
         columns = [TITLE, self.field, "query"]
         if self.field == TITLE or [*results.columns.intersection(columns)].count(TITLE) != 1:
             return
-        sample = results.reindex(columns=columns).iloc[:: even_step(len(results), TITLE_SAMPLE)]
+        sample = results.iloc[:: even_step(len(results), TITLE_SAMPLE)].reindex(columns=columns)
         rows = sample.astype(object).fillna("").astype(str).itertuples(index=False)
         # A title that is the query is that of a topic.
         unread = sum(
