@@ -316,7 +316,8 @@ def test_unread_titles(scorer):
     assert "'title' that isn't read" in prepare(titled, QRELS)[2][0]
     joined = titled.assign(text=titled["title"].fillna("") + " " + titled["text"])
     of_topics = RESULTS.assign(title=RESULTS["query"])
-    for read in (joined, of_topics, titled.assign(title="")):
+    repeated = pd.concat([titled, titled[["title"]]], axis=1)
+    for read in (joined, of_topics, titled.assign(title=""), repeated):
         with warnings.catch_warnings(action="error", category=UserWarning):
             scorer(read)
 

@@ -74,15 +74,12 @@ class TextSource:
 
     def _warn_of_unread_titles(self, results: pd.DataFrame) -> None:
         """Warn if results have the documents' titles, and the texts don't: those of BEIR, for example."""
-        columns = [TITLE, self.field, "query"]
-        if self.field == TITLE or [*results.columns.intersection(columns)].count(TITLE) != 1:
+        if self.field == TITLE or [*results.columns].count(TITLE) != 1:
             return
-        sample = results.iloc[:: even_step(len(results), TITLE_SAMPLE)].reindex(columns=columns)
-        rows = sample.astype(object).fillna("").astype(str).itertuples(index=False)
-        # A title that is the query is that of a topic.
-        unread = sum(
-            bool(title.strip()) and title.strip() not in text and title != query for title, text, query in rows
-        )
+        sample = results.iloc[:: even_step(len(results), TITLE_SAMPLE)][[TITLE, self.field, "query"]]
+        rows = sample.astype(object).fillna("").astype(str).apply(lambda column: column.str.strip())
+        # A title that is the query is that of a topic; an empty one is in every text.
+        unread = sum(title not in text and title != query for title, text, query in rows.itertuples(index=False))
         if unread > len(sample) / 2:
             warn_of_data(
                 f"results have a column {TITLE!r} that isn't read, only {self.field!r} is. If these are the documents' "
