@@ -20,7 +20,7 @@ from ir_measures import nDCG
 from quickstart import bm25, minilm, texts
 from scipy import stats
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, PrependScore, unlabelled
+from pyterrier_msft import Contrastive, Distillation, MonoCE, PrependScore, teachers, unlabelled
 
 MEASURE = nDCG @ 10
 ALONE, INTERPOLATED = "model", "model + first stage"
@@ -89,7 +89,8 @@ class Study:
         self.made = unlabelled.make_queries(train.get_corpus_iter(verbose=False), n=args.made_queries)
         # Without titles, as many of these queries are titles, and a text that begins with its query teaches little.
         self.untitled = retrieve % 8 >> train.text_loader(fields=["text"])
-        self.teacher = unlabelled.BiEncoder(minilm())
+        # Each seed and size needs its rankings of the same test queries.
+        self.teacher = teachers.cached(unlabelled.BiEncoder(minilm()), out / "teacher", batch_size=64)
         self.distilled: dict[int, MonoCE] = {}
         for number, results in enumerate(self.tests):
             self._save("first stage", 0, 0, number, {"first stage": results})
