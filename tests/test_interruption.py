@@ -286,6 +286,19 @@ def test_a_repeated_fit_that_fails_early_can_still_be_resumed(ce, data, tmp_path
     assert ce.fit(*data, fitter=CL, checkpoint_dir=tmp_path).fingerprint == expected
 
 
+def test_an_older_checkpoint_that_a_kill_left_behind_is_deleted(ce, data, tmp_path):
+    fitter = dataclasses.replace(CL, max_steps=4)
+    with interrupted_at(2), pytest.raises(KeyboardInterrupt):
+        ce.clone().fit(*data[:2], fitter=fitter, checkpoint_dir=tmp_path)
+    (older,) = tmp_path.glob("checkpoint-*")
+    saved = shutil.copytree(older, tmp_path / "saved")
+    ce.clone().fit(*data[:2], fitter=fitter, checkpoint_dir=tmp_path)
+    # Killed between the last checkpoint and the deletion of the one before: nothing is left to train.
+    saved.rename(older)
+    ce.fit(*data[:2], fitter=fitter, checkpoint_dir=tmp_path)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
 def test_all_complete_checkpoints_are_kept_if_asked_for(ce, data, tmp_path):
     fitter = dataclasses.replace(CL, max_steps=8, trainer_args={"save_total_limit": 3})
     with interrupted_at(7), pytest.raises(KeyboardInterrupt):

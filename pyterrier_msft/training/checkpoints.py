@@ -75,8 +75,10 @@ def checkpoint_identity(checkpoint_dir: str | Path | None) -> dict[str, str]:
     return {} if newest is None else newest.identity
 
 
-def checkpoint_to_resume(folder: Path, identity: Mapping[str, str]) -> Checkpoint | None:
-    """Find the checkpoint to resume from, the same one on all ranks, and delete incomplete ones beside it.
+def checkpoint_to_resume(folder: Path, identity: Mapping[str, str], limit: int | None) -> Checkpoint | None:
+    """Find the checkpoint to resume from, the same one on all ranks, and delete what a killed process left.
+
+    That is an incomplete checkpoint, or, beyond Trainer's `limit`, an older one that it would have deleted next.
 
     Raises:
         ValueError: If a checkpoint in the folder belongs to another training run; the message names what differs. Or if
@@ -101,8 +103,10 @@ def checkpoint_to_resume(folder: Path, identity: Mapping[str, str]) -> Checkpoin
                     f"checkpoint_dir {folder} holds a checkpoint of another training run: {differences}. Use another "
                     "checkpoint_dir, or delete this one"
                 )
+        limited = limit is not None and limit > 0  # as Trainer reads it
+        kept = {checkpoint.path for checkpoint in (checkpoints[:limit] if limited else checkpoints)}
         for path in folder.glob("checkpoint-*"):
-            if read_checkpoint(path) is None:
+            if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
         return checkpoints[0] if checkpoints else None
 

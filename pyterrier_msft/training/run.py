@@ -83,7 +83,7 @@ def train(
             _keep_tensorboard_events(trainer)
             _run(trainer)
         else:
-            _run(trainer, folder, checkpoint_to_resume(folder, identity))
+            _run(trainer, folder, checkpoint_to_resume(folder, identity, trainer.args.save_total_limit))
     return history
 
 
