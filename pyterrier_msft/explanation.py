@@ -55,7 +55,11 @@ def explain(
     digests = (hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16] for text in to_score[text_field])
     docnos = pd.Index([f"explain-{row}-{digest}" for row, digest in enumerate(digests)])
     frame = results.iloc[to_score["row"].to_numpy(dtype=int)].reset_index(drop=True)
-    scored = reranker(frame.assign(docno=docnos, **{text_field: to_score[text_field]}))
+    try:
+        scored = reranker(frame.assign(docno=docnos, **{text_field: to_score[text_field]}))
+    except pt.validate.InputValidationError as error:
+        error.add_note("explain needs only the re-ranker, without a first stage or a cutoff")
+        raise
     require_columns(scored, ["docno", "score"], "reranker: its results")
     if sorted(scored["docno"]) != sorted(docnos):
         raise ValueError(

@@ -14,7 +14,7 @@ from pyterrier_msft.data.frames import even_step, frame_digest, require_columns
 from pyterrier_msft.data.groups import Groups
 from pyterrier_msft.data.mixture import MixedGroups, Source, TrainingResults, as_sources
 from pyterrier_msft.data.report import DataReport
-from pyterrier_msft.data.texts import TextSource
+from pyterrier_msft.data.texts import HOW_TO_ADD_TEXTS, TextSource
 from pyterrier_msft.digests import format_value, sha256_of
 from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.model.cross_encoder import CrossEncoder
@@ -115,8 +115,7 @@ def _read_source(source: Source, texts: TextSource) -> tuple[pd.DataFrame | str 
         if texts.source is None and texts.field not in results.columns:
             raise ValueError(
                 f"training results must have a column {texts.field!r} with the documents' text; got "
-                f"{[*map(str, results.columns)]}. Put dataset.text_loader() before MonoCE, or pass "
-                "MonoCE(..., text=dataset)"
+                f"{[*map(str, results.columns)]}{HOW_TO_ADD_TEXTS}"
             )
         return texts.add_to(results.reset_index(drop=True)), None
     if isinstance(results, str | Path):

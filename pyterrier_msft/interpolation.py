@@ -19,6 +19,7 @@ from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import StageRecord
 from pyterrier_msft.notices import warn, warn_of_data
+from pyterrier_msft.training.hyperparameters import parse_metric
 from pyterrier_msft.training.plan import plan_training
 from pyterrier_msft.training.validation import Validation
 
@@ -31,6 +32,7 @@ HELD_OUT_QUERIES = 200
 MIN_QUERIES = 20
 SPREAD_QUERIES = 10  # to estimate the spread of the scores of a query's documents
 MAX_PAIRS = 10_000  # to score for the choice
+DOMINANT_WEIGHT = 8.0  # in standard deviations of both scores: the model hardly changes the first stage's order
 OUTLIER_RATIO = 8  # of the two estimates of the first stage's spread; for BM25, it is about 2 to 4
 
 
@@ -47,10 +49,11 @@ class Interpolation:
     first_stage: float  # of the first stage alone
 
     def __str__(self) -> str:
+        changes_little = ", so the model changes little" if self.relative_weight >= DOMINANT_WEIGHT else ""
         return (
             f"first stage's weight {self.weight:.3g}, with {self.metric} {self.value:.3f} on {self.queries:,} queries "
             f"(model alone {self.model:.3f}, first stage {self.first_stage:.3f}); weighted, its scores vary "
-            f"{self.relative_weight:.2g} times as much as the model's"
+            f"{self.relative_weight:.2g} times as much as the model's{changes_little}"
         )
 
 
@@ -129,6 +132,59 @@ def choose_weight(parts: Sequence[Scored], metric: Any, *, spread: float) -> Int
         model=float(curves[0, 0]),
         first_stage=everything.measure(first),
     )
+
+
+class InterpolationMixin:
+    """The method of a re-ranker that chooses the first stage's weight without training."""
+
+    def choose_weight(
+        self: Any, results: pd.DataFrame, qrels: pd.DataFrame, *, metric: Any = nDCG @ 10
+    ) -> Interpolation:
+        """Set `interpolate` to the weight that is best for labelled queries; nothing is trained.
+
+        Use it for a published cross-encoder, and for another collection or first stage than those of `fit`.
+
+        Args:
+            results: A first stage's results, like those of `transform`. They must be of **other queries** than those
+                that the model was trained on.
+            qrels: Their labels: qid, docno, label.
+            metric: The `ir_measures` measure to maximize.
+
+        Returns:
+            The choice. Print it to see the metric with the weight, of the model alone, and of the first stage.
+
+        Raises:
+            ValueError: If the model is untrained, the results have no scores, or no document is relevant.
+
+        Example:
+            >>> choice = ce.choose_weight(candidates(topics), qrels)
+        """
+        frames = validation_frames(results, qrels, TextSource(self.text_field, self.text), with_scores=True)
+        if frames is None:
+            raise ValueError("results and qrels are required by choose_weight; got None")
+        if self.cross_encoder.head_is_new:
+            raise ValueError(
+                f"choose_weight needs a trained model; got {self!r}, whose head is untrained. Call fit first"
+            )
+        if (measure := parse_metric(metric)) is None:
+            raise ValueError("metric is required by choose_weight; got None")
+        data = Validation(*frames, measure)
+        data.check_metric()
+        warn_of_few_queries([data])
+        scored = Scored(data, self.score(data.results.rename(columns={"text": self.text_field})))
+        choice = choose_weight([scored], measure, spread=scored.spread)
+        _warn_if_not_better(choice, None)
+        self.interpolate = choice.weight
+        return choice
+
+
+def warn_of_few_queries(parts: Sequence[Validation]) -> None:
+    """Warn if so few queries choose a weight that it is a guess."""
+    if (queries := sum(part.queries for part in parts)) < MIN_QUERIES:
+        warn_of_data(
+            f"{queries} labelled queries choose the first stage's weight: with fewer than {MIN_QUERIES}, it's a guess. "
+            "Label more, or set a number as interpolate"
+        )
 
 
 def candidates_of(results: TrainingResults, qrels: pd.DataFrame | None, texts: TextSource) -> ValidationFrames | None:
@@ -274,7 +330,7 @@ def fit_reranker(
                 checkpoint_dir=checkpoint_dir, progress=progress,
             )  # fmt: skip
     elif interpolate is True and validation is not None:
-        parts = [_affordable(Validation(*validation, metric), MAX_PAIRS)]
+        warn_of_few_queries(parts := [_affordable(Validation(*validation, metric), MAX_PAIRS)])
         if stages and stages[-1].interpolation:
             start = dataclasses.replace(parts[0], first_stage_weight=stages[-1].interpolation["weight"])
             before, _ = start.values(model.network, scorer, model.dtype)

@@ -85,10 +85,10 @@ class BM25(pt.Transformer):
         self._index.index((ids, vocabulary), create_empty_token=False, show_progress=False)
 
     def save(self, folder: str | Path) -> None:
-        """Save the index; it appears in the folder when it is complete.
+        """Save the index; it appears in the folder when it is complete, in place of an index that was saved there.
 
         Raises:
-            FileExistsError: If the folder exists.
+            FileExistsError: If the folder has other files.
         """
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -96,11 +96,14 @@ class BM25(pt.Transformer):
             complete = Path(temporary) / "index"
             self._index.save(complete)
             (complete / DOCNOS).write_text(json.dumps(self._docnos.tolist()), encoding="utf-8")
+            own = {path.name for path in complete.iterdir()}
+            if folder.is_dir() and own.issuperset(path.name for path in folder.iterdir()):
+                os.rename(folder, Path(temporary) / "replaced")
             try:
                 os.rename(complete, folder)
             except OSError as error:
                 if folder.exists():
-                    raise FileExistsError(f"folder must not exist yet; got {str(folder)!r}") from error
+                    raise FileExistsError(f"folder must be new or hold a saved index; got {str(folder)!r}") from error
                 raise
 
     @classmethod

@@ -374,6 +374,9 @@ def _signed(value: float, digits: int) -> str:
 def word_importance(words: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
     """Print a document's text with its words in colour: blue words raise its score, and orange ones lower it.
 
+    The darkest word is the one that changes this score most, so compare colours within a text only. Grey words have no
+    effect at all: the model doesn't read that far.
+
     Args:
         words: The rows of one document in the result of `explain`: columns docno, word, importance.
         ax: The Axes to draw into. None: a new figure.
@@ -406,7 +409,8 @@ def word_importance(words: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
         for x, word, importance in line:
             colour = BLUE if importance >= 0 else ORANGE
             box = {"facecolor": colour, "alpha": 0.75 * abs(importance) / largest, "edgecolor": "none", "pad": 1.5}
-            ax.text(x, y, word, family="monospace", fontsize=9, va="center", parse_math=False, bbox=box)
+            ink = "black" if importance else GREY
+            ax.text(x, y, word, family="monospace", fontsize=9, va="center", parse_math=False, bbox=box, color=ink)
     title = f"The score falls by up to {max(highest, 0):.2g} without a word (blue)"
     if lowest < 0:
         title += f", and rises by up to {-lowest:.2g} (orange)"

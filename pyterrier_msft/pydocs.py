@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -54,9 +54,19 @@ def _load_or_build(path: Path, packages: tuple[Package, ...]) -> Collection:
 @lru_cache(maxsize=1)
 def _load_or_build_bm25(path: Path) -> BM25:
     if not path.exists():
-        with suppress(FileExistsError):  # another process has built the same index
-            BM25(load_collection().documents[["docno", "text"]].to_dict("records")).save(path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as temporary:
+            BM25(load_collection().documents[["docno", "text"]].to_dict("records")).save(f"{temporary}/index")
+            _move(f"{temporary}/index", path)
     return BM25.load(path)
+
+
+def _move(index: str, path: Path) -> None:
+    """Move a complete index to its place, unless another process has built the same one."""
+    try:
+        os.rename(index, path)
+    except OSError:
+        if not path.exists():
+            raise
 
 
 @contextmanager
@@ -90,11 +100,7 @@ def build_index(collection: Collection, path: Path) -> None:
             index.bm25().search("sort an array")  # the first retriever writes files too, and output
         if len(index) != len(documents):
             raise RuntimeError(f"PISA index must have {len(documents)} documents; got {len(index)}")
-        try:
-            os.rename(f"{temporary}/index", path)
-        except OSError:
-            if not path.exists():  # else another process has built the same index
-                raise
+        _move(f"{temporary}/index", path)
 
 
 def _check_variant(variant: str | None, *known: str) -> None:

@@ -22,7 +22,7 @@ from pyterrier_msft.data.texts import TextSource, check_text_source
 from pyterrier_msft.data.validation import validation_frames, warn_of_mixed_scores, warn_of_shared_queries
 from pyterrier_msft.fitters import Contrastive, Fitter
 from pyterrier_msft.fitting import prepare_stage
-from pyterrier_msft.interpolation import HeldOut, candidates_of, fit_reranker
+from pyterrier_msft.interpolation import HeldOut, InterpolationMixin, candidates_of, fit_reranker
 from pyterrier_msft.model.cross_encoder import SOURCE_SETTINGS, CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import StageRecord, history_frame
@@ -42,7 +42,7 @@ def _argument(name: str) -> Any:
     return property(attrgetter(f"cross_encoder.{name}"), doc="The argument of this name.")
 
 
-class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
+class MonoCE(SavingMixin, CalibrationMixin, InterpolationMixin, pt.Estimator):
     """A Transformer that re-scores each query's documents with a point-wise cross-encoder.
 
     It needs the columns qid, query, docno and text, sets score and rank, and keeps all others. `fit` trains the model
@@ -63,8 +63,9 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
         max_query_length: Tokens per query; a longer query is truncated. None: the document is truncated first, and the
             query keeps at least half of the tokens.
         interpolate: Whether to add the first stage's score, the column `score` of the results, to the model's:
-            `model's score + weight * first stage's score`. A number is the weight; True: `fit` chooses it, see
-            docs/howto/interpolate.md. The results then keep the first stage's score as `first_stage_score`.
+            `model's score + weight * first stage's score`. A number is the weight; True: `fit` chooses it, and
+            `choose_weight` does so without training, see docs/howto/interpolate.md. The results then keep the first
+            stage's score as `first_stage_score`.
         passages: Maximum number of windows of `max_length` tokens that a longer document is split into. Its score is
             the best window's, in scoring and in training (MaxP: Dai and Callan, SIGIR 2019).
         batch_size: Pairs per forward pass in scoring. None: as many as fit the token budget of the device.
@@ -158,7 +159,7 @@ class MonoCE(SavingMixin, CalibrationMixin, pt.Estimator):
             return self.add_probability(with_scores(prepared, model_scores))
         first, weight = first_stage_scores(prepared, "results"), self.first_stage_weight
         if weight is None and len(prepared):
-            raise ValueError(f"interpolate must be a number until fit chooses it; got True in {self!r}")
+            raise ValueError(f"interpolate must be a number until fit or choose_weight sets it; got True in {self!r}")
         prepared = prepared.assign(**{FIRST_STAGE_SCORE: first})
         return self.add_probability(with_scores(prepared, model_scores + (weight or 0.0) * first))
 

@@ -128,7 +128,7 @@ def _systems_table(study: Study) -> Table:
         system = next((each for (found, _), each in study.runs.items() if found == name), None)
         results = study.results_of(name)
         what = "results" if system is None or isinstance(system, pd.DataFrame) else _describe(system)
-        count = tables.UNKNOWN if results is None else f"{len(results):,} of {results['qid'].nunique():,} queries"
+        count = tables.UNKNOWN if results is None else f"{len(results):,} for {results['qid'].nunique():,} queries"
         rows.append([str(name), what, count, ", ".join(_seeds(study, name)) or tables.UNKNOWN])
     columns = [("System", "text"), ("What it is", "code"), ("Documents", "number"), ("Seeds", "text")]
     columns = columns if study.has_seeds else columns[:-1]
@@ -189,7 +189,10 @@ def _difference_plot(study: Study, perquery: pd.DataFrame, system: str, differen
 
 
 def _with_documents(study: Study, system: str, queries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add the top documents of the baseline and of a system to queries; return none if there are no results."""
+    """Add the top documents, and the best relevant one, of the baseline and of a system to queries.
+
+    Return none if there are no results.
+    """
     compared = {name: study.results_of(name) for name in (study.baseline, system)}
     wanted = [query["qid"] for query in queries]
     found = {name: frame[frame["qid"].isin(wanted)] for name, frame in compared.items() if frame is not None}
@@ -206,9 +209,14 @@ def _with_documents(study: Study, system: str, queries: list[dict[str, Any]]) ->
         query["lists"] = {}
         for name, frame in found.items():
             ranked = frame[frame["qid"] == query["qid"]].sort_values("score", ascending=False, kind="stable")
+            found_labels = [labels.get((query["qid"], docno)) for docno in ranked["docno"]]
+            relevant = [rank for rank, label in enumerate(found_labels) if label is not None and label > 0]
+            shown = [*range(min(TOP_DOCUMENTS, len(ranked)))]
+            # What a ranking gained or lost is often the place of its best relevant document, further down.
+            shown += [rank for rank in relevant[:1] if rank >= TOP_DOCUMENTS]
             query["lists"][_with_first_seed(study, name)] = [
-                {"docno": docno, "text": texts.get(docno, ""), "label": _label(labels.get((query["qid"], docno)))}
-                for docno in ranked["docno"].head(TOP_DOCUMENTS)
+                {"rank": rank + 1, "docno": docno, "text": texts.get(docno, ""), "label": _label(found_labels[rank])}
+                for rank, docno in zip(shown, ranked["docno"].iloc[shown], strict=True)
             ]
     return queries
 

@@ -122,17 +122,22 @@ def pairs_table(table: pd.DataFrame) -> Table:
 
 
 def _test_columns(table: pd.DataFrame) -> list[tuple[str, str]]:
-    level = f"{100 * float(table['ci_level'].iloc[0]):.4g}% interval"
+    level = f"{100 * float(table['ci_level'].iloc[0]):.4g}% interval (TOST)"
     names = ["Difference", level, "Margin", "p (t-test)", "p (TOST)"]
     return [*((name, "number") for name in names), ("Verdict", "text")]
 
 
 def _tested(row: Mapping[Any, Any]) -> list[str]:
-    suffix = "_holm" if "p_ttest_holm" in row else ""
+    suffix = _suffix(row)
     return [
         signed(row["difference"]), _interval(row), f"±{row['margin']:g}", p_value(row[f"p_ttest{suffix}"]),
         p_value(row[f"p_tost{suffix}"]), str(row["verdict"]),
     ]  # fmt: skip
+
+
+def _suffix(row: Mapping[Any, Any]) -> str:
+    """Return the end of the names of the p-values to show."""
+    return "_holm" if "p_ttest_holm" in row else ""
 
 
 def _corrected(table: pd.DataFrame) -> str:
@@ -144,7 +149,9 @@ def in_words(row: Mapping[Any, Any]) -> str:
     """Describe a row of `equivalence_table`."""
     level = f"{100 * row['ci_level']:.4g}%"
     means = f"{number(row['mean'])} against {number(row['baseline_mean'])} of {row['baseline']}"
-    interval = f"{signed(row['difference'])}, {level} interval {_interval(row)}"
+    p = p_value(row[f"p_ttest{_suffix(row)}"])
+    equals = "" if p.startswith("<") else "= "
+    interval = f"{signed(row['difference'])}, p {equals}{p}, {level} interval of the equivalence test {_interval(row)}"
     return f"{row['system']}: {row['measure']} {means} ({interval}): {row['verdict']}."
 
 

@@ -130,6 +130,7 @@ def test_missing_columns(column):
     with pytest.raises(pt.validate.InputValidationError) as caught:
         MonoCE("nobody/nothing")(RESULTS.drop(columns=column))
     assert re.search(f"results must have the columns .*'{column}'.*; got", caught.value.__notes__[0])
+    assert ("Put dataset.text_loader() before MonoCE" in caught.value.__notes__[0]) == (column == "text")
     if column in QRELS:
         rejects("qrels must have the columns", RESULTS, QRELS.drop(columns=column))
 

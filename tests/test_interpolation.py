@@ -123,7 +123,7 @@ def test_inspection_knows_the_columns(fitted, backbone):
 
 
 def test_the_weight_must_be_known(backbone, test):
-    with pytest.raises(ValueError, match="interpolate must be a number until fit chooses it; got True"):
+    with pytest.raises(ValueError, match="interpolate must be a number until fit or choose_weight sets it; got True"):
         new(backbone)(test.results)
     ce = new(backbone)
     for wrong in (-1, np.nan, "yes", None, np.True_):
@@ -185,6 +185,48 @@ def test_a_useless_first_stage_gets_no_weight_and_a_useless_model_all(backbone, 
     with pytest.warns(UserWarning, match="re-ranking isn't better than the first stage"):
         ce = new(backbone).fit(perfect.results, perfect.qrels, fitter=FITTER)
     assert ndcg(ce(perfect.results), perfect) > 0.99
+
+
+def test_a_weight_is_chosen_without_training(fitted, dev, test, tmp_path):
+    """For another first stage: its scores are ten times as large, so the weight is a tenth."""
+    fingerprint = fitted.fingerprint
+    ce, other = fitted.clone(), fitted.clone()
+    choice = ce.choose_weight(dev.results, dev.qrels)
+    scaled = other.choose_weight(dev.results.assign(score=10 * dev.results["score"]), dev.qrels)
+    assert scaled.weight == pytest.approx(choice.weight / 10)
+    assert ce.first_stage_weight == ce.interpolate == choice.weight > 0
+    assert (choice.queries, choice.metric) == (30, "nDCG@10")
+    assert choice.value == pytest.approx(ndcg(ce(dev.results), dev))
+    assert choice.model == pytest.approx(ndcg(alone(ce)(dev.results), dev))
+    assert choice.first_stage == pytest.approx(ndcg(dev.results, dev))
+    assert ndcg(ce(test.results), test) > max(ndcg(alone(ce)(test.results), test), ndcg(test.results, test))
+    assert ce.fingerprint == fingerprint
+    ce.save(tmp_path / "model")
+    assert MonoCE.load(tmp_path / "model").first_stage_weight == choice.weight
+
+
+def test_a_weight_needs_a_trained_model_and_labels(fitted, backbone, dev):
+    with pytest.raises(ValueError, match="choose_weight needs a trained model; got MonoCE"):
+        new(backbone).choose_weight(dev.results, dev.qrels)
+    for arguments, message in [
+        ((None, None), "results and qrels are required by choose_weight; got None"),
+        ((dev.results, dev.qrels.assign(label=0)), "validation results must contain a relevant document"),
+        ((dev.results.drop(columns="score"), dev.qrels), r"validation results must have the columns \['score'\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fitted.clone().choose_weight(*arguments)
+    with pytest.raises(ValueError, match="metric is required by choose_weight; got None"):
+        fitted.clone().choose_weight(dev.results, dev.qrels, metric=None)
+
+
+def test_few_queries_choose_no_good_weight(fitted, train, dev):
+    few = dev.results[dev.results["qid"].isin(dev.results["qid"].unique()[:5])]
+    message = "5 labelled queries choose the first stage's weight: with fewer than 20, it's a guess"
+    with pytest.warns(UserWarning, match=message):
+        fitted.clone().choose_weight(few, dev.qrels)
+    once = replace(FITTER, max_steps=1, warmup=0)
+    with pytest.warns(UserWarning, match=message):
+        fitted.clone().fit(train.results, train.qrels, few, dev.qrels, fitter=once)
 
 
 def test_scores_that_stand_for_none_do_not_change_the_choice(backbone, train, dev):
@@ -302,7 +344,7 @@ def test_without_labels_no_weight_is_chosen(backbone, train, test):
     ce = new(backbone)
     with pytest.warns(UserWarning, match="no weight is chosen .* the training results are without qrels"):
         ce.fit(train.results, fitter=Distillation(learning_rate=1e-2, max_steps=2))
-    with pytest.raises(ValueError, match="interpolate must be a number until fit chooses it"):
+    with pytest.raises(ValueError, match="interpolate must be a number until fit or choose_weight sets it"):
         ce(test.results)
     ce.fit(train.results, train.qrels, fitter=replace(FITTER, max_steps=2))
     assert ce.first_stage_weight > 0

@@ -128,12 +128,16 @@ def test_saved_and_pickled_indexes_give_the_same_results(bm25, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["index"]
 
 
-def test_a_saved_index_is_not_overwritten(bm25, tmp_path):
+def test_an_index_replaces_one_that_was_saved_and_nothing_else(bm25, tmp_path):
     bm25.save(tmp_path / "index")
-    with pytest.raises(FileExistsError, match="folder must not exist yet"):
-        BM25(DOCUMENTS[:2]).save(tmp_path / "index")
-    assert repr(BM25.load(tmp_path / "index")) == repr(bm25)
+    BM25(DOCUMENTS[:2]).save(tmp_path / "index")
+    assert repr(BM25.load(tmp_path / "index")) == "BM25(<2 documents>, num_results=100)"
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    (tmp_path / "index" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="folder must be new or hold a saved index; got"):
+        bm25.save(tmp_path / "index")
+    assert (tmp_path / "index" / "notes.txt").read_text() == "mine"
+    assert repr(BM25.load(tmp_path / "index")) == "BM25(<2 documents>, num_results=100)"
 
 
 def test_docnos_and_texts_of_any_language(tmp_path):

@@ -367,6 +367,7 @@ def test_words_are_coloured_by_their_importance():
 def test_words_without_importance():
     ax = plots.word_importance(WORDS.assign(importance=0.0))
     assert {text.get_bbox_patch().get_alpha() for text in ax.texts} == {0.0}
+    assert {text.get_color() for text in ax.texts} == {plots.GREY}
 
 
 def test_words_of_several_documents_are_rejected():

@@ -157,7 +157,7 @@ def test_values_tests_and_verdicts(page):
     row = table[table["Measure"] == "RR"].iloc[0]
     assert row["Difference"] == f"+{(better - base).mean():.4f}"
     low, high = stats.ttest_rel(better, base).confidence_interval(0.9)
-    assert row["90% interval"] == f"[{low:+.4f}, {high:+.4f}]".replace("-", "−")
+    assert row["90% interval (TOST)"] == f"[{low:+.4f}, {high:+.4f}]".replace("-", "−")
     assert row["Margin"] == "±0.01"
     assert row["Verdict"] == "better"
     assert row["p (TOST)"] == "1.000"
@@ -197,14 +197,27 @@ def test_extremes_and_their_documents(page):
     assert lost["Difference"].str.startswith("−").all()
     assert gained["Difference"].is_monotonic_decreasing
     for qid in [*gained["qid"], WORSE]:
-        assert page.source.count(f"<code>{qid}d") == 6  # the top three of two systems
+        assert page.source.count(f"<code>{qid}d") == 6 + (qid == WORSE)  # the top three of two systems, and one below
     documents = page.source.partition(f"<h4>{query}")[2].partition("<h4>")[0]
     top = BETTER[BETTER["qid"] == WORSE].nlargest(3, "score")
     found = re.findall(rf"<code>({WORSE}d\d)</code> <span class=\"faint\">\((.*?)\)</span> (.*?)</li>", documents)
-    assert found[3:] == [(docno, "not judged", text) for docno, text in zip(top["docno"], top["text"], strict=True)]
+    assert found[3:6] == [(docno, "not judged", text) for docno, text in zip(top["docno"], top["text"], strict=True)]
     relevant = QRELS.set_index("qid")["docno"]
     first = gained["qid"].iloc[0]
     assert f'<code>{relevant[first]}</code> <span class="faint">(relevance 1)' in page.source
+
+
+def test_the_best_relevant_document_is_shown_with_its_rank(tmp_path):
+    last = BASE.assign(score=BASE["score"].where(~BASE["docno"].isin(QRELS["docno"]), -100.0))
+    page = Page(report({"CL": BETTER, "last": last}, TOPICS, QRELS, [RR], path=tmp_path / "page.html"))
+    lost = page.tables["Queries that lost most with last"]["qid"]
+    assert len(lost) == 5
+    for qid in lost:
+        query, docno = TOPICS.set_index("qid")["query"][qid], QRELS.set_index("qid")["docno"][qid]
+        shown = page.source.partition(f"<h4>{query}")[2].partition("<h4>")[0]
+        ranks = re.findall(r'<li value="(\d+)"><code>(.*?)<', shown)
+        assert [rank for rank, _ in ranks[-4:]] == ["1", "2", "3", str((BASE["qid"] == qid).sum())]
+        assert ranks[-1][1] == docno
 
 
 def test_training_is_described(page, trained):

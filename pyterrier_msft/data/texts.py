@@ -20,6 +20,7 @@ from pyterrier_msft.notices import warn, warn_of_data
 MIN_LOOKUPS_FOR_CHECK = 32  # if none of so many documents has a text, the source must be wrong
 TITLE = "title"
 TITLE_SAMPLE = 200  # rows that are searched for titles
+HOW_TO_ADD_TEXTS = ". Put dataset.text_loader() before MonoCE, or pass MonoCE(..., text=dataset)"
 NEEDED_TEXTS = "text source must have all documents of the results, and of the qrels with add_missing_positives=True"
 
 
@@ -52,7 +53,8 @@ class TextSource:
             try:
                 require_columns(results, ["qid", "docno", *columns], "results")
             except ValueError as explanation:
-                error.add_note(str(explanation))
+                lacks_texts = self.field not in results.columns and "docno" in results.columns
+                error.add_note(f"{explanation}{HOW_TO_ADD_TEXTS if lacks_texts and self.source is None else ''}")
             raise
         require_columns(results, ["qid", "docno", *columns], "results")
         if not len(results):

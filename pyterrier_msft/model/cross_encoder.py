@@ -28,7 +28,7 @@ from pyterrier_msft.model.record import ModelRecord
 from pyterrier_msft.model.scoring import score_pairs
 from pyterrier_msft.model.storage import check_source
 from pyterrier_msft.model.threads import RANDOM_STATE
-from pyterrier_msft.notices import warn
+from pyterrier_msft.notices import warn, warn_of_data
 
 # They determine what is loaded from a folder or the hub.
 SOURCE_SETTINGS = ("seed", "relevant", "template", "true", "false")
@@ -297,7 +297,7 @@ class CrossEncoder:
         # A query is truncated if it is beside any of its documents' texts.
         truncated = {str(query) for query, cut in zip(queries, is_truncated, strict=True) if cut}
         total = len({*map(str, queries)})
-        warn(f"{len(truncated):,} of {total:,} distinct queries to score are truncated: they exceed {limit}")
+        warn_of_data(f"{len(truncated):,} of {total:,} distinct queries to score are truncated: they exceed {limit}")
 
     def clone(self, *, with_weights: bool = True) -> Self:
         """Copy the cross-encoder; without weights, the copy loads them again."""

@@ -110,7 +110,7 @@ class Hyperparameters:
             raise ValueError(f"seed must be below 2**32; got {self.seed!r}")
         if self.dropout is not None and self.dropout >= 1:
             raise ValueError(f"dropout must be at least 0 and below 1; got {self.dropout!r}")
-        object.__setattr__(self, "metric", _parse_metric(self.metric))
+        object.__setattr__(self, "metric", parse_metric(self.metric))
         _check_trainer_args(self.trainer_args)
 
 
@@ -149,7 +149,8 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be {', '.join(others)} or {last}; got {value!r}")
 
 
-def _parse_metric(metric: Any) -> Any:
+def parse_metric(metric: Any) -> Any:
+    """Return the measure that a setting names; None stays None."""
     if metric is None or isinstance(metric, ir_measures.Measure):
         return metric
     try:
