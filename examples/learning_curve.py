@@ -9,6 +9,7 @@ Values are appended to perquery.csv and weights.csv in --out as they are measure
 
 import argparse
 import itertools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pyterrier_msft import Contrastive, Distillation, MonoCE, PrependScore, teac
 
 MEASURE = nDCG @ 10
 ALONE, INTERPOLATED = "model", "model + first stage"
+SHARED = ("train", "test", "depth", "test_queries", "made_queries")  # arguments that all values in a folder have
 KEYS = ["dataset", "recipe", "queries", "seed", "fold", "system"]
 RECIPES = ("labels", "labels, score in the text", "labels, after a bi-encoder", "teacher", "teacher, then labels")
 LENGTHS = {"pydocs": 64, "irds:vaswani": 64}  # tokens per pair; 96 for longer texts
@@ -45,6 +47,8 @@ def main() -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if not args.report_only:
+        settings = {name: getattr(args, name) for name in SHARED}
+        keep_settings(out / "settings.json", args.dataset, settings, args.backbone)
         study = Study(args, out)
         for seed, size, recipe in itertools.product(args.seeds, args.sizes, args.recipes):
             study.measure(recipe, 0 if recipe == "teacher" else size, seed)
@@ -72,6 +76,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=20, help="documents to re-rank")
     parser.add_argument("--report-only", action="store_true", help="only write the table and the plot again")
     return parser.parse_args()
+
+
+def keep_settings(path: Path, name: str, settings: dict[str, Any], backbone: str) -> None:
+    """Store the settings of the values in a folder; raise a ValueError if those that are there have others."""
+    settings = settings | {"backbone": "/".join(Path(backbone).parts[-2:])}  # without where packages are installed
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if known.get(name, settings) != settings:
+        raise ValueError(f"{path.parent} holds values of {name} with {known[name]}; got {settings}. Use another --out")
+    path.write_text(json.dumps(known | {name: settings}, indent=1))
 
 
 class Study:
@@ -148,7 +161,8 @@ class Study:
             both = ce(to_rank)
             alone = model_alone(ce, both)
             weight = ce.first_stage_weight * spread(to_rank) / spread(alone)  # in standard deviations of both scores
-            self._append(self.weights_path, [recipe, size, seed, number, "weight"], pd.DataFrame({"value": [weight]}))
+            row = pd.DataFrame({"system": ["weight"], "value": [weight]})
+            self._append(self.weights_path, [recipe, size, seed, number], row)
             self._save(recipe, size, seed, number, {ALONE: alone, INTERPOLATED: both})
 
     def _distil(self, seed: int) -> MonoCE:
@@ -170,15 +184,15 @@ class Study:
         if self._has(recipe, queries, seed, fold):
             return
         qrels = self.folds[fold].test_qrels
-        for system, results in systems.items():
-            topics = results[["qid", "query"]].drop_duplicates()
-            rows = pt.Experiment([results], topics, qrels, [MEASURE], names=[system], perquery=True)
-            self._append(self.path, [recipe, queries, seed, fold, system], rows[["qid", "value"]])
+        topics = next(iter(systems.values()))[["qid", "query"]].drop_duplicates()
+        rows = pt.Experiment([*systems.values()], topics, qrels, [MEASURE], names=[*systems], perquery=True)
+        rows = rows.rename(columns={"name": "system"})[["system", "qid", "value"]]
+        self._append(self.path, [recipe, queries, seed, fold], rows)
 
-    def _append(self, path: Path, keys: list[Any], rows: pd.DataFrame) -> None:
-        """Add rows to a file, with the run that they belong to."""
-        named = dict(zip(KEYS, [self.args.dataset, *keys], strict=True))
-        rows = rows.assign(**named)[[*KEYS, *rows.columns]]
+    def _append(self, path: Path, run: list[Any], rows: pd.DataFrame) -> None:
+        """Add the rows of a run to a file, at once, so that an interruption leaves none of its systems out."""
+        *of_run, _ = KEYS
+        rows = rows.assign(**dict(zip(of_run, [self.args.dataset, *run], strict=True)))[[*of_run, *rows.columns]]
         rows.to_csv(path, mode="a", header=not path.is_file(), index=False, float_format="%.4f")
 
 
@@ -240,7 +254,8 @@ def plot(table: pd.DataFrame, weights: pd.DataFrame) -> Any:
             part = rows[(rows["recipe"] == recipe) & (rows["system"] == system)].sort_values("queries")
             if len(part):
                 value = part[str(MEASURE)]
-                errors = [value - part["lowest seed"], part["highest seed"] - value]
+                # Of a single seed, rounding makes them slightly negative.
+                errors = [(value - part["lowest seed"]).clip(lower=0), (part["highest seed"] - value).clip(lower=0)]
                 panel.errorbar(part["queries"], value, errors, capsize=2, label=f"{recipe}: {system}", **look)
             chosen = weights[(weights["dataset"] == name) & (weights["recipe"] == recipe)]
             if system == INTERPOLATED and len(chosen):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pyterrier as pt
 from ir_measures import nDCG
-from learning_curve import judged, model_alone
+from learning_curve import judged, keep_settings, model_alone
 from quickstart import bm25, minilm, texts
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots, unlabelled
@@ -31,6 +31,8 @@ def main() -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if not args.report_only:
+        settings = {name: getattr(args, name) for name in ("dataset", "max_length", "queries", "test_queries")}
+        keep_settings(out / "settings.json", "the systems", settings, args.backbone)
         study = Study(args, out)
         for seed in args.seeds:
             study.measure(seed)

@@ -220,8 +220,9 @@ def _train_stage(
     if validation and settings.metric is not None:
         measured = Validation(*validation, settings.metric, first_stage_weight)
     head_before = model.head_is_new
-    was_new = resumed[0].head_was_new if resumed else head_before
+    was_new = resumed[0].head_was_new if resumed else head_before or _has_unfinished_head(stages)
     objectives = _objectives(model, data, head_is_new=was_new, validation=measured)
+    plan = objectives[0].plan
     record = _new_record(encoder, data, [objective.plan for objective in objectives], place, start)
     record.head_was_new = was_new
     # A loss that can't be digested can't be recognised later either, which only matters for these.
@@ -247,8 +248,8 @@ def _train_stage(
             stages[-1:] = resumed
         else:  # the record of a later stage says that its fit isn't complete
             record.interrupted = record.updates
+            record.data_report["outcome"] = describe_outcome(record.history, str(settings.metric), plan, None)
         raise
-    plan = objectives[0].plan
     record.data_report["outcome"] = describe_outcome(record.history, str(settings.metric), plan, settings.patience)
     record.fingerprint = model.fingerprint
     values = record.validations(str(settings.metric))
@@ -261,13 +262,27 @@ def _train_stage(
                 "another learning_rate, or more training queries"
             )
         else:
-            rate = f"learning_rate={objectives[0].plan.learning_rate}, warmup={settings.warmup}"
+            rate = f"learning_rate={plan.learning_rate}, warmup={settings.warmup}"
             warn(f"{record.objective} changed no weight in {record.updates} updates with {rate}")
     elif len(values) > 2 and len({*values}) == 1:
         warn(
             f"validation {settings.metric} was {values[0]:.3f} each time, so it can't choose weights: the last ones "
             "are kept. Choose another metric, e.g. one with a smaller cutoff"
         )
+
+
+def warn_of_unfinished(stages: Sequence[StageRecord], checkpoint_dir: Path | None, n_stages: int) -> None:
+    """Warn if training starts from the weights of an interrupted fit, and doesn't resume it."""
+    if stages and stages[-1].interrupted is not None and not stages_to_resume(stages, checkpoint_dir, n_stages):
+        warn(
+            f"training starts from the weights of a fit that was interrupted at step {stages[-1].interrupted}: to "
+            "resume it, pass its checkpoint_dir; else start again with a new re-ranker, or a clone() from before"
+        )
+
+
+def _has_unfinished_head(stages: Sequence[StageRecord]) -> bool:
+    """Whether the head was new in a fit that was interrupted, so that it still needs the learning rate of a new one."""
+    return bool(stages) and stages[-1].interrupted is not None and stages[-1].head_was_new
 
 
 def _stages_to_resume(stages: Sequence[StageRecord], checkpoint_dir: str | Path | None) -> Sequence[StageRecord]:

@@ -221,15 +221,19 @@ class HeldOut:
             ValueError: If there are too few queries.
         """
         trained = {qid for data in prepared for qid in data.qids}
-        qids = np.array(sorted(trained & {*frames[0]["qid"]}))
-        if len(qids) < MIN_QUERIES:
+        # A query that occurs under several qids is held out as a whole.
+        queries = frames[0].drop_duplicates("qid").set_index("qid")["query"]
+        queries = queries[queries.index.isin(trained)].sort_index()
+        distinct = queries.drop_duplicates()
+        if len(distinct) < MIN_QUERIES:
             raise ValueError(
                 f"training results must have at least {MIN_QUERIES} queries to learn from for interpolate=True; got "
-                f"{len(qids)}. Pass validation results and qrels, or a number as interpolate"
+                f"{len(distinct)}. Pass validation results and qrels, or a number as interpolate"
             )
-        np.random.default_rng(0).shuffle(qids)
-        is_large = len(qids) >= MIN_QUERIES_FOR_HOLD_OUT
-        parts = [{*qids[:HELD_OUT_QUERIES]}] if is_large else [{*qids[::2]}, {*qids[1::2]}]
+        order = np.random.default_rng(0).permutation(len(distinct))
+        is_large = len(order) >= MIN_QUERIES_FOR_HOLD_OUT
+        chosen = [order[:HELD_OUT_QUERIES]] if is_large else [order[::2], order[1::2]]
+        parts = [{*queries.index[queries.isin(distinct.iloc[part])]} for part in chosen]
         for part in (part for data in prepared for part in data.parts):
             if any(held_out.issuperset(part.groups.qids) for held_out in parts):
                 raise ValueError(

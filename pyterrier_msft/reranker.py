@@ -21,7 +21,7 @@ from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.texts import TextSource, check_text_source
 from pyterrier_msft.data.validation import validation_frames, warn_of_mixed_scores, warn_of_shared_queries
 from pyterrier_msft.fitters import Contrastive, Fitter
-from pyterrier_msft.fitting import prepare_stage
+from pyterrier_msft.fitting import prepare_stage, warn_of_unfinished
 from pyterrier_msft.interpolation import HeldOut, InterpolationMixin, candidates_of, fit_reranker
 from pyterrier_msft.model.cross_encoder import SOURCE_SETTINGS, CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
@@ -261,12 +261,13 @@ class MonoCE(SavingMixin, CalibrationMixin, InterpolationMixin, pt.Estimator):
             lengths = [data.settings.max_length for data in prepared]
             encoders = {length: self.pair_encoder(length) for length in {None, *lengths}}
             self._replaced_fitter = None
+            folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+            warn_of_unfinished(self.stages, folder, len(prepared))
             try:
                 fit_reranker(
                     self.cross_encoder, [encoders[length] for length in lengths], prepared, self.stages,
                     interpolate=self.interpolate, scorer=encoders[None], held_out=held_out, validation=validation,
-                    checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
-                    progress=named("training") if verbose and distributed.rank() == 0 else None,
+                    checkpoint_dir=folder, progress=named("training") if verbose and distributed.rank() == 0 else None,
                 )  # fmt: skip
             finally:
                 self.remove_stale_calibration()

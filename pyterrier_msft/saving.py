@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Self
@@ -76,7 +77,7 @@ class SavingMixin:
 
         Args:
             repo: The repository, e.g. "user/model". It is created if needed; an existing model is replaced, and other
-                files are kept.
+                files are kept. A README.md that isn't a card as this package wrote it becomes README.old.md.
             private: Whether a new repository is private. None: the hub's default.
             merged: See `save`.
             license: See `save`.
@@ -99,6 +100,12 @@ class SavingMixin:
             old = [*storage.MODEL_FILES]
             with contextlib.suppress(EntryNotFoundError, RevisionNotFoundError):  # the old model has no modules
                 old += storage.module_files(Path(api.hf_hub_download(repo, MODULES)).parent)
+            with contextlib.suppress(EntryNotFoundError, RevisionNotFoundError):  # the hub has no card
+                there = Path(api.hf_hub_download(repo, "README.md"))
+                with contextlib.suppress(EntryNotFoundError):
+                    api.hf_hub_download(repo, RECORD)  # into the same folder
+                if not storage.is_unchanged(there):
+                    shutil.copy(there, Path(folder) / "README.old.md")
             commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, delete_patterns=old)
         return str(commit.commit_url)
 

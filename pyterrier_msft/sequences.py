@@ -31,7 +31,7 @@ from pyterrier_msft.training.hyperparameters import check_seeds
 logger = logging.getLogger(__name__)
 
 # Increase this when the same data, settings and initial weights would give other weights than before.
-SEMANTICS_VERSION = 5
+SEMANTICS_VERSION = 6
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ def report(
         topics: The test queries: qid and query.
         qrels: qid, docno and label; of two labels of a document, the higher one counts.
         measures: Measures of ir_measures. Differences by query are shown for the first.
-        baseline: The name of the system that the others are compared with. None: the first.
+        baseline: The name of the system that the others are compared with. None: the first; required for a frame of
+            values.
         margin: The smallest difference that matters, or a mapping from measure to margin, see `equivalence_table`.
         alpha: The level of the tests.
         correction: "holm" corrects the p-values for the number of comparisons, see `equivalence_table`.
@@ -105,6 +106,7 @@ class _Comparison:
         if repeated := int(topics["qid"].duplicated().sum()):
             raise ValueError(f"topics must have each qid once; got {repeated:,} repeated rows")
         judgments = whole_grades(qrels, "labels")
+        judgments = judgments[judgments["qid"].isin(topics["qid"])].reset_index(drop=True)
         if twice := count_judged_twice(qrels):
             documents = "1 document" if twice == 1 else f"{twice:,} documents"
             warn(f"qrels have {documents} with two labels: the higher one is used")
@@ -119,7 +121,8 @@ class _Comparison:
     def evaluate(self, results: Mapping[Run, pd.DataFrame]) -> pd.DataFrame:
         """Compute the values by query; with a column seed if a run has one."""
         runs = list(results)
-        numbers = [str(k) for k in range(len(runs))]  # names must differ, and those of seeds are the same
+        # Names must differ, and those of seeds are the same; pt.Experiment sorts by name.
+        numbers = [f"{k:06}" for k in range(len(runs))]
         values = pt.Experiment(
             list(results.values()), self.topics, self.qrels, self.measures, names=numbers, perquery=True
         )
@@ -138,6 +141,10 @@ class _Comparison:
 def _study_of_values(values: pd.DataFrame, comparison: _Comparison, rerankers: Mapping[Any, Any] | None) -> Study:
     """Make a study of the values by query."""
     perquery = _with_ids(values, ["name", "qid", "measure", "value"], "systems")
+    if comparison.baseline is None:
+        raise ValueError(
+            "baseline is required with a frame of values, as pt.Experiment sorts the systems by name; got None"
+        )
     names = _distinct_names(perquery["name"].unique())
     perquery = perquery.assign(name=perquery["name"].map(str), measure=perquery["measure"].map(str))
     evaluated, judged = {*perquery.loc[perquery["value"].notna(), "qid"]}, comparison.judged

@@ -19,6 +19,7 @@ from pyterrier_msft.data.frames import order_key, require_columns, with_scores
 from pyterrier_msft.data.hard_negatives import read_hard_negatives
 from pyterrier_msft.data.permutations import read_labelled_passages, read_permutations, uncompressed_suffix
 from pyterrier_msft.data.rankings import clean_ranking, top_documents, warn_of_contradictions
+from pyterrier_msft.data.runs import read_trec_run
 from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.ids import as_ids
 from pyterrier_msft.pipelines import all_parts_of
@@ -117,7 +118,7 @@ def _read_ranking(path: Path, name: str) -> pd.DataFrame:
     if uncompressed_suffix(path) in {".jsonl", ".json"}:
         return read_permutations(path)
     try:
-        frame: pd.DataFrame = pt.io.read_results(str(path))
+        frame = read_trec_run(path)
         if frame["score"].isna().any():
             raise ValueError(f"{int(frame['score'].isna().sum()):,} lines have no score")
     except (ValueError, OSError, EOFError) as error:

@@ -829,6 +829,29 @@ def test_calibration_without_labels(new):
         new.calibrate(RESULTS, QRELS)
 
 
+@row
+def test_weight_without_training(new):
+    with pytest.raises(ValueError, match="results and qrels are required by choose_weight; got None"):
+        new.choose_weight(None, None)
+    with pytest.raises(ValueError, match="metric is required by choose_weight; got None"):
+        new.choose_weight(RESULTS, QRELS, metric=None)
+    with pytest.raises(ValueError, match="validation results must contain a relevant document"):
+        new.choose_weight(RESULTS, QRELS.assign(label=0))
+    with pytest.raises(ValueError, match=r"validation results must have the columns \['score'\]"):
+        new.choose_weight(RESULTS.drop(columns="score"), QRELS)
+    new.cross_encoder.head_is_new = True
+    with pytest.raises(ValueError, match="choose_weight needs a trained model; got MonoCE"):
+        new.choose_weight(RESULTS, QRELS)
+
+
+@row
+def test_diverged_weights(new):
+    with pytest.raises(ValueError, match="loss must be finite"):
+        new.fit(RESULTS, QRELS, fitter=SHORT.replace(learning_rate=1e30, max_steps=4))
+    with pytest.raises(ValueError, match=r"at step 1 .* No weight has changed so far: if an earlier fit has diverged"):
+        new.fit(RESULTS, QRELS, fitter=SHORT)
+
+
 def best_documents(ce: MonoCE) -> pd.DataFrame:
     """Return qrels in which the document with the best score is relevant."""
     return ce(RESULTS).sort_values("score").drop_duplicates("qid", keep="last")[["qid", "docno"]].assign(label=1)
@@ -1231,15 +1254,16 @@ def test_report_of_other_queries(tmp_path):
     others = OTHERS.results[["qid", "query"]].drop_duplicates()
     path = tmp_path / "page.html"
     with pytest.raises(ValueError, match=r"values for the 8 topics .*; got 12 other queries and 8 topics without"):
-        report(perquery, others, OTHERS.qrels, [RR], path=path)
+        report(perquery, others, OTHERS.qrels, [RR], baseline="a", path=path)
+    fewer = perquery[~perquery["qid"].isin(REPORT_TOPICS["qid"].head(2))]
     with pytest.raises(ValueError, match=r"values for the 12 topics .*; got 0 other queries and 2 topics without"):
-        report(
-            perquery[~perquery["qid"].isin(REPORT_TOPICS["qid"].head(2))], REPORT_TOPICS, REPORT.qrels, [RR], path=path
-        )
+        report(fewer, REPORT_TOPICS, REPORT.qrels, [RR], baseline="a", path=path)
     with pytest.raises(ValueError, match=r"values for the 11 topics .*; got 1 other queries and 0 topics without"):
-        report(perquery, REPORT_TOPICS.head(11), REPORT.qrels, [RR], path=path)
+        report(perquery, REPORT_TOPICS.head(11), REPORT.qrels, [RR], baseline="a", path=path)
+    with pytest.raises(ValueError, match=r"baseline is required with a frame of values, as pt\.Experiment sorts the"):
+        report(perquery, REPORT_TOPICS, REPORT.qrels, [RR], path=path)
     assert not path.exists()
-    assert report(perquery, REPORT_TOPICS, REPORT.qrels, [RR], path=path).is_file()
+    assert report(perquery, REPORT_TOPICS, REPORT.qrels, [RR], baseline="a", path=path).is_file()
 
 
 @row

@@ -339,3 +339,5 @@ def test_learning_curve(tmp_path, home):
     perquery = (tmp_path / "learning-curve" / "perquery.csv").read_text()
     run(script, *arguments, cwd=tmp_path, home=home)
     assert (tmp_path / "learning-curve" / "perquery.csv").read_text() == perquery
+    with pytest.raises(AssertionError, match=r"learning-curve holds values of pydocs with .* Use another --out"):
+        run(script, *arguments, "--depth", "6", cwd=tmp_path, home=home)

@@ -109,6 +109,20 @@ def test_pushed_and_loaded_by_name(trained, online, test_part):
     assert not len(start.history)
 
 
+def test_a_card_that_was_edited_on_the_hub_is_kept(trained, online):
+    def old_card():
+        path = (online.cache / "models--user--model" / "snapshots" / f"{len(online.created):040x}") / "README.old.md"
+        return path.read_text() if path.exists() else None
+
+    trained.push_to_hub("user/model")
+    trained.push_to_hub("user/model")
+    assert old_card() is None
+    snapshot = online.cache / "models--user--model" / "snapshots" / f"{2:040x}"
+    (snapshot / "README.md").write_text("mine")
+    trained.push_to_hub("user/model")
+    assert old_card() == "mine"
+
+
 def test_only_modules_of_the_old_model_are_deleted(backbone, trained, online, tmp_path):
     tiny_models.write_qwen_reranker(tmp_path / "decoder", backbone)
     files = ["1_LogitScore/config.json", "1_LogitScore/notes.txt", "2_Dense/config.json"]

@@ -205,20 +205,6 @@ def test_a_weight_is_chosen_without_training(fitted, dev, test, tmp_path):
     assert MonoCE.load(tmp_path / "model").first_stage_weight == choice.weight
 
 
-def test_a_weight_needs_a_trained_model_and_labels(fitted, backbone, dev):
-    with pytest.raises(ValueError, match="choose_weight needs a trained model; got MonoCE"):
-        new(backbone).choose_weight(dev.results, dev.qrels)
-    for arguments, message in [
-        ((None, None), "results and qrels are required by choose_weight; got None"),
-        ((dev.results, dev.qrels.assign(label=0)), "validation results must contain a relevant document"),
-        ((dev.results.drop(columns="score"), dev.qrels), r"validation results must have the columns \['score'\]"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            fitted.clone().choose_weight(*arguments)
-    with pytest.raises(ValueError, match="metric is required by choose_weight; got None"):
-        fitted.clone().choose_weight(dev.results, dev.qrels, metric=None)
-
-
 def test_few_queries_choose_no_good_weight(fitted, train, dev):
     few = dev.results[dev.results["qid"].isin(dev.results["qid"].unique()[:5])]
     message = "5 labelled queries choose the first stage's weight: with fewer than 20, it's a guess"
@@ -325,6 +311,17 @@ def test_the_metric_is_the_fitters(backbone, train):
     for metric, name in ((RR @ 3, "RR@3"), (None, "nDCG@10")):
         ce = new(backbone).fit(train.results, train.qrels, fitter=replace(FITTER, epochs=1, metric=metric))
         assert ce.stages[-1].interpolation["metric"] == name
+
+
+def test_a_query_with_two_qids_is_held_out_as_a_whole(backbone, train):
+    """Else a model is measured on a query whose labels it has learned."""
+    data = train.results, train.qrels
+    twice = [pd.concat([frame, frame.assign(qid="x" + frame["qid"])], ignore_index=True) for frame in data]
+    once, doubled = (new(backbone).fit(*frames, fitter=replace(FITTER, epochs=3)) for frames in (data, twice))
+    of_once, of_doubled = (ce.stages[-1].interpolation for ce in (once, doubled))
+    assert (of_once["queries"], of_doubled["queries"]) == (64, 128)
+    assert of_doubled["first_stage"] == pytest.approx(of_once["first_stage"])
+    assert of_doubled["model"] < of_once["model"] + 0.15
 
 
 def test_what_cannot_choose_a_weight_is_refused_before_training(backbone, train, tmp_path):

@@ -128,6 +128,33 @@ def test_an_error_during_training_keeps_what_was_learned(ce, data):
     assert ce.stages[-1].fingerprint == ce.fingerprint != before
 
 
+def test_after_an_interruption_the_head_is_still_new(ce, data, caplog):
+    """So that the repeated fit plans as the first one did, and not with the small learning rate of a trained head."""
+    fitter = dataclasses.replace(CL, learning_rate=None, epochs=None, eval_every=None, metric=None)
+    undisturbed = ce.clone().fit(*data[:2], fitter=fitter)
+    with interrupted_at(59), pytest.raises(KeyboardInterrupt):
+        ce.fit(*data[:2], fitter=fitter)
+    assert ce.stages[-1].interrupted == ce.stages[-1].updates == 59  # between two rows of the history
+    assert ce.history["loss"].notna().any()
+    message = "training starts from the weights of a fit that was interrupted at step 59: to resume it, pass its check"
+    with pytest.warns(UserWarning, match=message):
+        ce.fit(*data[:2], fitter=fitter)
+    assert ce.stages[-1].plan == undisturbed.stages[-1].plan
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="training starts")
+        ce.fit(*data[:2], fitter=fitter)
+    assert ce.stages[-1].plan["learning_rate"] == undisturbed.stages[-1].plan["learning_rate"] / 4
+
+
+def test_what_was_kept_of_an_interrupted_stage_is_recorded(ce, data, tmp_path):
+    with interrupted_at(13), pytest.raises(KeyboardInterrupt):
+        ce.fit(*data, fitter=dataclasses.replace(CL, patience=20))
+    kept = ce.history.loc[ce.history["kept"], "step"].item()
+    assert ce.data_report.outcome.startswith(f"kept step {kept} of 24")
+    ce.save(tmp_path / "model")
+    assert "| 13 (interrupted) |" in (tmp_path / "model" / "README.md").read_text()
+
+
 # ---- folders
 
 

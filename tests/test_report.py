@@ -187,6 +187,10 @@ def test_two_systems_have_one_pair(page):
     assert not any(caption.startswith("All ") for caption in page.tables)
 
 
+def _top(frame: pd.DataFrame, qid: str) -> pd.DataFrame:
+    return frame[frame["qid"] == qid].nlargest(3, "score")
+
+
 def test_extremes_and_their_documents(page):
     gained = page.tables["Queries that gained most with CL"]
     lost = page.tables["Queries that lost most with CL"]
@@ -197,9 +201,10 @@ def test_extremes_and_their_documents(page):
     assert lost["Difference"].str.startswith("−").all()
     assert gained["Difference"].is_monotonic_decreasing
     for qid in [*gained["qid"], WORSE]:
-        assert page.source.count(f"<code>{qid}d") == 6 + (qid == WORSE)  # the top three of two systems, and one below
+        below = [not _top(frame, qid)["docno"].isin(QRELS["docno"]).any() for frame in (BASE, BETTER)]
+        assert page.source.count(f"<code>{qid}d") == 6 + sum(below)  # the top three, and the relevant one
     documents = page.source.partition(f"<h4>{query}")[2].partition("<h4>")[0]
-    top = BETTER[BETTER["qid"] == WORSE].nlargest(3, "score")
+    top = _top(BETTER, WORSE)
     found = re.findall(rf"<code>({WORSE}d\d)</code> <span class=\"faint\">\((.*?)\)</span> (.*?)</li>", documents)
     assert found[3:6] == [(docno, "not judged", text) for docno, text in zip(top["docno"], top["text"], strict=True)]
     relevant = QRELS.set_index("qid")["docno"]
@@ -244,13 +249,35 @@ def test_versions_and_command(page, trained, tmp_path, monkeypatch):
     perquery = pt.Experiment([BASE, BETTER], TOPICS, QRELS, [RR], names=["a", "b"], perquery=True)
     monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", "study.py", "--out", "a folder"])
     monkeypatch.setattr(sys.modules["__main__"], "__file__", "study.py", raising=False)
-    of_values = Page(report(perquery, TOPICS, QRELS, [RR], path=tmp_path / "page.html"))
+    of_values = Page(report(perquery, TOPICS, QRELS, [RR], baseline="a", path=tmp_path / "page.html"))
     assert "python study.py --out 'a folder'" in of_values.text
     # From the values by query alone: the same results, without documents.
     difference = of_values.tables["Differences from a, p-values with Holm's correction for 1 comparison"]["Difference"]
     assert difference.tolist() == [f"+{(reciprocal_ranks(BETTER) - reciprocal_ranks(BASE)).mean():.4f}"]
     assert "top documents" not in of_values.text
     assert "#training" not in of_values.links
+
+
+def test_the_order_of_systems_is_that_of_the_call(tmp_path):
+    systems = {name: BASE.assign(score=BASE["score"] * (-1) ** k) for k, name in enumerate("zyxwvutsrqpo")}
+    page = Page(report(systems, TOPICS, QRELS, [RR], path=tmp_path / "page.html"))
+    assert page.tables["Mean over 12 queries"]["System"].tolist() == [*systems]
+
+
+def test_documents_with_the_same_score_are_in_the_order_that_is_measured(tmp_path):
+    tied = BASE.assign(score=0.0)
+    page = Page(report({"CL": BETTER, "tied": tied}, TOPICS, QRELS, [nDCG @ 1], path=tmp_path / "page.html"))
+    qid = page.tables["Queries that lost most with tied"]["qid"].iloc[0]
+    shown = page.source.partition(f"<h4>{TOPICS.set_index('qid')['query'][qid]}")[2].partition("<h4>")[0]
+    found = re.findall(rf"<code>({qid}d\d)</code>", shown.partition("<p>tied</p>")[2])
+    assert found[:3] == sorted(BASE.loc[BASE["qid"] == qid, "docno"], reverse=True)[:3]
+
+
+def test_only_the_judgments_of_the_topics_count(tmp_path, path):
+    others = pd.concat([QRELS, QRELS.assign(qid="x" + QRELS["qid"])])
+    systems = {"a": BASE, "b": BETTER}
+    pages = [report(systems, TOPICS, qrels, [RR], path=tmp_path / "page.html").read_text() for qrels in (QRELS, others)]
+    assert pages[0] == pages[1]
 
 
 def test_systems_are_run_once_and_seeds_are_averaged(tmp_path, trained):

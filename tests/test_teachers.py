@@ -374,8 +374,9 @@ def test_mined_negatives(form):
         assert (report.groups, groups.labels[1].tolist()) == (2, [1, 0, 0])
 
 
-def test_mined_negatives_with_scores():
-    tuples = {**MINED["n-tuple"], "scores": [[3.5, 1.0, 2.25], [1.0, 2.0, 3.75]]}
+@pytest.mark.parametrize("name", ["scores", "labels", "label"])  # sentence-transformers' distillation calls them labels
+def test_mined_negatives_with_scores(name):
+    tuples = {**MINED["n-tuple"], name: [[3.5, 1.0, 2.25], [1.0, 2.0, 3.75]]}
     results, qrels = teachers.read_hard_negatives(datasets.Dataset.from_dict(tuples))
     assert results["score"].tolist() == [3.5, 1, 2.25, 1, 2, 3.75]
     assert qrels["label"].tolist() == [1, 1]
@@ -554,6 +555,19 @@ def test_a_transformer_has_no_digest_but_its_settings_have(train_part):
     with pytest.raises(ValueError, match="teacher must not be a transformer"):
         Distillation(teacher={"a": Judge(), "b": train_part.results}).digest()
     assert fitter.readable_settings() == Distillation(seed=1).readable_settings() != Distillation().readable_settings()
+
+
+def test_quotation_marks_in_a_run(tmp_path):
+    docnos = ['"Heroes"_(album)', '"Weird_Al"_Yankovic', "Bowie", '"Unbalanced', 'a"b', '"Low"', "NA"]
+    frame = pd.DataFrame({"qid": "1", "docno": docnos, "score": np.arange(7.0), "rank": range(7)})
+    by_hand, written = tmp_path / "hand.trec", tmp_path / "written.trec"
+    by_hand.write_text("".join(f"1 Q0 {docno} {rank} {rank}.0 llm\n" for rank, docno in enumerate(docnos)))
+    pt.io.write_results(frame, str(written))
+    assert '"""Heroes""_(album)"' in written.read_text()
+    candidates = frame.assign(query="q", text="t", score=0.0)
+    for path in (by_hand, written):
+        ranking = teachers.get_ranking(path, candidates)
+        assert dict(zip(ranking["docno"], ranking["score"], strict=True)) == dict(zip(docnos, range(7), strict=True))
 
 
 def test_digests_of_mappings(train_part, tmp_path):

@@ -3,6 +3,7 @@
 Memory is bounded by the size of a chunk and by what is kept of each query: its top documents, as integer ids.
 """
 
+import csv
 import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS = 1_000_000  # rows of a file read at once
 TREC_COLUMNS = ["qid", "Q0", "docno", "rank", "score", "tag"]
+# What pandas, and so `pt.io.write_results`, makes of a docno with a quotation mark: "Heroes" becomes """Heroes""".
+CSV_QUOTED = r'^"(?:[^"]|"")*""(?:[^"]|"")*"$'
 UNUSED = ["Q0", "rank"]  # columns that are only read to see whether all columns are where they should be
 
 
@@ -218,6 +221,20 @@ def _whole_queries(rows: "pl.LazyFrame", path: str | Path) -> Iterator["pl.DataF
         yield held
 
 
+def read_trec_run(path: str | Path) -> pd.DataFrame:
+    """Read a whole TREC run with pandas: qid, docno, rank and score. A quotation mark is an ordinary character.
+
+    Raises:
+        ValueError: If the file has another format.
+    """
+    frame = pd.read_csv(
+        path, sep=r"\s+", names=TREC_COLUMNS, dtype={"qid": str, "docno": str, "rank": int, "score": float},
+        quoting=csv.QUOTE_NONE, keep_default_na=False, na_values={"score": ["", "nan", "NaN"]},
+    )[["qid", "docno", "rank", "score"]]  # fmt: skip
+    inner = frame["docno"].str[1:-1].str.replace('""', '"', regex=False)
+    return frame.assign(docno=frame["docno"].mask(frame["docno"].str.contains(CSV_QUOTED), inner))
+
+
 def _check_separators(rows: "pl.DataFrame", path: str | Path) -> None:
     """Raise a ValueError if a row of a TREC run has several spaces in a row, which shift its columns."""
     import polars as pl
@@ -246,6 +263,9 @@ def _scan(path: Path) -> "pl.LazyFrame":
         raise ValueError(f"{path} must have the columns of a TREC run {TREC_COLUMNS}; got the line {line[:80]!r}")
     schema = {name: pl.Float64 if name == "score" else pl.String for name in TREC_COLUMNS}
     rows = pl.scan_csv(path, separator=separator, has_header=False, schema=schema, quote_char=None)
+    docno = pl.col("docno")
+    inner = docno.str.slice(1, docno.str.len_chars() - 2).str.replace_all('""', '"', literal=True)
+    rows = rows.with_columns(docno=pl.when(docno.str.contains(CSV_QUOTED)).then(inner).otherwise(docno))
     return rows.filter(pl.any_horizontal(pl.col("qid", "docno").is_not_null()))  # blank lines, often the last one
 
 

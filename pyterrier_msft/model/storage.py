@@ -94,13 +94,14 @@ def replace_model(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder if is_new else partial, ignore_errors=True)
         raise
     card = folder / "README.md"
-    if card.is_file() and not _is_unchanged(card):
+    if card.is_file() and not is_unchanged(card):
         names = ("README.old.md", *(f"README.old-{number}.md" for number in range(2, 1000)))
         os.replace(card, next(path for name in names if not (path := folder / name).exists()))
     finish_save(folder)
 
 
-def _is_unchanged(card: Path) -> bool:
+def is_unchanged(card: Path) -> bool:
+    """Whether a model card is as this package wrote it, beside a record."""
     try:
         record = ModelRecord.read(card.parent)
     except ValueError:  # a damaged record

@@ -105,6 +105,12 @@ class HistoryCallback(TrainerCallback, ExportableState):
                 row[KEPT] = row["step"] == self.selection.kept_step
         self.last_row_at = time.monotonic()  # validation doesn't count as training time
 
+    def add_last_step(self, state: TrainerState) -> None:
+        """Add a row for the last update of an interrupted run, which may not have been logged."""
+        if state.global_step > (self.history[-1]["step"] if len(self.history) > self.first_row else 0):
+            epoch = state.global_step / self.plan.updates_per_epoch
+            self.history.append({"step": state.global_step, "epoch": epoch, "seconds": self._seconds()})
+
     def show_outcome(self) -> None:
         """Say in the bar which step was kept, and why training ended early, if it did."""
         if text := describe_outcome(self.history[self.first_row :], self.metric, self.plan, self.patience):

@@ -107,6 +107,7 @@ def _run(trainer: ListwiseTrainer, folder: Path | None = None, checkpoint: Check
         )  # fmt: skip
         raise
     finally:
+        trainer.rows.add_last_step(trainer.state)
         # accelerate leaves its mixed-precision `forward` on the model, which would round later float32 scores.
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         if selection is not None and selection.kept_weights is not None:

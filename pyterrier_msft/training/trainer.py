@@ -156,10 +156,12 @@ class ListwiseTrainer(Trainer):
             loss = objective.loss(scores, labels, mask)
         if not torch.isfinite(loss):
             qids = ", ".join(batch["qids"][:8]) + (", …" if len(batch["qids"]) > 8 else "")
-            raise ValueError(
-                f"loss must be finite; got {loss.item()} at step {self.state.global_step + 1} (queries {qids}). Try a "
-                f"learning_rate below {self.plan.learning_rate}"
-            )
+            step = self.state.global_step + 1
+            advice = (
+                f"Try a learning_rate below {self.plan.learning_rate}, with a new re-ranker" if step > 1
+                else "No weight has changed so far: if an earlier fit has diverged, start again with a new re-ranker"
+            )  # fmt: skip
+            raise ValueError(f"loss must be finite; got {loss.item()} at step {step} (queries {qids}). {advice}")
         self.collapse.observe(scores.detach(), mask)
         return loss, mask.sum()
 
