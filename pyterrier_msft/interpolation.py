@@ -155,9 +155,6 @@ class InterpolationMixin:
 
         Raises:
             ValueError: If the model is untrained, the results have no scores, or no document is relevant.
-
-        Example:
-            >>> choice = ce.choose_weight(candidates(topics), qrels)
         """
         frames = validation_frames(results, qrels, TextSource(self.text_field, self.text), with_scores=True)
         if frames is None:
