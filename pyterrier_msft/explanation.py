@@ -6,7 +6,7 @@ import pandas as pd
 import pyterrier as pt
 
 from pyterrier_msft.data.frames import as_texts, require_columns
-from pyterrier_msft.pipelines import all_parts_of
+from pyterrier_msft.pipelines import all_parts_of, parts_of
 from pyterrier_msft.training.hyperparameters import check_number
 
 
@@ -58,7 +58,8 @@ def explain(
     try:
         scored = reranker(frame.assign(docno=docnos, **{text_field: to_score[text_field]}))
     except pt.validate.InputValidationError as error:
-        error.add_note("explain needs only the re-ranker, without a first stage or a cutoff")
+        if parts_of(reranker):
+            error.add_note("explain needs only the re-ranker, without a first stage or a cutoff")
         raise
     require_columns(scored, ["docno", "score"], "reranker: its results")
     if sorted(scored["docno"]) != sorted(docnos):

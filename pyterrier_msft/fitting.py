@@ -20,7 +20,7 @@ from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.model.cross_encoder import CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.fingerprint import training_state
-from pyterrier_msft.model.record import StageRecord, library_versions
+from pyterrier_msft.model.record import StageRecord, has_unfinished_head, library_versions
 from pyterrier_msft.notices import warn, warn_of_data
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import checkpoint_identity
@@ -220,8 +220,9 @@ def _train_stage(
     if validation and settings.metric is not None:
         measured = Validation(*validation, settings.metric, first_stage_weight)
     head_before = model.head_is_new
-    was_new = resumed[0].head_was_new if resumed else head_before or _has_unfinished_head(stages)
-    objectives = _objectives(model, data, head_is_new=was_new, validation=measured)
+    was_new = resumed[0].head_was_new if resumed else head_before
+    trains_new = was_new or has_unfinished_head(stages[: len(stages) - len(resumed)])
+    objectives = _objectives(model, data, head_is_new=trains_new, validation=measured)
     plan = objectives[0].plan
     record = _new_record(encoder, data, [objective.plan for objective in objectives], place, start)
     record.head_was_new = was_new
@@ -230,7 +231,7 @@ def _train_stage(
     identity = {}
     if is_identified:
         identity = {
-            **_identity(model, encoder, data, start, head_is_new=was_new),
+            **_identity(model, encoder, data, start, head_is_new=trains_new),
             **_validation_identity(scorer, validation, first_stage_weight),
         }
     stages[len(stages) - len(resumed) :] = [record]
@@ -273,16 +274,11 @@ def _train_stage(
 
 def warn_of_unfinished(stages: Sequence[StageRecord], checkpoint_dir: Path | None, n_stages: int) -> None:
     """Warn if training starts from the weights of an interrupted fit, and doesn't resume it."""
-    if stages and stages[-1].interrupted is not None and not stages_to_resume(stages, checkpoint_dir, n_stages):
+    if stages and stages[-1].is_unfinished and not stages_to_resume(stages, checkpoint_dir, n_stages):
         warn(
             f"training starts from the weights of a fit that was interrupted at step {stages[-1].interrupted}: to "
             "resume it, pass its checkpoint_dir; else start again with a new re-ranker, or a clone() from before"
         )
-
-
-def _has_unfinished_head(stages: Sequence[StageRecord]) -> bool:
-    """Whether the head was new in a fit that was interrupted, so that it still needs the learning rate of a new one."""
-    return bool(stages) and stages[-1].interrupted is not None and stages[-1].head_was_new
 
 
 def _stages_to_resume(stages: Sequence[StageRecord], checkpoint_dir: str | Path | None) -> Sequence[StageRecord]:

@@ -94,7 +94,7 @@ def _spread_without_outliers(scores: np.ndarray, qids: pd.Series) -> float:
     return 1.4826 * float(medians[medians > 0].median())  # the factor is that of a normal distribution
 
 
-def choose_weight(parts: Sequence[Scored], metric: Any, *, spread: float) -> Interpolation:
+def best_weight(parts: Sequence[Scored], metric: Any, *, spread: float) -> Interpolation:
     """Choose the weight with the best value of a metric, as the mean of five neighbouring weights.
 
     The metric of few queries jumps from weight to weight; the mean of neighbours is steadier.
@@ -142,7 +142,8 @@ class InterpolationMixin:
     ) -> Interpolation:
         """Set `interpolate` to the weight that is best for labelled queries; nothing is trained.
 
-        Use it for a published cross-encoder, and for another collection or first stage than those of `fit`.
+        Use it for a published cross-encoder, and for another collection or first stage than those of `fit`. All results
+        are scored. A later `fit` keeps the weight, unless you set `interpolate=True` again.
 
         Args:
             results: A first stage's results, like those of `transform`. They must be of **other queries** than those
@@ -156,22 +157,25 @@ class InterpolationMixin:
         Raises:
             ValueError: If the model is untrained, the results have no scores, or no document is relevant.
         """
-        frames = validation_frames(results, qrels, TextSource(self.text_field, self.text), with_scores=True)
-        if frames is None:
-            raise ValueError("results and qrels are required by choose_weight; got None")
         if self.cross_encoder.head_is_new:
             raise ValueError(
                 f"choose_weight needs a trained model; got {self!r}, whose head is untrained. Call fit first"
             )
         if (measure := parse_metric(metric)) is None:
             raise ValueError("metric is required by choose_weight; got None")
+        texts = TextSource(self.text_field, self.text)
+        frames = validation_frames(results, qrels, texts, what="choose_weight", with_scores=True)
+        if frames is None:
+            raise ValueError("results and qrels are required by choose_weight; got None")
         data = Validation(*frames, measure)
         data.check_metric()
         warn_of_few_queries([data])
-        scored = Scored(data, self.score(data.results.rename(columns={"text": self.text_field})))
-        choice = choose_weight([scored], measure, spread=scored.spread)
+        scored = Scored(data, self.score(self.prepare(data.results.rename(columns={"text": self.text_field}))))
+        choice = best_weight([scored], measure, spread=scored.spread)
         _warn_if_not_better(choice, None)
         self.interpolate = choice.weight
+        if self.stages:  # a published model has no record of its training
+            _record(choice, self.stages[-1])
         return choice
 
 
@@ -349,16 +353,20 @@ def fit_reranker(
         if halves is not None:
             trained = [Scored.by(model, scorer, data.sample(SPREAD_QUERIES)).spread for data in parts]
             spread = float(np.mean(trained)) * halves.shrinkage
-            choice = choose_weight(halves.scored, metric, spread=spread)
+            choice = best_weight(halves.scored, metric, spread=spread)
         else:
             unseen = Scored.by(model, scorer, parts[0])
-            choice = choose_weight([unseen], metric, spread=unseen.spread)
+            choice = best_weight([unseen], metric, spread=unseen.spread)
     except BaseException:
         stages[-1].interrupted = stages[-1].updates  # so that a repeated call resumes here
         raise
-    stages[-1].interpolation = dataclasses.asdict(choice)
-    stages[-1].data_report["interpolation"] = str(choice)
+    _record(choice, stages[-1])
     _warn_if_not_better(choice, before)
+
+
+def _record(choice: Interpolation, stage: StageRecord) -> None:
+    stage.interpolation = dataclasses.asdict(choice)
+    stage.data_report["interpolation"] = str(choice)
 
 
 def _check_validation(prepared: Sequence[StageData], validation: ValidationFrames | None) -> None:

@@ -96,14 +96,17 @@ class BM25(pt.Transformer):
             complete = Path(temporary) / "index"
             self._index.save(complete)
             (complete / DOCNOS).write_text(json.dumps(self._docnos.tolist()), encoding="utf-8")
-            own = {path.name for path in complete.iterdir()}
-            if folder.is_dir() and own.issuperset(path.name for path in folder.iterdir()):
-                os.rename(folder, Path(temporary) / "replaced")
+            own, replaced = {path.name for path in complete.iterdir()}, Path(temporary) / "replaced"
+            others = sorted({path.name for path in folder.iterdir()} - own) if folder.is_dir() else []
+            if others:
+                raise FileExistsError(f"folder must be new or hold only a saved index; got {others[0]!r} in {folder}")
+            if folder.is_dir():
+                os.rename(folder, replaced)
             try:
                 os.rename(complete, folder)
-            except OSError as error:
-                if folder.exists():
-                    raise FileExistsError(f"folder must be new or hold a saved index; got {str(folder)!r}") from error
+            except OSError:
+                if replaced.is_dir():
+                    os.rename(replaced, folder)
                 raise
 
     @classmethod

@@ -375,7 +375,7 @@ def word_importance(words: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
     """Print a document's text with its words in colour: blue words raise its score, and orange ones lower it.
 
     The darkest word is the one that changes this score most, so compare colours within a text only. Grey words have no
-    effect at all: the model doesn't read that far.
+    effect at all, usually because the model doesn't read that far.
 
     Args:
         words: The rows of one document in the result of `explain`: columns docno, word, importance.

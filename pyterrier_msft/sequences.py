@@ -22,6 +22,7 @@ from pyterrier_msft.digests import sha256_of
 from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.fitting import ValidationFrames
 from pyterrier_msft.model.fingerprint import training_state
+from pyterrier_msft.model.record import has_unfinished_head
 from pyterrier_msft.notices import naming, saying_once
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.training import distributed
@@ -165,7 +166,8 @@ class _Folders:
         settings = [reranker.scoring_settings(), reranker.interpolate]
         looked_up = "" if validation is None else reranker.source_digest(validation[0])
         state = training_state(reranker.cross_encoder.network)
-        self.context = [SEMANTICS_VERSION, torch.__version__, frames, looked_up, settings, state]
+        unfinished = has_unfinished_head(reranker.stages)
+        self.context = [SEMANTICS_VERSION, torch.__version__, frames, looked_up, settings, state, unfinished]
         self.stages = {
             name: [stages[name].digest(), *(reranker.source_digest(*lookup) for lookup in stages[name].lookups())]
             for path in paths.values()

@@ -208,7 +208,7 @@ def _with_documents(study: Study, system: str, queries: list[dict[str, Any]]) ->
     for query in queries:
         query["lists"] = {}
         for name, frame in found.items():
-            # As trec_eval breaks ties.
+            # Ties are in the order of trec_eval.
             ranked = frame[frame["qid"] == query["qid"]].sort_values(["score", "docno"], ascending=False)
             found_labels = [labels.get((query["qid"], docno)) for docno in ranked["docno"]]
             relevant = [rank for rank, label in enumerate(found_labels) if label is not None and label > 0]

@@ -150,8 +150,9 @@ def in_words(row: Mapping[Any, Any]) -> str:
     level = f"{100 * row['ci_level']:.4g}%"
     means = f"{number(row['mean'])} against {number(row['baseline_mean'])} of {row['baseline']}"
     p = p_value(row[f"p_ttest{_suffix(row)}"])
-    equals = "" if p.startswith("<") else "= "
-    interval = f"{signed(row['difference'])}, p {equals}{p}, {level} interval of the equivalence test {_interval(row)}"
+    corrected = " with Holm's correction" if _suffix(row) else ""
+    p = f"p {'' if p.startswith('<') else '= '}{p}{corrected}"
+    interval = f"{signed(row['difference'])}, {p}, {level} interval of the equivalence test {_interval(row)}"
     return f"{row['system']}: {row['measure']} {means} ({interval}): {row['verdict']}."
 
 

@@ -5,6 +5,7 @@ import pytest
 from conftest import make_part
 
 from pyterrier_msft import Contrastive, MonoCE, explain
+from pyterrier_msft.lexical import BM25
 
 PART = make_part("ex", n_queries=2, n_docs=2, seed=7)
 
@@ -86,6 +87,19 @@ def test_a_cache_by_docno_keeps_the_documents_apart(ce):
         row = numbered.iloc[[i]]
         pd.testing.assert_frame_equal(explain(cached, row), explain(ce, row), atol=1e-4)
     np.testing.assert_allclose(cached(numbered)["score"], ce(numbered)["score"], atol=1e-4)
+
+
+def test_a_pipeline_is_refused(ce):
+    pytest.importorskip("bm25s")
+    first = BM25([{"docno": "d", "text": "some text"}]) >> pt.apply.text(lambda row: "some text")
+    for reranker, results, is_pipeline in (
+        (first >> ce, PART.results, True),
+        (ce.apply_attributes(interpolate=0.5), PART.results.drop(columns="score"), False),
+    ):
+        with pytest.raises(pt.validate.InputValidationError) as caught:
+            explain(reranker, results)
+        note = "explain needs only the re-ranker, without a first stage or a cutoff"
+        assert (note in caught.value.__notes__) == is_pipeline
 
 
 def test_re_rankers_of_different_fields_need_a_choice(ce):

@@ -201,8 +201,22 @@ def test_a_weight_is_chosen_without_training(fitted, dev, test, tmp_path):
     assert choice.first_stage == pytest.approx(ndcg(dev.results, dev))
     assert ndcg(ce(test.results), test) > max(ndcg(alone(ce)(test.results), test), ndcg(test.results, test))
     assert ce.fingerprint == fingerprint
+    assert ce.data_report.interpolation == str(choice)
     ce.save(tmp_path / "model")
     assert MonoCE.load(tmp_path / "model").first_stage_weight == choice.weight
+    assert str(choice) in (tmp_path / "model" / "README.md").read_text()
+    assert other.apply_attributes(text_field="body").choose_weight(
+        dev.results.rename(columns={"text": "body"}), dev.qrels
+    ).weight == pytest.approx(choice.weight)
+
+
+def test_a_model_that_brings_nothing(fitted, dev):
+    texts = np.random.default_rng(1).permutation(dev.results["text"])
+    perfect = with_first_stage(Part(dev.results.assign(text=texts), dev.qrels), quality=9)
+    with pytest.warns(UserWarning, match="re-ranking isn't better than the first stage: first stage's weight"):
+        choice = fitted.clone().choose_weight(perfect.results, perfect.qrels)
+    assert str(replace(choice, relative_weight=8.0)).endswith(", so the model changes little")
+    assert str(replace(choice, relative_weight=5.7)).endswith(" as the model's")
 
 
 def test_few_queries_choose_no_good_weight(fitted, train, dev):

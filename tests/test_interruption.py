@@ -128,7 +128,7 @@ def test_an_error_during_training_keeps_what_was_learned(ce, data):
     assert ce.stages[-1].fingerprint == ce.fingerprint != before
 
 
-def test_after_an_interruption_the_head_is_still_new(ce, data, caplog):
+def test_after_an_interruption_the_head_is_still_new(ce, data):
     """So that the repeated fit plans as the first one did, and not with the small learning rate of a trained head."""
     fitter = dataclasses.replace(CL, learning_rate=None, epochs=None, eval_every=None, metric=None)
     undisturbed = ce.clone().fit(*data[:2], fitter=fitter)
@@ -144,6 +144,21 @@ def test_after_an_interruption_the_head_is_still_new(ce, data, caplog):
         warnings.filterwarnings("error", message="training starts")
         ce.fit(*data[:2], fitter=fitter)
     assert ce.stages[-1].plan["learning_rate"] == undisturbed.stages[-1].plan["learning_rate"] / 4
+
+
+@pytest.mark.filterwarnings("ignore:training starts")
+def test_two_interruptions_and_a_stage_that_changes_nothing(ce, data, tmp_path):
+    fitter = dataclasses.replace(CL, learning_rate=None, metric=None)
+    rate = ce.clone().fit(*data[:2], fitter=fitter).stages[-1].plan["learning_rate"]
+    for _ in range(2):
+        with interrupted_at(5), pytest.raises(KeyboardInterrupt):
+            ce.fit(*data[:2], fitter=fitter)
+        assert ce.stages[-1].plan["learning_rate"] == rate
+    before = ce.fingerprint
+    with pytest.warns(UserWarning, match="changed no weight|didn't improve"):
+        ce.fit(*data[:2], fitter=dataclasses.replace(CL, learning_rate=1e-30, metric=None))
+    assert ce.fingerprint == before
+    assert not ce.cross_encoder.head_is_new  # it has been trained
 
 
 def test_what_was_kept_of_an_interrupted_stage_is_recorded(ce, data, tmp_path):

@@ -134,7 +134,7 @@ def test_an_index_replaces_one_that_was_saved_and_nothing_else(bm25, tmp_path):
     assert repr(BM25.load(tmp_path / "index")) == "BM25(<2 documents>, num_results=100)"
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
     (tmp_path / "index" / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="folder must be new or hold a saved index; got"):
+    with pytest.raises(FileExistsError, match=r"folder must be new or hold only a saved index; got 'notes\.txt' in"):
         bm25.save(tmp_path / "index")
     assert (tmp_path / "index" / "notes.txt").read_text() == "mine"
     assert repr(BM25.load(tmp_path / "index")) == "BM25(<2 documents>, num_results=100)"

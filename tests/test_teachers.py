@@ -388,6 +388,12 @@ def test_mined_negatives_with_scores(name):
     assert (results["score"].tolist(), len(qrels)) == ([0.5, 0.25], 0)
 
 
+def test_mined_negatives_with_grades():
+    results, qrels = teachers.read_hard_negatives(pd.DataFrame({**MINED["n-tuple"], "labels": [[3, 0, 1], [2, 0, 0]]}))
+    assert "score" not in results
+    assert qrels["label"].tolist() == [3, 1, 2]
+
+
 def test_a_mined_passage_that_is_also_a_positive():
     results, qrels = teachers.read_hard_negatives(
         pd.DataFrame({"q": ["x", "x"], "positive": [A, B], "negative": [B, C]})
@@ -568,6 +574,12 @@ def test_quotation_marks_in_a_run(tmp_path):
     for path in (by_hand, written):
         ranking = teachers.get_ranking(path, candidates)
         assert dict(zip(ranking["docno"], ranking["score"], strict=True)) == dict(zip(docnos, range(7), strict=True))
+    # pandas puts a field with a space into quotation marks.
+    spaced = frame.assign(docno=[f"pages/page {i}.txt" for i in range(7)], qid='"1"')
+    pt.io.write_results(spaced, str(written), run_name="my run")
+    ranking = teachers.get_ranking(written, spaced.assign(query="q", text="t", score=0.0))
+    assert {*ranking["docno"]} == {*spaced["docno"]}
+    assert {*ranking["qid"]} == {'"1"'}
 
 
 def test_digests_of_mappings(train_part, tmp_path):

@@ -25,8 +25,8 @@ def read_hard_negatives(dataset: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
     The forms are those of `sentence_transformers.util.mine_hard_negatives` and of its published data sets; the first
     column is the query:
 
-    - triplets and n-tuples: a positive and one or more negatives, and perhaps `scores` (or `labels`, as sentence-
-      transformers' distillation losses call them): a list of a teacher's scores of all of them;
+    - triplets and n-tuples: a positive and one or more negatives, and perhaps `scores`, a list of their scores;
+      `labels` that aren't whole numbers are scores, too, as for sentence-transformers' distillation losses;
     - labeled pairs: a passage and its `label` or `score`;
     - labeled lists: a list of passages and a list of their `labels` or `scores`.
 
@@ -57,9 +57,9 @@ def read_hard_negatives(dataset: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
     values = [name for name in frame.columns if name in LABELS + SCORES]
     if not len(frame) or len(texts) < 2 or len(values) > 1 or (len(texts) == 2 and not values):
         raise ValueError(f"dataset must have rows with {FORMS}; got {len(frame)} rows of {[*frame.columns]}")
-    # Tuples say by their columns which passage is the positive, so what else they have are a teacher's scores.
-    has_scores = bool(values) and (values[0] in SCORES or len(texts) > 2)
     rows = pd.DataFrame(_rows(frame, texts, values), columns=["query", "text", "value", "is_positive"])
+    # The columns of a tuple say which passage is the positive. Labels that aren't grades are then a teacher's scores.
+    has_scores = bool(values) and (values[0] in SCORES or (len(texts) > 2 and bool((rows["value"] % 1 != 0).any())))
     ids = {name: {text: text_id(text) for text in rows[name].unique()} for name in ("query", "text")}
     rows = rows.assign(qid=rows["query"].map(ids["query"]), docno=rows["text"].map(ids["text"]))
     rows["label"] = rows["is_positive"].astype(float) if has_scores or not values else rows["value"]

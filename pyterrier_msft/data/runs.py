@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import pyterrier as pt
 
 from pyterrier_msft.data.diagnosis import explain_mismatch
 from pyterrier_msft.data.frames import PASSAGE_SUFFIX, as_texts, even_step, order_column, require, require_columns
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS = 1_000_000  # rows of a file read at once
 TREC_COLUMNS = ["qid", "Q0", "docno", "rank", "score", "tag"]
-# What pandas, and so `pt.io.write_results`, makes of a docno with a quotation mark: "Heroes" becomes """Heroes""".
+# What pandas, and so `pt.io.write_results`, makes of an id with a quotation mark: "Heroes" becomes """Heroes""".
 CSV_QUOTED = r'^"(?:[^"]|"")*""(?:[^"]|"")*"$'
 UNUSED = ["Q0", "rank"]  # columns that are only read to see whether all columns are where they should be
 
@@ -222,17 +223,31 @@ def _whole_queries(rows: "pl.LazyFrame", path: str | Path) -> Iterator["pl.DataF
 
 
 def read_trec_run(path: str | Path) -> pd.DataFrame:
-    """Read a whole TREC run with pandas: qid, docno, rank and score. A quotation mark is an ordinary character.
+    """Read a whole TREC run with pandas: qid, docno, rank and score.
+
+    A quotation mark is an ordinary character, unless pandas has put a field that has a space into quotation marks.
 
     Raises:
         ValueError: If the file has another format.
     """
-    frame = pd.read_csv(
-        path, sep=r"\s+", names=TREC_COLUMNS, dtype={"qid": str, "docno": str, "rank": int, "score": float},
-        quoting=csv.QUOTE_NONE, keep_default_na=False, na_values={"score": ["", "nan", "NaN"]},
-    )[["qid", "docno", "rank", "score"]]  # fmt: skip
-    inner = frame["docno"].str[1:-1].str.replace('""', '"', regex=False)
-    return frame.assign(docno=frame["docno"].mask(frame["docno"].str.contains(CSV_QUOTED), inner))
+    columns = ["qid", "docno", "rank", "score"]
+    try:
+        frame = pd.read_csv(
+            path, sep=r"\s+", names=TREC_COLUMNS, dtype={"qid": str, "docno": str, "rank": int, "score": float},
+            quoting=csv.QUOTE_NONE, keep_default_na=False, na_values={"score": ["", "nan", "NaN", "null", "NA"]},
+        )  # fmt: skip
+        has_spaces = not isinstance(frame.index, pd.RangeIndex)  # more fields than columns
+    except ValueError:
+        has_spaces = True
+    if has_spaces:
+        quoted: pd.DataFrame = pt.io.read_results(str(path))[columns]
+        return quoted
+    ids = {name: _without_csv_quotes(frame[name]) for name in ("qid", "docno")}
+    return frame[columns].assign(**ids)
+
+
+def _without_csv_quotes(ids: pd.Series) -> pd.Series:
+    return ids.mask(ids.str.contains(CSV_QUOTED), ids.str[1:-1].str.replace('""', '"', regex=False))
 
 
 def _check_separators(rows: "pl.DataFrame", path: str | Path) -> None:
@@ -263,9 +278,10 @@ def _scan(path: Path) -> "pl.LazyFrame":
         raise ValueError(f"{path} must have the columns of a TREC run {TREC_COLUMNS}; got the line {line[:80]!r}")
     schema = {name: pl.Float64 if name == "score" else pl.String for name in TREC_COLUMNS}
     rows = pl.scan_csv(path, separator=separator, has_header=False, schema=schema, quote_char=None)
-    docno = pl.col("docno")
-    inner = docno.str.slice(1, docno.str.len_chars() - 2).str.replace_all('""', '"', literal=True)
-    rows = rows.with_columns(docno=pl.when(docno.str.contains(CSV_QUOTED)).then(inner).otherwise(docno))
+    for name in ("qid", "docno"):
+        ids = pl.col(name)
+        inner = ids.str.slice(1, ids.str.len_chars() - 2).str.replace_all('""', '"', literal=True)
+        rows = rows.with_columns(pl.when(ids.str.contains(CSV_QUOTED)).then(inner).otherwise(ids).alias(name))
     return rows.filter(pl.any_horizontal(pl.col("qid", "docno").is_not_null()))  # blank lines, often the last one
 
 

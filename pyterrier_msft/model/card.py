@@ -135,7 +135,8 @@ def _interpolation(record: ModelRecord) -> str:
         weight = record.stages[-1].interpolation.get("weight") if record.stages else None
     if not weight:
         return ""
-    text = record.stages[-1].data_report["interpolation"] if setting is True else ""
+    is_known = record.stages and record.stages[-1].interpolation.get("weight") == weight
+    text = record.stages[-1].data_report["interpolation"] if is_known else ""
     return f"`score + {weight:.6g} * first_stage_score`{f' ({text})' * bool(text)}"
 
 

@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +63,11 @@ class StageRecord(_Record):
     def updates(self) -> int:
         """The last step of the history."""
         return self.history[-1]["step"] if self.history else 0
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether training was interrupted before its last update."""
+        return self.interrupted is not None and self.interrupted < self.plan.get("updates", math.inf)
 
     def validations(self, metric: str) -> list[float]:
         """Return the values of a validation metric, in order."""
@@ -135,6 +142,12 @@ class ModelRecord(_Record):
 def card_digest(card: str) -> str:
     """Return the digest of a model card."""
     return hashlib.sha256(card.encode()).hexdigest()[:16]
+
+
+def has_unfinished_head(stages: Sequence[StageRecord]) -> bool:
+    """Whether training of a new head was interrupted, so that it still needs the learning rate of a new one."""
+    unfinished = itertools.takewhile(lambda stage: stage.is_unfinished, reversed(stages))
+    return any(stage.head_was_new for stage in unfinished)
 
 
 def history_frame(stages: Sequence[StageRecord]) -> pd.DataFrame:
