@@ -160,8 +160,8 @@ class ListwiseTrainer(Trainer):
             advice = f"Try a learning_rate below {self.plan.learning_rate}, with a new re-ranker"
             if step == 1:
                 advice = (
-                    "No weight has changed yet, so check the loss and the labels. If an earlier fit has diverged, start "
-                    "again with a new re-ranker"
+                    "No weight has changed yet, so check the loss and the labels. If an earlier fit has diverged, "
+                    "start again with a new re-ranker"
                 )
             raise ValueError(f"loss must be finite; got {loss.item()} at step {step} (queries {qids}). {advice}")
         self.collapse.observe(scores.detach(), mask)
