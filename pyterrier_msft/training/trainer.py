@@ -157,13 +157,15 @@ class ListwiseTrainer(Trainer):
         if not torch.isfinite(loss):
             qids = ", ".join(batch["qids"][:8]) + (", …" if len(batch["qids"]) > 8 else "")
             step = self.state.global_step + 1
-            advice = f"Try a learning_rate below {self.plan.learning_rate}, with a new re-ranker"
             if step == 1:
-                advice = (
-                    "No weight has changed yet, so check the loss and the labels. If an earlier fit has diverged, "
-                    "start again with a new re-ranker"
+                raise ValueError(
+                    f"loss must be finite; got {loss.item()} at step 1 (queries {qids}). No weight has changed yet, so "
+                    "check the loss and the labels. If an earlier fit has diverged, start again with a new re-ranker"
                 )
-            raise ValueError(f"loss must be finite; got {loss.item()} at step {step} (queries {qids}). {advice}")
+            raise ValueError(
+                f"loss must be finite; got {loss.item()} at step {step} (queries {qids}). Try a learning_rate below "
+                f"{self.plan.learning_rate}, with a new re-ranker"
+            )
         self.collapse.observe(scores.detach(), mask)
         return loss, mask.sum()
 
