@@ -82,14 +82,16 @@ def modular(backbone, tmp_path_factory) -> str:
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", ["backbone", "modernbert"])
 def test_scores_equal_those_of_sentence_transformers(family, head, tmp_path, train_part, request):
-    folder = write(tmp_path, request.getfixturevalue(family), [*HEADS[head](), scores_layer()])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        folder = write(tmp_path, request.getfixturevalue(family), [*HEADS[head](), scores_layer()])
     frame = train_part.results.head(40)
     frame = frame.assign(text=[" ".join(text.split()[: 1 + i % 6]) for i, text in enumerate(frame["text"])])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # no head is new
         scores = new(folder)(frame)["score"]
     np.testing.assert_allclose(scores, raw_scores(folder, frame, max_length=24), atol=1e-5)
-    assert np.ptp(scores) > 1e-3
+    assert np.ptp(scores) > 2e-4  # much more than the tolerance
 
 
 def test_legacy_pooling(backbone, modular, tmp_path, train_part):
