@@ -147,7 +147,7 @@ def test_after_an_interruption_the_head_is_still_new(ce, data):
 
 
 @pytest.mark.filterwarnings("ignore:training starts")
-def test_two_interruptions_and_a_stage_that_changes_nothing(ce, data, tmp_path):
+def test_two_interruptions_and_a_stage_that_changes_nothing(ce, data):
     fitter = dataclasses.replace(CL, learning_rate=None, metric=None)
     rate = ce.clone().fit(*data[:2], fitter=fitter).stages[-1].plan["learning_rate"]
     for _ in range(2):

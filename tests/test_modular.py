@@ -91,7 +91,7 @@ def test_scores_equal_those_of_sentence_transformers(family, head, tmp_path, tra
         warnings.simplefilter("error", UserWarning)  # no head is new
         scores = new(folder)(frame)["score"]
     np.testing.assert_allclose(scores, raw_scores(folder, frame, max_length=24), atol=1e-5)
-    assert np.ptp(scores) > 2e-4  # much more than the tolerance
+    assert np.ptp(scores) > 1e-3
 
 
 def test_legacy_pooling(backbone, modular, tmp_path, train_part):

@@ -273,7 +273,7 @@ def test_documents_with_the_same_score_are_in_the_order_that_is_measured(tmp_pat
     assert found[:3] == sorted(BASE.loc[BASE["qid"] == qid, "docno"], reverse=True)[:3]
 
 
-def test_only_the_judgments_of_the_topics_count(tmp_path, path):
+def test_only_the_judgments_of_the_topics_count(tmp_path):
     others = pd.concat([QRELS, QRELS.assign(qid="x" + QRELS["qid"])])
     systems = {"a": BASE, "b": BETTER}
     pages = [report(systems, TOPICS, qrels, [RR], path=tmp_path / "page.html").read_text() for qrels in (QRELS, others)]
