@@ -213,39 +213,52 @@ def _train_stage(
 
     `place` is the stage's position in its call of fit, from 1; `checkpoint_dir` is for this stage alone.
     """
-    settings, before = data.settings, model.fingerprint
+    settings = data.settings
     resumed = _stages_to_resume(stages, checkpoint_dir) if place == 1 else []
-    start = resumed[0].start if resumed else before
+    start = resumed[0].start if resumed else model.fingerprint
+    head_was_new = resumed[0].head_was_new if resumed else model.head_is_new
+    learns_head = head_was_new or has_unfinished_head(stages[: len(stages) - len(resumed)])
     measured = None
     if validation and settings.metric is not None:
         measured = Validation(*validation, settings.metric, first_stage_weight)
-    head_before = model.head_is_new
-    was_new = resumed[0].head_was_new if resumed else head_before
-    trains_new = was_new or has_unfinished_head(stages[: len(stages) - len(resumed)])
-    objectives = _objectives(model, data, head_is_new=trains_new, validation=measured)
-    plan = objectives[0].plan
-    record = _new_record(encoder, data, [objective.plan for objective in objectives], place, start)
-    record.head_was_new = was_new
+    objectives = _objectives(model, data, head_is_new=learns_head, validation=measured)
+    plans = [objective.plan for objective in objectives]
+    record = _new_record(encoder, data, plans, place=place, start=start, head_was_new=head_was_new)
     # A loss that can't be digested can't be recognised later either, which only matters for these.
     is_identified = checkpoint_dir is not None or distributed.world_size() > 1
     identity = {}
     if is_identified:
         identity = {
-            **_identity(model, encoder, data, start, head_is_new=trains_new),
+            **_identity(model, encoder, data, start, head_is_new=learns_head),
             **_validation_identity(scorer, validation, first_stage_weight),
         }
-    stages[len(stages) - len(resumed) :] = [record]
-    model.head_is_new = False
-    try:
+    with _recording(model, record, stages, resumed, settings, plans[0]):
         train(
             model, encoder, objectives, settings, scorer=scorer, validation=measured, checkpoint_dir=checkpoint_dir,
             identity=identity, history=record.history, progress=progress,
         )  # fmt: skip
+    _warn_of_no_gain(record, settings, plans[0])
+
+
+@contextlib.contextmanager
+def _recording(
+    model: CrossEncoder, record: StageRecord, stages: list[StageRecord], resumed: Sequence[StageRecord],
+    settings: Hyperparameters, plan: Plan,
+) -> Iterator[None]:  # fmt: skip
+    """Add the record of the stage that is trained within the block, in place of the `resumed` ones.
+
+    If training fails before it changes a weight, `stages` and the state of the head are as before.
+    """
+    before, head_is_new = model.fingerprint, model.head_is_new
+    stages[len(stages) - len(resumed) :] = [record]
+    model.head_is_new = False
+    try:
+        yield
     except BaseException:
         record.fingerprint = model.fingerprint
         if record.fingerprint == before:  # nothing was learned
-            model.head_is_new = head_before
-        if record.fingerprint == before and place == 1:
+            model.head_is_new = head_is_new
+        if record.fingerprint == before and record.place == 1:
             stages[-1:] = resumed
         else:  # the record of a later stage says that its fit isn't complete
             record.interrupted = record.updates
@@ -253,18 +266,22 @@ def _train_stage(
         raise
     record.data_report["outcome"] = describe_outcome(record.history, str(settings.metric), plan, settings.patience)
     record.fingerprint = model.fingerprint
+    if record.fingerprint == record.start:
+        model.head_is_new = record.head_was_new
+
+
+def _warn_of_no_gain(record: StageRecord, settings: Hyperparameters, plan: Plan) -> None:
+    """Warn if a complete stage has changed no weight, or if validation couldn't tell its weights apart."""
     values = record.validations(str(settings.metric))
-    if record.fingerprint == start:
-        model.head_is_new = was_new
-        if len(values) > 1 and max(values[1:]) <= values[0]:
-            warn(
-                f"{record.objective} didn't improve the re-ranker, whose weights are as before: validation "
-                f"{settings.metric} was {values[0]:.3f} at the start and at most {max(values[1:]):.3f} after. Try "
-                "another learning_rate, or more training queries"
-            )
-        else:
-            rate = f"learning_rate={plan.learning_rate}, warmup={settings.warmup}"
-            warn(f"{record.objective} changed no weight in {record.updates} updates with {rate}")
+    if record.fingerprint == record.start and len(values) > 1 and max(values[1:]) <= values[0]:
+        warn(
+            f"{record.objective} didn't improve the re-ranker, whose weights are as before: validation "
+            f"{settings.metric} was {values[0]:.3f} at the start and at most {max(values[1:]):.3f} after. Try "
+            "another learning_rate, or more training queries"
+        )
+    elif record.fingerprint == record.start:
+        rate = f"learning_rate={plan.learning_rate}, warmup={settings.warmup}"
+        warn(f"{record.objective} changed no weight in {record.updates} updates with {rate}")
     elif len(values) > 2 and len({*values}) == 1:
         warn(
             f"validation {settings.metric} was {values[0]:.3f} each time, so it can't choose weights: the last ones "
@@ -332,7 +349,9 @@ def _with_truncation(encoder: PairEncoder, report: DataReport, groups: Groups) -
     return dataclasses.replace(report, truncated_queries=query_rate, truncated_documents=text_rate)
 
 
-def _new_record(encoder: PairEncoder, data: StageData, plans: Sequence[Plan], place: int, start: str) -> StageRecord:
+def _new_record(
+    encoder: PairEncoder, data: StageData, plans: Sequence[Plan], *, place: int, start: str, head_was_new: bool
+) -> StageRecord:
     fitter = data.fitter
     reports = [_part_report(encoder, part, plan) for part, plan in zip(data.parts, plans, strict=True)]
     report = reports[0] if len(reports) == 1 else DataReport.of_parts(dict(zip(fitter.names, reports, strict=True)))
@@ -344,7 +363,7 @@ def _new_record(encoder: PairEncoder, data: StageData, plans: Sequence[Plan], pl
         fitter=repr(fitter), objective=fitter.objective,
         loss=format_sum((weight, getattr(loss, "__name__", format_value(loss))) for weight, loss in losses),
         digest=digest, data=data.digest, queries=len(data.qids), documents=report.documents, place=place, start=start,
-        seed=data.settings.seed, plan=dataclasses.asdict(plans[0]),
+        head_was_new=head_was_new, seed=data.settings.seed, plan=dataclasses.asdict(plans[0]),
         versions=library_versions(), data_report=dataclasses.asdict(report),
     )  # fmt: skip
 
