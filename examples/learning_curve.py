@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 from ir_measures import nDCG
-from quickstart import bm25, minilm, texts
+from quickstart import bm25, judged, minilm, texts
 from scipy import stats
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, PrependScore, teachers, unlabelled
@@ -98,7 +98,8 @@ class Study:
         retrieve = bm25(train, index)
         self.candidates = retrieve >> texts(train)
         self.folds = self._folds(train, test)
-        self.tests = [self._top(fold.test, args.depth) for fold in self.folds]
+        self.top = self.candidates % args.depth
+        self.tests = [self.top(fold.test) for fold in self.folds]
         self.made = unlabelled.make_queries(train.get_corpus_iter(verbose=False), n=args.made_queries)
         # Without titles, as many of these queries are titles, and a text that begins with its query teaches little.
         self.untitled = retrieve % 8 >> train.text_loader(fields=["text"])
@@ -128,10 +129,6 @@ class Study:
         test_topics = test_topics.sort_values("qid", ignore_index=True)
         return [Fold(topics, qrels, test_topics.head(self.args.test_queries), test_qrels)]
 
-    def _top(self, topics: pd.DataFrame, depth: int) -> pd.DataFrame:
-        results = self.candidates(topics[["qid", "query"]])
-        return results[results["rank"] < depth].reset_index(drop=True)
-
     def measure(self, recipe: str, size: int, seed: int) -> None:
         """Train with a recipe and measure, unless that was done before."""
         size = min(size, *(len(fold.train) for fold in self.folds))
@@ -149,13 +146,13 @@ class Study:
             fitter = Contrastive(n_negatives=3, dropout=0.0, seed=seed)
             if recipe == "labels, score in the text":
                 with_score = PrependScore()
-                start.fit(with_score(self._top(topics, self.args.depth)), fold.train_qrels, fitter=fitter)
+                start.fit(with_score(self.top(topics)), fold.train_qrels, fitter=fitter)
                 self._save(recipe, size, seed, number, {ALONE: start(with_score(test))})
                 continue
             ce = start.apply_attributes(interpolate=True)
             results, to_rank = self.candidates(topics), test
             if recipe == "labels, after a bi-encoder":  # whose score, which contains BM25's, is the first stage's
-                results, to_rank = self.teacher(self._top(topics, 50)), self.teacher(test)
+                results, to_rank = self.teacher((self.candidates % 50)(topics)), self.teacher(test)
             ce.fit(results, fold.train_qrels, fitter=fitter)
             print(ce.data_report, flush=True)
             both = ce(to_rank)
@@ -194,14 +191,6 @@ class Study:
         *of_run, _ = KEYS
         rows = rows.assign(**dict(zip(of_run, [self.args.dataset, *run], strict=True)))[[*of_run, *rows.columns]]
         rows.to_csv(path, mode="a", header=not path.is_file(), index=False, float_format="%.4f")
-
-
-def judged(dataset: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the topics that have a relevant document, and the qrels."""
-    topics, qrels = dataset.get_topics(), dataset.get_qrels()
-    if "query" not in topics.columns:
-        topics = dataset.get_topics("text" if "text" in topics.columns else "title")
-    return topics[topics["qid"].isin(qrels[qrels["label"] > 0]["qid"])].reset_index(drop=True), qrels
 
 
 def model_alone(ce: MonoCE, both: pd.DataFrame) -> pd.DataFrame:

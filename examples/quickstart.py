@@ -123,16 +123,22 @@ def collections(args: argparse.Namespace) -> tuple[Collection, Collection, Colle
     parts = []
     for part, variant in variants.items():
         dataset = pt.get_dataset(args.dataset + (f"{':' if builtin else '/'}{variant}" if variant else ""))
-        topics, qrels = dataset.get_topics(), dataset.get_qrels()
-        if "query" not in topics.columns:
-            topics = dataset.get_topics("text" if "text" in topics.columns else "title")
-        topics = topics[topics["qid"].isin(qrels[qrels["label"] > 0]["qid"])]
+        topics, qrels = judged(dataset)
         same_variant = [name for name in variants if variants[name] == variant]
         bounds = np.cumsum([SHARES[name] for name in same_variant])
         bucket = pd.util.hash_array(topics["qid"].astype(str).to_numpy(dtype=object)) % bounds[-1]
         topics = topics[np.digitize(bucket, bounds) == same_variant.index(part)]
         parts.append((dataset, topics.reset_index(drop=True), qrels))
     return parts[0], parts[1], (parts[2][0], parts[2][1].head(args.test_queries), parts[2][2])
+
+
+def judged(dataset: pt.datasets.Dataset) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the topics (qid and query) that have a relevant document, and the qrels."""
+    topics, qrels = dataset.get_topics(), dataset.get_qrels()
+    if "query" not in topics.columns:
+        topics = dataset.get_topics("text" if "text" in topics.columns else "title")
+    has_relevant = topics["qid"].isin(qrels.loc[qrels["label"] > 0, "qid"])
+    return topics.loc[has_relevant, ["qid", "query"]].reset_index(drop=True), qrels
 
 
 def bm25(dataset: pt.datasets.Dataset, out: Path) -> pt.Transformer:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pyterrier as pt
 from ir_measures import nDCG
-from learning_curve import judged, keep_settings, model_alone
-from quickstart import bm25, minilm, texts
+from learning_curve import keep_settings, model_alone
+from quickstart import bm25, judged, minilm, texts
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, plots, unlabelled
 from pyterrier_msft.significance import equivalence_table, seed_summary
@@ -72,6 +72,7 @@ class Study:
         separator = ":" if args.dataset == "pydocs" else "/"
         train, test = (pt.get_dataset(f"{args.dataset}{separator}{part}") for part in ("train", "test"))
         self.retrieve = bm25(train, out) % 50 >> texts(train)
+        self.top = self.retrieve % DEPTH
         self.topics, self.qrels = judged(train)
         if args.dataset == "pydocs":
             validation_topics, validation_qrels = judged(pt.get_dataset("pydocs:dev"))
@@ -81,15 +82,11 @@ class Study:
         self.validation = self.top(validation_topics.head(VALIDATION_QUERIES)), validation_qrels
         topics, self.test_qrels = judged(test)
         self.test_topics = topics.head(args.test_queries)
-        found = self.top(self.test_topics).merge(self.test_qrels[self.test_qrels["label"] > 0][["qid", "docno"]])["qid"]
+        relevant = self.test_qrels.loc[self.test_qrels["label"] > 0, ["qid", "docno"]]
+        found = self.top(self.test_topics).merge(relevant)["qid"]
         # The values of the other queries are 0 in any order of their candidates.
         self.test = self.top(self.test_topics[self.test_topics["qid"].isin(found)])
         self.teacher = unlabelled.BiEncoder(minilm())
-
-    def top(self, topics: pd.DataFrame) -> pd.DataFrame:
-        """Retrieve the documents to re-rank."""
-        results = self.retrieve(topics)
-        return results[results["rank"] < DEPTH].reset_index(drop=True)
 
     def stages(self, seed: int) -> dict[str, Stage]:
         """Return the first stages, and for each learning rate the second stages."""
