@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pyterrier as pt
 
+from pyterrier_msft.checks import check_number
 from pyterrier_msft.digests import format_value, is_default, sha256_of
-from pyterrier_msft.training.hyperparameters import Hyperparameters, check_number
+from pyterrier_msft.training.hyperparameters import Hyperparameters
 
 if TYPE_CHECKING:
     from pyterrier_msft.fitters import Fitter

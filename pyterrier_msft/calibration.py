@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 
+from pyterrier_msft.checks import check_number
 from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.data.validation import validation_frames
 from pyterrier_msft.ids import as_ids
 from pyterrier_msft.notices import warn
-from pyterrier_msft.training.hyperparameters import check_number
 
 if TYPE_CHECKING:
     from pyterrier_msft.reranker import MonoCE

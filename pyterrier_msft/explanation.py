@@ -5,9 +5,9 @@ import hashlib
 import pandas as pd
 import pyterrier as pt
 
+from pyterrier_msft.checks import check_number
 from pyterrier_msft.data.frames import as_texts, require_columns
 from pyterrier_msft.pipelines import all_parts_of, parts_of
-from pyterrier_msft.training.hyperparameters import check_number
 
 
 def explain(

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from pyterrier_msft.algebra import FitterSum
+from pyterrier_msft.checks import check_seeds
 from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.data.validation import validation_frames
 from pyterrier_msft.digests import format_value
@@ -21,7 +22,6 @@ from pyterrier_msft.fitting import ValidationFrames
 from pyterrier_msft.notices import naming, saying_once, warn
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.sequences import Stage, fit_sequences
-from pyterrier_msft.training.hyperparameters import check_seeds
 from pyterrier_msft.training.validation import Validation
 
 logger = logging.getLogger(__name__)

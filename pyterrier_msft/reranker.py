@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from pyterrier_msft.algebra import FitterSequence, FitterSum, check_fitter
 from pyterrier_msft.cached import CachedMonoCE
 from pyterrier_msft.calibration import CalibrationMixin
+from pyterrier_msft.checks import check_number
 from pyterrier_msft.data.frames import FIRST_STAGE_SCORE, first_stage_scores, with_scores
 from pyterrier_msft.data.mixture import TrainingResults
 from pyterrier_msft.data.report import DataReport
@@ -29,7 +30,6 @@ from pyterrier_msft.model.record import StageRecord, history_frame
 from pyterrier_msft.notices import named, shows_progress, warn
 from pyterrier_msft.saving import SavingMixin
 from pyterrier_msft.training import distributed
-from pyterrier_msft.training.hyperparameters import check_number
 from pyterrier_msft.training.run import check_training_device
 
 RESULT_COLUMNS = {"qid", "query", "docno", "score", "rank"}

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from pyterrier_msft.checks import check_number
 from pyterrier_msft.ids import as_ids
 from pyterrier_msft.plot_style import BLUE, GREY, LIGHT_GREY, MARKERS, VERMILLION, line_style, new_axes, require_columns
 
@@ -83,8 +84,7 @@ def reliability(
         ValueError: If a column is missing, a probability isn't a number or a document is repeated, no document is
             relevant, or `min_relevance` isn't positive.
     """
-    if not min_relevance > 0:
-        raise ValueError(f"min_relevance must be a positive number; got {min_relevance!r}")
+    check_number("min_relevance", min_relevance, required=True)
     require_columns(results, ["qid", "docno", "probability"], "results")
     require_columns(qrels, ["qid", "docno", "label"], "qrels")
     ids, judged = (frame[["qid", "docno"]].apply(as_ids) for frame in (results, qrels))

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from pyterrier_msft.algebra import FitterSequence, FitterSum, check_fitter
+from pyterrier_msft.checks import check_seeds
 from pyterrier_msft.data.frames import frame_digest
 from pyterrier_msft.data.mixture import Source, TrainingResults, as_sources
 from pyterrier_msft.digests import sha256_of
@@ -27,7 +28,6 @@ from pyterrier_msft.notices import naming, saying_once
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import check_writable
-from pyterrier_msft.training.hyperparameters import check_seeds
 
 logger = logging.getLogger(__name__)
 

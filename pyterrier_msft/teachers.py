@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
+from pyterrier_msft.checks import check_number
 from pyterrier_msft.data.frames import order_key, require_columns, with_scores
 from pyterrier_msft.data.hard_negatives import read_hard_negatives
 from pyterrier_msft.data.permutations import read_labelled_passages, read_permutations, uncompressed_suffix
@@ -190,8 +191,7 @@ class Cached(pt.Transformer):
         super().__init__()
         if not isinstance(teacher, pt.Transformer):
             raise ValueError(f"teacher must be a transformer; got {teacher!r}")
-        if not (isinstance(batch_size, int) and batch_size > 0):
-            raise ValueError(f"batch_size must be a positive integer; got {batch_size!r}")
+        check_number("batch_size", batch_size, integer=True, required=True)
         self.teacher = teacher
         self.folder = Path(folder)
         self.batch_size = batch_size

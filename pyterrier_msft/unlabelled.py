@@ -12,12 +12,12 @@ import pyterrier as pt
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from pyterrier_msft.checks import check_number
 from pyterrier_msft.data.frames import as_texts
 from pyterrier_msft.lexical import JOINERS, combining_marks
 from pyterrier_msft.model.loading import isolated_rng, quiet_transformers
 from pyterrier_msft.model.precision import autocast, resolve_device, resolve_dtype
 from pyterrier_msft.notices import shows_progress
-from pyterrier_msft.training.hyperparameters import check_number
 
 MIN_WORDS, MAX_WORDS = 3, 32  # of a query
 # A full stop of a script without capitals needs no space after it.

@@ -752,7 +752,7 @@ def test_invalid_sources():
     rejects("^training results must have at least one source; got an empty list", [])
     rejects(r"^source 2 must be \(results, qrels\) or .*; got a tuple of 4", [one, (*one, 1, 2)])
     for weight in (0, -1, NAN, True, "2"):
-        rejects("^source 1 must have a positive number as its weight; got", [(*one, weight), one])
+        rejects("^source 1: weight must be a positive number; got", [(*one, weight), one])
     rejects("^source 2: qrels is required by Contrastive", [one, RESULTS])
     rejects(r"^source 2: training results must be a data frame or a run's path; got dict", [one, ({}, QRELS)])
     with pytest.raises(ValueError, match=r"^qrels must be None where results are a list"):

@@ -1,17 +1,16 @@
 """Sources of training data in one stage: their groups, and how often an epoch draws from each."""
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from pyterrier_msft.checks import check_number
 from pyterrier_msft.data.groups import Group, Groups
 
 TrainingResults = pd.DataFrame | str | Path | Sequence[Any]  # a sequence of sources, see Stage
@@ -49,10 +48,7 @@ def _as_source(item: Any, number: int) -> Source:
         wanted = "(results, qrels) or (results, qrels, weight)"
         raise ValueError(f"source {number} must be {wanted}; got a tuple of {len(parts)}")
     source = Source(*parts)
-    weight = source.weight
-    is_number = isinstance(weight, Real) and not isinstance(weight, bool)
-    if not (is_number and math.isfinite(weight) and weight > 0):
-        raise ValueError(f"source {number} must have a positive number as its weight; got {weight!r}")
+    check_number(f"source {number}: weight", source.weight, required=True)
     return source
 
 

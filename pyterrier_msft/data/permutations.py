@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from pyterrier_msft.checks import check_choice
 from pyterrier_msft.data.answers import Answer, resolve
 from pyterrier_msft.notices import warn
 
@@ -27,6 +28,7 @@ TEXT = ("text", "content", "contents", "passage", "segment", "body", "doc")
 POSITIVES = ("positive_passages", "positives", "pos")
 NEGATIVES = ("negative_passages", "negatives", "neg")
 RERANKED = ("candidates", "hits")  # RankLLM and RankGPT write these in the teacher's order
+UNRANKED = ("drop", "last")  # what to do with documents that a teacher didn't rank
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def read_permutations(path: str | Path, *, responses: str | Path | None = None, 
     Raises:
         ValueError: If a line has another format, or nothing is ranked.
     """
-    check_unranked(unranked)
+    check_choice("unranked", unranked, UNRANKED)
     answers = None if responses is None else ["" if answer is None else answer for _, answer in _read(responses)]
     lines = _read(path)
     if answers is not None and len(answers) != len(lines):
@@ -148,12 +150,6 @@ def read_labelled_passages(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame
     frame = frame.assign(label=labels.transform("max")).drop_duplicates(["qid", "docno"], ignore_index=True)
     qrels = frame.loc[frame["label"] == 1, ["qid", "docno", "label"]].reset_index(drop=True)
     return frame.drop(columns="label"), qrels
-
-
-def check_unranked(unranked: str) -> None:
-    """Raise a ValueError unless the value is "drop" or "last"."""
-    if unranked not in {"drop", "last"}:
-        raise ValueError(f"unranked must be 'drop' or 'last'; got {unranked!r}")
 
 
 def text_id(text: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pandas as pd
 
 from pyterrier_msft import losses, teachers
+from pyterrier_msft.checks import check_choice, check_number
 from pyterrier_msft.data.diagnosis import explain_no_positives
 from pyterrier_msft.data.groups import Groups
 from pyterrier_msft.data.judging import Judge
@@ -19,7 +20,6 @@ from pyterrier_msft.data.sampling import NEGATIVE_STRATEGIES
 from pyterrier_msft.data.texts import TextLookup
 from pyterrier_msft.digests import is_default
 from pyterrier_msft.fitters.base import Fitter, TrainingInput, check_reads_no_results
-from pyterrier_msft.training.hyperparameters import check_choice, check_number
 from pyterrier_msft.training.objectives import Loss
 
 

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import pandas as pd
 
 from pyterrier_msft import losses, teachers
+from pyterrier_msft.checks import check_choice, check_number
 from pyterrier_msft.data.diagnosis import explain_no_preferences
 from pyterrier_msft.data.groups import Groups
 from pyterrier_msft.data.labels import from_teacher, has_only_ranks
-from pyterrier_msft.data.permutations import check_unranked
+from pyterrier_msft.data.permutations import UNRANKED
 from pyterrier_msft.data.rankings import Rankings
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.runs import read_run
@@ -19,7 +20,6 @@ from pyterrier_msft.data.sampling import LIST_STRATEGIES, ListSampling
 from pyterrier_msft.data.scales import SCALES
 from pyterrier_msft.digests import format_value
 from pyterrier_msft.fitters.base import Fitter, TrainingInput, check_reads_no_results
-from pyterrier_msft.training.hyperparameters import check_choice, check_number
 from pyterrier_msft.training.objectives import Loss
 
 
@@ -69,7 +69,7 @@ class Distillation(Fitter):
             raise ValueError("depth must be at least 2; got 1")
         self._check_sampling()
         teachers.check_teacher(self.teacher)
-        check_unranked(self.unranked)
+        check_choice("unranked", self.unranked, UNRANKED)
         self._check_scale()
         if self._needs_scores and self.unranked == "last":
             raise ValueError(
