@@ -18,7 +18,6 @@ from pyterrier_msft.data.texts import TextLookup
 from pyterrier_msft.digests import digestible, format_value, is_default, sha256_of
 from pyterrier_msft.notices import warn_of_data
 from pyterrier_msft.training.hyperparameters import Hyperparameters
-from pyterrier_msft.training.objectives import Loss
 
 MEMORY_SETTINGS = frozenset({"pairs_per_pass"})  # settings that don't change the result
 
@@ -39,7 +38,7 @@ class TrainingInput:
 class Fitter(Combinable, Hyperparameters):
     """A stage of fine-tuning: an objective, where its labels come from, and hyperparameters."""
 
-    loss: Loss = field(default=losses.localized_contrastive)
+    loss: losses.Loss = field(default=losses.localized_contrastive)
 
     label_kinds: ClassVar[frozenset[str]] = frozenset()  # the kinds of labels that the objective gives to a loss
     label_sources: ClassVar[frozenset[str]] = frozenset()  # the fields that say where labels come from

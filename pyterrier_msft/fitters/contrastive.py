@@ -20,7 +20,6 @@ from pyterrier_msft.data.sampling import NEGATIVE_STRATEGIES
 from pyterrier_msft.data.texts import TextLookup
 from pyterrier_msft.digests import is_default
 from pyterrier_msft.fitters.base import Fitter, TrainingInput, check_reads_no_results
-from pyterrier_msft.training.objectives import Loss
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -70,7 +69,7 @@ class Contrastive(Fitter):
     margin: float | None = 0.0
     max_score: float | None = None
     false_negatives: str = "drop"
-    loss: Loss = field(default=losses.localized_contrastive)
+    loss: losses.Loss = field(default=losses.localized_contrastive)
 
     label_kinds: ClassVar[frozenset[str]] = frozenset({"binary", "graded", "order"})
     label_sources: ClassVar[frozenset[str]] = frozenset({"judge"})

@@ -20,7 +20,6 @@ from pyterrier_msft.data.sampling import LIST_STRATEGIES, ListSampling
 from pyterrier_msft.data.scales import SCALES
 from pyterrier_msft.digests import format_value
 from pyterrier_msft.fitters.base import Fitter, TrainingInput, check_reads_no_results
-from pyterrier_msft.training.objectives import Loss
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -57,7 +56,7 @@ class Distillation(Fitter):
     sample: str = "stratified"
     unranked: str = "drop"
     scale: str | None = None
-    loss: Loss = field(default=losses.ranknet)
+    loss: losses.Loss = field(default=losses.ranknet)
 
     label_kinds: ClassVar[frozenset[str]] = frozenset({"order", "scores", "probabilities"})
     label_sources: ClassVar[frozenset[str]] = frozenset({"teacher"})

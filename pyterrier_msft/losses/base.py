@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(scores [G, L], labels [G, L], mask [G, L]) -> scalar."""
 
 Labels = Literal["order", "binary", "graded", "scores", "probabilities"]
 """How a loss interprets labels. "order": which of two is higher, as in ranks; "binary": above 0 is relevant; "graded":

@@ -1,16 +1,11 @@
 """What a training run learns from."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 from pyterrier_msft.data.groups import Groups
 from pyterrier_msft.data.mixture import MixedGroups
+from pyterrier_msft.losses import Loss
 from pyterrier_msft.training.plan import Plan
-
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(scores [G, L], labels [G, L], mask [G, L]) -> scalar."""
 
 
 @dataclass(frozen=True)
