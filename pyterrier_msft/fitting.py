@@ -182,12 +182,13 @@ def fit_stages(
     Validation measures the model's score of the pairs that `scorer` encodes, plus the weighted score of the first
     stage.
     """
+    resumed = stages_to_resume(stages, checkpoint_dir, len(prepared))
     for place, (data, encoder) in enumerate(zip(prepared, encoders, strict=True), 1):
         folder = _stage_dir(checkpoint_dir, place, len(prepared))
         of_several = f", stage {place} of {len(prepared)}" if len(prepared) > 1 else ""
         _train_stage(
-            model, encoder, data, stages, place=place, scorer=scorer, validation=validation,
-            first_stage_weight=first_stage_weight, checkpoint_dir=folder,
+            model, encoder, data, stages, place=place, resumed=resumed if place == 1 else [], scorer=scorer,
+            validation=validation, first_stage_weight=first_stage_weight, checkpoint_dir=folder,
             progress=None if progress is None else progress + of_several,
         )  # fmt: skip
 
@@ -195,8 +196,12 @@ def fit_stages(
 def stages_to_resume(
     stages: Sequence[StageRecord], checkpoint_dir: Path | None, n_stages: int
 ) -> Sequence[StageRecord]:
-    """Return the records of an interrupted fit that one of `n_stages` stages would resume; empty if there is none."""
-    return _stages_to_resume(stages, _stage_dir(checkpoint_dir, 1, n_stages))
+    """Return the records of the interrupted fit that one of `n_stages` stages resumes from its checkpoints, or none."""
+    if stages and stages[-1].interrupted is not None:
+        resumed = stages[-stages[-1].place :]
+        if checkpoint_identity(_stage_dir(checkpoint_dir, 1, n_stages)).get("start weights") == resumed[0].start:
+            return resumed
+    return []
 
 
 def _stage_dir(checkpoint_dir: Path | None, place: int, n_stages: int) -> Path | None:
@@ -206,15 +211,15 @@ def _stage_dir(checkpoint_dir: Path | None, place: int, n_stages: int) -> Path |
 
 def _train_stage(
     model: CrossEncoder, encoder: PairEncoder, data: StageData, stages: list[StageRecord], *, place: int,
-    scorer: PairEncoder, validation: ValidationFrames | None, first_stage_weight: float, checkpoint_dir: Path | None,
-    progress: str | None,
+    resumed: Sequence[StageRecord], scorer: PairEncoder, validation: ValidationFrames | None,
+    first_stage_weight: float, checkpoint_dir: Path | None, progress: str | None,
 ) -> None:  # fmt: skip
     """Train a model in place, and add a record of the stage to `stages`.
 
-    `place` is the stage's position in its call of fit, from 1; `checkpoint_dir` is for this stage alone.
+    `place` is the stage's position in its call of fit, from 1; `checkpoint_dir` is for this stage alone. The records of
+    the interrupted fit that it resumes, `resumed`, are replaced.
     """
     settings = data.settings
-    resumed = _stages_to_resume(stages, checkpoint_dir) if place == 1 else []
     start = resumed[0].start if resumed else model.fingerprint
     head_was_new = resumed[0].head_was_new if resumed else model.head_is_new
     learns_head = head_was_new or has_unfinished_head(stages[: len(stages) - len(resumed)])
@@ -296,15 +301,6 @@ def warn_of_unfinished(stages: Sequence[StageRecord], checkpoint_dir: Path | Non
             f"training starts from the weights of a fit that was interrupted at step {stages[-1].interrupted}: to "
             "resume it, pass its checkpoint_dir; else start again with a new re-ranker, or a clone() from before"
         )
-
-
-def _stages_to_resume(stages: Sequence[StageRecord], checkpoint_dir: str | Path | None) -> Sequence[StageRecord]:
-    """Return the records of the interrupted fit that training resumes from its checkpoints; empty if there is none."""
-    if stages and stages[-1].interrupted is not None:
-        resumed = stages[-stages[-1].place :]
-        if checkpoint_identity(checkpoint_dir).get("start weights") == resumed[0].start:
-            return resumed
-    return []
 
 
 def _objectives(
