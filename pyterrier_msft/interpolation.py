@@ -350,18 +350,24 @@ def fit_reranker(
     if not parts:
         return
     try:
-        if halves is not None:
-            trained = [Scored.by(model, scorer, data.sample(SPREAD_QUERIES)).spread for data in parts]
-            spread = float(np.mean(trained)) * halves.shrinkage
-            choice = best_weight(halves.scored, metric, spread=spread)
-        else:
-            unseen = Scored.by(model, scorer, parts[0])
-            choice = best_weight([unseen], metric, spread=unseen.spread)
+        choice = _choose(model, scorer, parts, halves, metric)
     except BaseException:
         stages[-1].interrupted = stages[-1].updates  # so that a repeated call resumes here
         raise
     _record(choice, stages[-1])
     _warn_if_not_better(choice, before)
+
+
+def _choose(
+    model: CrossEncoder, scorer: PairEncoder, parts: Sequence[Validation], halves: CrossValidation | None, metric: Any
+) -> Interpolation:
+    """Choose the weight for a trained model, see `fit_reranker`."""
+    if halves is None:
+        unseen = Scored.by(model, scorer, parts[0])
+        return best_weight([unseen], metric, spread=unseen.spread)
+    # The model was trained on these queries, which spread its scores more than others do.
+    trained = [Scored.by(model, scorer, data.sample(SPREAD_QUERIES)).spread for data in parts]
+    return best_weight(halves.scored, metric, spread=float(np.mean(trained)) * halves.shrinkage)
 
 
 def _record(choice: Interpolation, stage: StageRecord) -> None:
