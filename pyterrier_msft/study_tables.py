@@ -187,9 +187,8 @@ def stages_table(models: Sequence[TrainedModel]) -> Table:
     rows = []
     for model in models:
         for place, stage in enumerate(model.stages, 1):
-            updates = f"{stage.updates:,}" + f" (interrupted at {stage.interrupted})" * (stage.interrupted is not None)
             validation = ", ".join(f"{name} {number(value)}" for name, value in stage.metrics.items())
-            counts = [f"{stage.queries:,}", f"{stage.documents:,}", updates, str(stage.seed)]
+            counts = [f"{stage.queries:,}", f"{stage.documents:,}", stage.updates_text, str(stage.seed)]
             outcome = stage.data_report.get("outcome")
             rows.append([model.name, str(place), stage.fitter, *counts, validation or UNKNOWN, outcome or "last step"])
     numbers = [(name, "number") for name in ("Queries", "Documents", "Updates", "Seed", "Validation")]

@@ -140,16 +140,12 @@ def _interpolation(record: ModelRecord) -> str:
     return f"`score + {weight:.6g} * first_stage_score`{f' ({text})' * bool(text)}"
 
 
-def _updates(stage: StageRecord) -> str:
-    return f"{stage.updates:,}" + (" (interrupted)" if stage.interrupted is not None else "")
-
-
 def _training(stages: Sequence[StageRecord]) -> str:
     if not stages:
         return "None with pyterrier_msft.\n"
     columns = ["stage", "objective", "loss", "queries", "documents", "updates", "seed"]
     rows = [
-        [number, s.objective, s.loss, f"{s.queries:,}", f"{s.documents:,}", _updates(s), s.seed]
+        [number, s.objective, s.loss, f"{s.queries:,}", f"{s.documents:,}", s.updates_text, s.seed]
         for number, s in enumerate(stages, 1)
     ]
     fitters = "\n".join(stage.fitter for stage in stages)

@@ -65,6 +65,11 @@ class StageRecord(_Record):
         return self.history[-1]["step"] if self.history else 0
 
     @property
+    def updates_text(self) -> str:
+        """The number of updates, for tables."""
+        return f"{self.updates:,}" + " (interrupted)" * (self.interrupted is not None)
+
+    @property
     def is_unfinished(self) -> bool:
         """Whether training was interrupted before its last update."""
         return self.interrupted is not None and self.interrupted < self.plan.get("updates", math.inf)
