@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from pyterrier_msft.checks import check_number
-from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.data.validation import validation_frames
 from pyterrier_msft.ids import as_ids
 from pyterrier_msft.notices import warn
@@ -141,8 +140,9 @@ def estimate(
     check_number("min_relevance", min_relevance, required=True)
     if results is None or qrels is None:
         raise ValueError(f"{'results' if results is None else 'qrels'} are required by calibrate; got None")
-    texts = TextSource(reranker.text_field, reranker.text)
-    frames = validation_frames(results, qrels, texts, what="calibration", with_scores=reranker.interpolate is not False)
+    frames = validation_frames(
+        results, qrels, reranker.text_source, what="calibration", with_scores=reranker.interpolate is not False
+    )
     assert frames is not None
     frame, labels = frames
     if reranker.cross_encoder.head_is_new:

@@ -14,7 +14,6 @@ import pandas as pd
 
 from pyterrier_msft.algebra import FitterSum
 from pyterrier_msft.checks import check_seeds
-from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.data.validation import validation_frames
 from pyterrier_msft.digests import format_value
 from pyterrier_msft.fitters import Fitter
@@ -198,13 +197,10 @@ class _Judge:
 
     @classmethod
     def of(cls, reranker: MonoCE, validation: ValidationFrames, metric: Any) -> "_Judge":
-        if validation is None:
-            raise ValueError("validation is required by fit_grid; got None")
-        results, qrels = validation
-        texts = TextSource(reranker.text_field, reranker.text)
-        frames = validation_frames(results, qrels, texts, with_scores=reranker.interpolate is not False)
+        results, qrels = (None, None) if validation is None else validation
+        frames = validation_frames(results, qrels, reranker.text_source, with_scores=reranker.interpolate is not False)
         if frames is None:
-            raise ValueError("validation must be results and qrels; got None")
+            raise ValueError("validation is required by fit_grid; got None")
         data = Validation(*frames, metric)
         if math.isnan(data.measure(np.zeros(len(frames[0])))):
             raise ValueError(f"metric must have a value for the validation queries; got NaN of {data.metric}")

@@ -163,8 +163,7 @@ class InterpolationMixin:
             )
         if (measure := parse_metric(metric)) is None:
             raise ValueError("metric is required by choose_weight; got None")
-        texts = TextSource(self.text_field, self.text)
-        frames = validation_frames(results, qrels, texts, what="choose_weight", with_scores=True)
+        frames = validation_frames(results, qrels, self.text_source, what="choose_weight", with_scores=True)
         if frames is None:
             raise ValueError("results and qrels are required by choose_weight; got None")
         data = Validation(*frames, measure)

@@ -173,7 +173,7 @@ class MonoCE(SavingMixin, CalibrationMixin, InterpolationMixin, pt.Estimator):
     def prepare(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Check results to score and add their texts; warn about empty texts and an untrained model."""
         extra_columns = [] if self.interpolate is False else ["score"]
-        inp = self._texts.check_and_add_to(inp, context=self, extra_columns=extra_columns)
+        inp = self.text_source.check_and_add_to(inp, context=self, extra_columns=extra_columns)
         if len(inp) and self._replaced_fitter is not None and self.fitter is self._replaced_fitter[1]:
             raise ValueError(
                 f"fit is required after set_parameter('fitter', ...); got {self!r} with the old weights. "
@@ -206,7 +206,8 @@ class MonoCE(SavingMixin, CalibrationMixin, InterpolationMixin, pt.Estimator):
         )
 
     @property
-    def _texts(self) -> TextSource:
+    def text_source(self) -> TextSource:
+        """Adds the texts that results don't have."""
         return TextSource(self.text_field, self.text)
 
     # ---- training
@@ -244,13 +245,13 @@ class MonoCE(SavingMixin, CalibrationMixin, InterpolationMixin, pt.Estimator):
             check_training_device(self.cross_encoder.device)
             verbose = shows_progress(self.verbose)
             validation = validation_frames(
-                topics_or_res_va, qrels_va, self._texts, with_scores=self.interpolate is not False
+                topics_or_res_va, qrels_va, self.text_source, with_scores=self.interpolate is not False
             )
             candidates = None
             if self.interpolate is True and validation is None:
-                candidates = candidates_of(topics_or_res_tr, qrels_tr, self._texts)
+                candidates = candidates_of(topics_or_res_tr, qrels_tr, self.text_source)
             prepared = [
-                prepare_stage(stage, topics_or_res_tr, qrels_tr, self._texts, verbose=verbose) for stage in fitters
+                prepare_stage(stage, topics_or_res_tr, qrels_tr, self.text_source, verbose=verbose) for stage in fitters
             ]
             if validation is not None:
                 warn_of_shared_queries(validation[0], {query for data in prepared for query in data.queries})
@@ -311,10 +312,6 @@ class MonoCE(SavingMixin, CalibrationMixin, InterpolationMixin, pt.Estimator):
         """The settings that, besides the weights, determine a pair's score."""
         settings = {name: getattr(self, name) for name in ("text_field", "max_length", "max_query_length", "passages")}
         return {**settings, "dtype": str(self.cross_encoder.dtype)}
-
-    def source_digest(self, results: pd.DataFrame | str | Path, added: pd.DataFrame | None = None) -> str:
-        """Digest a sample of what `text=` adds to results, or to the documents of qrels that `fit` adds to them."""
-        return self._texts.digest(results, added)
 
     def __repr__(self) -> str:
         parts = [repr(self._model)]

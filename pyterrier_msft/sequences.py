@@ -164,12 +164,12 @@ class _Folders:
         reranker.cross_encoder.require_saved_backbone()
         frames = [frame_digest(frame) for frame in validation or ()]
         settings = [reranker.scoring_settings(), reranker.interpolate]
-        looked_up = "" if validation is None else reranker.source_digest(validation[0])
+        looked_up = "" if validation is None else reranker.text_source.digest(validation[0])
         state = training_state(reranker.cross_encoder.network)
         unfinished = has_unfinished_head(reranker.stages)
         self.context = [SEMANTICS_VERSION, torch.__version__, frames, looked_up, settings, state, unfinished]
         self.stages = {
-            name: [stages[name].digest(), *(reranker.source_digest(*lookup) for lookup in stages[name].lookups())]
+            name: [stages[name].digest(), *(reranker.text_source.digest(*lookup) for lookup in stages[name].lookups())]
             for path in paths.values()
             for name in path
         }

@@ -207,9 +207,9 @@ def test_other_texts_give_another_model(results, train_part, backbone, tmp_path)
     assert found[0] != found[1]
     ce = MonoCE(backbone, max_length=24, device="cpu")
     for source in (path, results.drop(columns="text")):
-        digests = {ce.apply_attributes(text=dataset).source_digest(source) for dataset in (*datasets, *datasets)}
+        digests = {ce.apply_attributes(text=dataset).text_source.digest(source) for dataset in (*datasets, *datasets)}
         assert len(digests) == 2
-    assert ce.apply_attributes(text=datasets[0]).source_digest(results) == ""
+    assert ce.apply_attributes(text=datasets[0]).text_source.digest(results) == ""
 
 
 def test_texts_anywhere_in_a_file_are_part_of_the_digest(results, train_part, backbone, tmp_path):
@@ -220,7 +220,7 @@ def test_texts_anywhere_in_a_file_are_part_of_the_digest(results, train_part, ba
             changed = Dataset(train_part)
             changed.documents = dataset.documents.copy()
             changed.documents.iloc[half] = "other text"
-            digests.add(ce.apply_attributes(text=changed).source_digest(path))
+            digests.add(ce.apply_attributes(text=changed).text_source.digest(path))
         assert len(digests) == 3
 
 
