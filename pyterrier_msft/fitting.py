@@ -325,6 +325,7 @@ def _objectives(
 def _part_report(encoder: PairEncoder, data: PartData, plan: Plan) -> DataReport:
     """Add to a report how many of a sample of pairs are truncated, and the plan."""
     if isinstance(data.groups, MixedGroups):
+        assert data.report.parts is not None
         sources = zip(data.report.parts.items(), data.groups.sources, strict=True)
         parts = {name: _with_truncation(encoder, report, groups) for (name, report), groups in sources}
         report = DataReport.of_parts(parts)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -138,7 +138,7 @@ class GroupsBuilder:
         self.labels: list[np.ndarray] = []
         self.texts: dict[str, int] = {}
 
-    def add(self, rankings: Rankings, keep: np.ndarray, labels: np.ndarray) -> dict[str, int]:
+    def add(self, rankings: Rankings, keep: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         """Add the rows in the mask `keep`; return the number of groups and documents, as fields of a DataReport.
 
         Each call adds new queries; the rankings of all calls share one numbering of texts.

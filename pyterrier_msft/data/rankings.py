@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,7 +40,7 @@ class Rankings:
     text: np.ndarray  # (rows,) text id
     key: np.ndarray  # (rows,) float64 sort key, higher is better
     ordered_by: str | None  # the column that `key` is from; None: the order of the rows
-    counts: dict[str, int]  # fields of a DataReport
+    counts: dict[str, Any]  # fields of a DataReport
 
     @property
     def rank(self) -> np.ndarray:

@@ -56,16 +56,16 @@ class DataReport:
     relabelled: int = 0  # the same, used as relevant
     unjudged_negatives: int = 0  # query-document pairs that the judge didn't score, used as negatives
     unjudged_positives: int = 0  # queries without a relevant document that the judge scored
-    false_negative_examples: Any = ()  # a few FalseNegative
+    false_negative_examples: tuple[FalseNegative, ...] = ()  # a few
     tied_labels: float = 0.0  # rate, over the pairs of a query's documents, of ties by the teacher
     agreement: float | None = None  # mean rank correlation of the teacher with the first stage, -1 to 1
     truncated_queries: float = 0.0
     truncated_documents: float = 0.0
-    plan: Any = None  # a text: how the training run is set up
-    outcome: Any = None  # a text: with validation, which step was kept, and why training ended early, if it did
-    interpolation: Any = None  # a text: the choice of the first stage's weight
-    advice: Any = None  # a text
-    parts: Any = None  # of a sum of fitters, or of several sources: the report of each, by name
+    plan: str | None = None  # how the training run is set up
+    outcome: str | None = None  # with validation, which step was kept, and why training ended early, if it did
+    interpolation: str | None = None  # the choice of the first stage's weight
+    advice: str | None = None
+    parts: "dict[str, DataReport] | None" = None  # of a sum of fitters, or of several sources, by name
 
     def __repr__(self) -> str:
         return "\n  ".join(["DataReport:", *self._lines()])
@@ -105,21 +105,20 @@ class DataReport:
 
     @classmethod
     def total(cls, reports: Sequence["DataReport"]) -> "DataReport":
-        """Combine the reports of chunks: add up counts, average rates over groups or documents, keep a few examples."""
+        """Combine the reports of chunks: add up counts, average rates over groups or documents, keep a few examples.
+
+        The other fields aren't known before all chunks are read.
+        """
         examples = [example for report in reports for example in report.false_negative_examples]
         values: dict[str, Any] = {"false_negative_examples": tuple(examples[:EXAMPLES])}
         for f in fields(cls):
-            unit = "documents" if f.name == "truncated_documents" else "groups"
-            found = [(getattr(report, f.name), getattr(report, unit)) for report in reports]
-            known = [(value, weight) for value, weight in found if value is not None]
-            if f.name in values:
-                continue
             if f.type is int:
-                values[f.name] = sum(value for value, _ in known)
-            elif f.type is Any:
-                continue  # not known before all chunks are read
-            elif total := sum(weight for _, weight in known):
-                values[f.name] = sum(value * weight for value, weight in known) / total
+                values[f.name] = sum(getattr(report, f.name) for report in reports)
+            elif f.type in {float, float | None}:
+                unit = "documents" if f.name == "truncated_documents" else "groups"
+                known = [report for report in reports if getattr(report, f.name) is not None]
+                if total := sum(getattr(report, unit) for report in known):
+                    values[f.name] = sum(getattr(report, f.name) * getattr(report, unit) for report in known) / total
         return cls(**values)
 
     @classmethod
