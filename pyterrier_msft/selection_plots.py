@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from pyterrier_msft.checks import check_number
@@ -14,8 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from pyterrier_msft.grid import GridResult
-
-WILSON_Z = 1.96  # of a 95% interval
 
 
 def grid(result: "GridResult", *, ax: "Axes | None" = None) -> "Axes":
@@ -84,6 +81,8 @@ def reliability(
         ValueError: If a column is missing, a probability isn't a number or a document is repeated, no document is
             relevant, or `min_relevance` isn't positive.
     """
+    from scipy.stats import binomtest  # takes long to import
+
     check_number("min_relevance", min_relevance, required=True)
     require_columns(results, ["qid", "docno", "probability"], "results")
     require_columns(qrels, ["qid", "docno", "label"], "qrels")
@@ -102,13 +101,14 @@ def reliability(
     bins = pd.Series(np.minimum((p * n_bins).astype(int), n_bins - 1))
     dots = pd.DataFrame({"p": p, "y": y}).groupby(bins).agg(n=("p", "size"), p=("p", "mean"), y=("y", "mean"))
     error = float((dots["n"] * (dots["p"] - dots["y"]).abs()).sum() / len(p))
-    low, high = _wilson(dots["y"].to_numpy(), dots["n"].to_numpy())
+    shares = zip(dots["y"], dots["n"], strict=True)
+    intervals = [binomtest(round(share * n), n).proportion_ci(method="wilson") for share, n in shares]
 
     ax = new_axes(ax, (4.8, 4.8))
     ax.plot([0, 1], [0, 1], color=LIGHT_GREY, linestyle="--", linewidth=1.0, zorder=0)
-    ax.vlines(dots["p"], low, high, color=BLUE, linewidth=1.2)
+    ax.vlines(dots["p"], *zip(*intervals, strict=True), color=BLUE, linewidth=1.2)
     ax.plot(dots["p"], dots["y"], color=BLUE, marker="o", markersize=5, linewidth=1.0)
-    for n, x, top in zip(dots["n"], dots["p"], high, strict=True):
+    for n, x, (_, top) in zip(dots["n"], dots["p"], intervals, strict=True):
         ax.annotate(f"{n:,}", (x, top), xytext=(0, 3), textcoords="offset points", ha="center", fontsize="x-small")
     ax.set_xlim(-0.03, 1.03)
     ax.set_ylim(-0.03, 1.08)
@@ -119,13 +119,3 @@ def reliability(
     scores = f"Brier score {brier:.4f}, expected calibration error {error:.4f}"
     ax.set_title(title + scores, loc="left", fontsize="medium")
     return ax
-
-
-def _wilson(
-    share: npt.NDArray[np.float64], n: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Compute Wilson's interval of a share of n."""
-    z2 = WILSON_Z**2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = WILSON_Z / (1 + z2 / n) * np.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
-    return middle - half, middle + half

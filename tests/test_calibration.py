@@ -246,7 +246,7 @@ def test_reliability_diagram():
     expected = (0.75 + 1.96**2 / 8 + np.array([-1, 1]) * 1.96 * np.sqrt(0.75 * 0.25 / 4 + 1.96**2 / 64)) / (
         1 + 1.96**2 / 4
     )
-    np.testing.assert_allclose(bars.get_segments()[2][:, 1], expected)
+    np.testing.assert_allclose(bars.get_segments()[2][:, 1], expected, rtol=1e-4)
     spaced = plots.reliability(results, qrels.assign(docno=qrels["docno"] + " "), n_bins=5)  # ids as everywhere else
     assert spaced.get_title(loc="left") == ax.get_title(loc="left")
     with pytest.raises(ValueError, match="results must have each document once per query; got 8 duplicates"):
