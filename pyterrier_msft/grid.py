@@ -109,26 +109,26 @@ def fit_grid(
     if seeds is not None and not len(seeds):
         raise ValueError("seeds must be a non-empty list or None; got none")
     seeds = None if seeds is None else check_seeds(seeds)
-    judge = _Judge.of(reranker, validation, fitter.parts[0].metric)
-    before = judge.start(reranker)
+    evaluator = _Evaluator.of(reranker, validation, fitter.parts[0].metric)
+    before = evaluator.start(reranker)
     rows: list[dict[str, Any]] = []
     best: tuple[float, MonoCE, dict[str, Any]] | None = None
     for number, (setting, shown, candidate) in enumerate(combinations, 1):
         with naming(f"combination {number} of {len(combinations)}"):
-            found, trained = _try(reranker, dataclasses.replace(stage, fitter=candidate), judge, save_dir, seeds)
+            found, trained = _try(reranker, dataclasses.replace(stage, fitter=candidate), evaluator, save_dir, seeds)
         rows.append(shown | found)
-        value = found[judge.name]
-        logger.info("%d of %d: %s has %s %.4f", number, len(combinations), shown, judge.name, value)
+        value = found[evaluator.metric]
+        logger.info("%d of %d: %s has %s %.4f", number, len(combinations), shown, evaluator.metric, value)
         if best is None or value > best[0]:
             best = value, trained, setting
         del trained  # so that no more models are in memory than needed
     assert best is not None
-    if len(rows) > 1 and len({row[judge.name] for row in rows}) == 1:
+    if len(rows) > 1 and len({row[evaluator.metric] for row in rows}) == 1:
         warn(
-            f"all {len(rows)} combinations have a validation {judge.name} of {best[0]:.3f}; the first one is returned. "
-            "Choose another metric, e.g. one with a smaller cutoff, or more validation queries"
+            f"all {len(rows)} combinations have a validation {evaluator.metric} of {best[0]:.3f}; the first one is "
+            "returned. Choose another metric, e.g. one with a smaller cutoff, or more validation queries"
         )
-    return GridResult(pd.DataFrame(rows), best[1], best[2], judge.name, judge.first_stage, before)
+    return GridResult(pd.DataFrame(rows), best[1], best[2], evaluator.metric, evaluator.first_stage, before)
 
 
 def _combinations(
@@ -164,7 +164,7 @@ def _shown(values: Sequence[Any]) -> list[Any]:
 
 
 def _try(
-    reranker: MonoCE, stage: Stage, judge: "_Judge", save_dir: str | Path | None, seeds: Sequence[int] | None
+    reranker: MonoCE, stage: Stage, evaluator: "_Evaluator", save_dir: str | Path | None, seeds: Sequence[int] | None
 ) -> tuple[dict[str, Any], MonoCE]:  # fmt: skip
     """Train with one combination, once per seed; return its results for the table, and the best re-ranker."""
     values: list[float] = []
@@ -173,14 +173,14 @@ def _try(
     for seed in [None] if seeds is None else seeds:
         start = reranker if seed is None else reranker.reseeded(seed)
         own = stage if seed is None else dataclasses.replace(stage, fitter=stage.fitter.replace(seed=seed))
-        trained = fit_sequences(start, {STAGE: own}, [STAGE], validation=judge.frames, save_dir=save_dir)[STAGE]
-        value = judge.value(trained)
+        trained = fit_sequences(start, {STAGE: own}, [STAGE], validation=evaluator.frames, save_dir=save_dir)[STAGE]
+        value = evaluator.value(trained)
         if best is None or value > max(values):
             best = trained
         values.append(value)
         runs.append(trained.stages[-1].history[-1])
     assert best is not None
-    row = {judge.name: float(np.mean(values))}
+    row = {evaluator.metric: float(np.mean(values))}
     if seeds is not None:
         row |= {"lowest": min(values), "highest": max(values)}
     row |= {name: np.mean([run[key] for run in runs]) for name, key in (("updates", "step"), ("seconds", "seconds"))}
@@ -188,7 +188,7 @@ def _try(
 
 
 @dataclass(frozen=True)
-class _Judge:
+class _Evaluator:
     """Measures re-rankers on all validation queries, with the scores that `transform` gives."""
 
     frames: ValidationFrames  # the user's
@@ -196,7 +196,7 @@ class _Judge:
     results: pd.DataFrame  # those of `data`, as input of `transform`
 
     @classmethod
-    def of(cls, reranker: MonoCE, validation: ValidationFrames, metric: Any) -> "_Judge":
+    def of(cls, reranker: MonoCE, validation: ValidationFrames, metric: Any) -> "_Evaluator":
         results, qrels = (None, None) if validation is None else validation
         frames = validation_frames(results, qrels, reranker.text_source, with_scores=reranker.interpolate is not False)
         if frames is None:
@@ -207,7 +207,7 @@ class _Judge:
         return cls(validation, data, frames[0].rename(columns={"text": reranker.text_field}))
 
     @property
-    def name(self) -> str:
+    def metric(self) -> str:
         return str(self.data.metric)
 
     def value(self, reranker: MonoCE) -> float:
