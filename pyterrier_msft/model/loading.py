@@ -40,9 +40,9 @@ from pyterrier_msft.model.modular import Head, ModularNetwork
 from pyterrier_msft.model.prompts import Prompt
 from pyterrier_msft.model.threads import RANDOM_STATE, SharedContext
 
-Kind = Literal["classifier", "modules", "words"]  # how the score is computed from a network's output
+HeadKind = Literal["classifier", "modules", "words"]  # how the score is computed from a network's output
 # The task, in the files of a sentence-transformers CrossEncoder.
-TASKS: dict[Kind, str] = {
+TASKS: dict[HeadKind, str] = {
     "classifier": "sequence-classification", "modules": "feature-extraction", "words": "text-generation",
 }  # fmt: skip
 
@@ -61,7 +61,7 @@ def load_model(
         files = CrossEncoderFiles.read(name, revision)
         if files is None:
             _check_modules(config, name, revision, has_prompt=prompt is not None)
-    kind = _kind(config, files, prompt, name)
+    kind = _head_kind(config, files, prompt, name)
     has_labels = any("SequenceClassification" in architecture for architecture in config.architectures or [])
     label = check_labels(config if kind == "classifier" and has_labels else None, relevant, name)
     if kind == "classifier" and label is None:
@@ -240,10 +240,10 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-def _kind(
+def _head_kind(
     config: transformers.PretrainedConfig, files: CrossEncoderFiles | None, prompt: Prompt | None, name: str
-) -> Kind:
-    """Return the kind of a model; a ValueError if it isn't supported."""
+) -> HeadKind:
+    """Return the kind of a model's head; a ValueError if it isn't supported."""
     architectures, modules = config.architectures or [], [] if files is None else files.module_names
     is_modular = len(modules) > 1 and LOGIT_SCORE not in modules
     generators = [each for each in architectures if each.endswith("ForConditionalGeneration")]
