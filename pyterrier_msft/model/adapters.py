@@ -80,16 +80,22 @@ def merge(peft_model: Any) -> PreTrainedModel:
 def digestible_config(peft_model: Any) -> dict[str, Any]:
     """Return the fields of an adapter's configuration that affect its scores or its training, for a digest."""
     config = peft_model.active_peft_config
-    try:
-        defaults = type(config)().to_dict()
-    except (TypeError, ValueError):  # a class without defaults
-        defaults = {}
+    defaults = defaults_of(config)
     # Other versions of peft have more fields, with defaults.
     return {
         key: sorted(set(value)) if isinstance(value, set | list | tuple) else value
         for key, value in config.to_dict().items()
         if key not in ORIGIN_FIELDS and (key not in defaults or value != defaults[key])
     }
+
+
+def defaults_of(config: Any) -> dict[str, Any]:
+    """Return the defaults of a configuration's class; empty if it has none."""
+    try:
+        defaults: dict[str, Any] = type(config)().to_dict()
+    except (TypeError, ValueError):
+        return {}
+    return defaults
 
 
 def _head_modules(network: PreTrainedModel) -> list[str]:

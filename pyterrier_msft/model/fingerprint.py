@@ -101,11 +101,7 @@ def _tokenizer_state(tokenizer: Tokenizer) -> Iterator[bytes]:
 
 def _digestible_config(config: PretrainedConfig) -> dict[str, Any]:
     """Return the fields of a network's configuration that affect its scores and aren't its class's defaults."""
-    try:
-        defaults = type(config)().to_dict()
-    except (TypeError, ValueError):  # a class without defaults
-        defaults = {}
-    return _scored_fields(config.to_diff_dict(), defaults)
+    return _scored_fields(config.to_diff_dict(), adapters.defaults_of(config))
 
 
 def _scored_fields(fields: Mapping[str, Any], defaults: Any) -> dict[str, Any]:
