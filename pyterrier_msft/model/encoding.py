@@ -15,7 +15,7 @@ import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
-from pyterrier_msft.model.template import Encoded, Template, longest_first
+from pyterrier_msft.model.template import Encoded, Template, longest_first, ranges
 
 Lists = dict[str, list[list[int]]]  # a tokenizer's columns ("input_ids", ...), with a list of integers per pair
 
@@ -209,7 +209,7 @@ class PairEncoder:
         step = np.maximum(1, text_kept - self._stride)
         n_windows = np.where(fits, 1, np.minimum(self.passages, 1 - (text_kept - n_text) // step))
         pair = np.repeat(np.arange(len(query)), n_windows)
-        skipped = (np.arange(len(pair)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)) * step[pair]
+        skipped = ranges(np.zeros_like(n_windows), n_windows) * step[pair]  # tokens before a window
         n_window = np.minimum(text_kept[pair], n_text[pair] - skipped)
         query_start, text_start = starts[query][pair], starts[text][pair] + skipped
         if self.tokenizer.truncation_side == "left":
