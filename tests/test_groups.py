@@ -270,8 +270,6 @@ def test_unranked_documents_ranked_last():
     assert report.tied_labels == pytest.approx(1 / 3)
     assert "placed 2 documents last that the teacher didn't rank" in repr(report)
     assert report.dropped() == "1 of 2 queries that the teacher didn't rank"
-    with pytest.raises(ValueError, match="unranked must be 'drop' where labels are the teacher's scores; got 'last'"):
-        from_teacher(results(RESULTS), results("q1 a 1"), depth=None, unranked="last", keep_scores=True)
 
 
 def test_top_documents_are_those_to_train_on():

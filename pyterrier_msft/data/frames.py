@@ -10,6 +10,8 @@ import pandas as pd
 import pyterrier as pt
 
 PASSAGE_SUFFIX = r"%p\d+$"  # pt.text.sliding appends it to a docno
+# The column in which a re-ranker that interpolates keeps the scores that it replaces.
+FIRST_STAGE_SCORE = "first_stage_score"
 
 # Names that other tools give to PyTerrier's columns.
 COLUMN_ALIASES = {
@@ -25,10 +27,6 @@ COLUMN_ALIASES = {
 def even_step(length: int, n: int) -> int:
     """Return the step that visits at most `n` of `length` items, spread evenly."""
     return max(1, -(-length // n))
-
-
-# The column in which a re-ranker that interpolates keeps the scores that it replaces.
-FIRST_STAGE_SCORE = "first_stage_score"
 
 
 def first_stage_scores(results: pd.DataFrame, what: str) -> np.ndarray:

@@ -214,10 +214,8 @@ def from_teacher(
     A label is the number of the query's documents that the teacher ranks lower; with `keep_scores`, the teacher's
     score, scaled by `scale` among the query's documents (`probabilities`: a ValueError unless that is between 0 and 1).
     In a query that the teacher ranked, documents that it left out are dropped (`unranked="drop"`) or tied last
-    ("last"). With `sampling`, an epoch draws a part of these documents.
+    ("last", without `keep_scores`). With `sampling`, an epoch draws a part of these documents.
     """
-    if keep_scores and unranked == "last":
-        raise ValueError("unranked must be 'drop' where labels are the teacher's scores; got 'last'")
     teacher = None
     if ranking is not None:
         teacher = RowsByQuery(clean_ranking(ranking, "teacher's ranking"))
