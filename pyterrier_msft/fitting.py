@@ -93,7 +93,7 @@ def prepare_stage(
     sources = as_sources(results, qrels)
     data, topics = [], []
     for number, source in enumerate(sources, 1):
-        with _naming_source(number, len(sources)):
+        with _prefix_source_errors(number, len(sources)):
             frame, asked = _read_source(source, texts)
         data.append(dataclasses.replace(source, results=frame))
         topics.append(asked)
@@ -129,7 +129,7 @@ def _source_groups(
 ) -> tuple[Groups, DataReport]:  # fmt: skip
     """Turn a source's data into groups; warn about what was dropped."""
     load_text = None if texts.source is None else texts.load
-    with _naming_source(number, n_sources):
+    with _prefix_source_errors(number, n_sources):
         groups, report = fitter.groups(
             source.results, source.qrels, text_field=texts.field, load_text=load_text, topics=topics, verbose=verbose
         )
@@ -142,7 +142,7 @@ def _source_groups(
 
 
 @contextlib.contextmanager
-def _naming_source(number: int, n_sources: int) -> Iterator[None]:
+def _prefix_source_errors(number: int, n_sources: int) -> Iterator[None]:
     """Put the number of a source before the message of a ValueError, if there are several."""
     try:
         yield

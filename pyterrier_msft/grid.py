@@ -18,7 +18,7 @@ from pyterrier_msft.data.validation import validation_frames
 from pyterrier_msft.digests import format_value
 from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.fitting import ValidationFrames
-from pyterrier_msft.notices import naming, saying_once, warn
+from pyterrier_msft.notices import deduplicate_data_warnings, message_prefix, warn
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.sequences import Stage, fit_sequences
 from pyterrier_msft.training.validation import Validation
@@ -63,7 +63,7 @@ class GridResult:
         )
 
 
-@saying_once()
+@deduplicate_data_warnings()
 def fit_grid(
     reranker: MonoCE,
     stage: Stage,
@@ -114,7 +114,7 @@ def fit_grid(
     rows: list[dict[str, Any]] = []
     best: tuple[float, MonoCE, dict[str, Any]] | None = None
     for number, (setting, shown, candidate) in enumerate(combinations, 1):
-        with naming(f"combination {number} of {len(combinations)}"):
+        with message_prefix(f"combination {number} of {len(combinations)}"):
             found, trained = _try(reranker, dataclasses.replace(stage, fitter=candidate), evaluator, save_dir, seeds)
         rows.append(shown | found)
         value = found[evaluator.metric]

@@ -13,10 +13,10 @@ INTERNAL_PACKAGES = {
 } | sys.stdlib_module_names  # fmt: skip
 
 
-# What the code that runs now belongs to, e.g. a seed and a sequence.
-_names: ContextVar[tuple[str, ...]] = ContextVar("names", default=())
-# The messages about data so far, where the same data may be read several times.
-_said: ContextVar[set[str] | None] = ContextVar("said", default=None)
+# The names of what runs, e.g. a seed and a sequence.
+_prefixes: ContextVar[tuple[str, ...]] = ContextVar("prefixes", default=())
+# The messages about data so far, within `deduplicate_data_warnings`.
+_issued: ContextVar[set[str] | None] = ContextVar("issued", default=None)
 
 
 def shows_progress(verbose: bool | None) -> bool:
@@ -32,46 +32,46 @@ def _is_interactive() -> bool:
 
 
 @contextlib.contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Put a name before the messages of warnings, and of progress bars."""
-    token = _names.set((*_names.get(), name))
+def message_prefix(name: str) -> Iterator[None]:
+    """Put the name of what runs before the messages of warnings, and of progress bars."""
+    token = _prefixes.set((*_prefixes.get(), name))
     try:
         yield
     finally:
-        _names.reset(token)
+        _prefixes.reset(token)
 
 
-def named(message: str) -> str:
-    """Put the names before a message."""
-    names = _names.get()
-    return f"{', '.join(names)}: {message}" if names else message
+def with_prefix(message: str) -> str:
+    """Put the names of what runs before a message."""
+    prefixes = _prefixes.get()
+    return f"{', '.join(prefixes)}: {message}" if prefixes else message
 
 
 @contextlib.contextmanager
-def saying_once() -> Iterator[None]:
-    """Within this, `warn_of_data` gives the same warning once."""
-    if _said.get() is not None:
+def deduplicate_data_warnings() -> Iterator[None]:
+    """Issue each warning of `warn_of_data` once within the block."""
+    if _issued.get() is not None:
         yield
         return
-    token = _said.set(set())
+    token = _issued.set(set())
     try:
         yield
     finally:
-        _said.reset(token)
+        _issued.reset(token)
 
 
 def warn_of_data(message: str) -> None:
     """Issue a warning about data, which may be read once for each seed and sequence."""
-    said = _said.get()
-    if said is None or message not in said:
+    issued = _issued.get()
+    if issued is None or message not in issued:
         warn(message)
-    if said is not None:
-        said.add(message)
+    if issued is not None:
+        issued.add(message)
 
 
 def warn(message: str) -> None:
     """Issue a warning that points at the innermost line outside this package and the libraries it works with."""
-    message = named(message)
+    message = with_prefix(message)
     frame, level = sys._getframe(1), 2  # `warnings.warn` counts its own caller, this function, as 1
     while frame.f_globals.get("__name__", "").partition(".")[0] in INTERNAL_PACKAGES:
         if frame.f_back is None:  # in a thread of this package

@@ -27,7 +27,7 @@ from pyterrier_msft.interpolation import HeldOut, InterpolationMixin, candidates
 from pyterrier_msft.model.cross_encoder import SOURCE_SETTINGS, CrossEncoder
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.record import StageRecord, history_frame
-from pyterrier_msft.notices import named, shows_progress, warn
+from pyterrier_msft.notices import shows_progress, warn, with_prefix
 from pyterrier_msft.saving import SavingMixin
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.run import check_training_device
@@ -244,6 +244,7 @@ class MonoCE(SavingMixin, CalibrationMixin, InterpolationMixin, pt.Estimator):
         with distributed.silence_other_ranks(), self.cross_encoder.in_training():
             check_training_device(self.cross_encoder.device)
             verbose = shows_progress(self.verbose)
+            progress = with_prefix("training") if verbose and distributed.rank() == 0 else None
             validation = validation_frames(
                 topics_or_res_va, qrels_va, self.text_source, with_scores=self.interpolate is not False
             )
@@ -268,7 +269,7 @@ class MonoCE(SavingMixin, CalibrationMixin, InterpolationMixin, pt.Estimator):
                 fit_reranker(
                     self.cross_encoder, [encoders[length] for length in lengths], prepared, self.stages,
                     interpolate=self.interpolate, scorer=encoders[None], held_out=held_out, validation=validation,
-                    checkpoint_dir=folder, progress=named("training") if verbose and distributed.rank() == 0 else None,
+                    checkpoint_dir=folder, progress=progress,
                 )  # fmt: skip
             finally:
                 self.remove_stale_calibration()

@@ -24,7 +24,7 @@ from pyterrier_msft.fitters import Fitter
 from pyterrier_msft.fitting import ValidationFrames
 from pyterrier_msft.model.fingerprint import training_state
 from pyterrier_msft.model.record import has_unfinished_head
-from pyterrier_msft.notices import naming, saying_once
+from pyterrier_msft.notices import deduplicate_data_warnings, message_prefix
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import check_writable
@@ -90,7 +90,7 @@ def fit_sequences(
     reranker: MonoCE, stages: Mapping[str, Stage], sequences: Sequence[str], *,
     validation: ValidationFrames | None = ..., save_dir: str | Path | None = ..., seeds: Sequence[int],
 ) -> dict[int, dict[str, MonoCE]]: ...  # fmt: skip
-@saying_once()
+@deduplicate_data_warnings()
 def fit_sequences(
     reranker: MonoCE,
     stages: Mapping[str, Stage],
@@ -126,7 +126,7 @@ def fit_sequences(
         by_seed = {}
         for seed in check_seeds(seeds):
             own = {name: _with_seed(stage, seed) for name, stage in stages.items()}
-            with naming(f"seed {seed}"):
+            with message_prefix(f"seed {seed}"):
                 by_seed[seed] = fit_sequences(
                     reranker.reseeded(seed), own, sequences, validation=validation, save_dir=save_dir
                 )
@@ -212,7 +212,7 @@ def _fit_stage(
         return saved
     logger.info("%s: training with %r", name, stage.fitter)
     trained = start.clone(fitter=stage.fitter)
-    with naming(name):
+    with message_prefix(name):
         trained.fit(stage.results, stage.qrels, *(validation or (None, None)), checkpoint_dir=checkpoint_dir)
     if folder is not None and checkpoint_dir is not None:
         # Adapters aren't merged, so that the next stage can train them.

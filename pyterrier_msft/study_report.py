@@ -16,7 +16,7 @@ from pyterrier_msft import significance
 from pyterrier_msft.data.frames import require_columns
 from pyterrier_msft.data.labels import count_judged_twice, whole_grades
 from pyterrier_msft.ids import as_ids
-from pyterrier_msft.notices import saying_once, shows_progress, warn
+from pyterrier_msft.notices import deduplicate_data_warnings, shows_progress, warn
 from pyterrier_msft.pipelines import all_parts_of
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.study_page import Run, Study, render
@@ -166,7 +166,7 @@ def _study_of_runs(systems: Any, comparison: _Comparison, rerankers: Mapping[Any
         comparison.table(comparison.evaluate(dict.fromkeys(runs, trial)))  # checks the arguments
     models = _models(runs, rerankers, list(dict.fromkeys(name for name, _ in runs)))
     bar = pt.tqdm(runs.items(), desc="report", unit="system", disable=not shows_progress(None))
-    with saying_once():
+    with deduplicate_data_warnings():
         results = {run: _results(system, topics, run[0]) for run, system in bar}
     _warn_of_missing_queries(results, comparison.judged)
     perquery = comparison.evaluate(results)
