@@ -241,7 +241,7 @@ class MonoCE(SavingMixin, CalibrationMixin, InterpolationMixin, pt.Estimator):
             RuntimeError: If another thread trains this re-ranker.
         """
         fitters = check_fitter(self.fitter or Contrastive() if fitter is None else fitter).stages
-        with distributed.silence_other_ranks(), self.cross_encoder.in_training():
+        with distributed.silence_other_ranks(), self.cross_encoder.guard.training():
             check_training_device(self.cross_encoder.device)
             verbose = shows_progress(self.verbose)
             progress = with_prefix("training") if verbose and distributed.rank() == 0 else None

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +27,7 @@ from pyterrier_msft.model.quantized import QuantizedNetwork
 from pyterrier_msft.model.record import ModelRecord
 from pyterrier_msft.model.scoring import score_pairs
 from pyterrier_msft.model.storage import check_source
-from pyterrier_msft.model.threads import RANDOM_STATE
+from pyterrier_msft.model.threads import RANDOM_STATE, TrainingGuard
 from pyterrier_msft.notices import warn, warn_of_data
 
 # They determine what is loaded from a folder or the hub.
@@ -85,8 +85,7 @@ class CrossEncoder:
         self._source: str | None = None  # folder or name to load the present weights from
         self._expected_fingerprint: str | None = None  # of weights still to be loaded
         self._int8: tuple[str, QuantizedNetwork] | None = None  # the fingerprint, and the quantized copy of the weights
-        self._trained_by: int | None = None  # the thread that trains it now
-        self._n_trainings = 0
+        self.guard = TrainingGuard(self.name)
         self._warned_encoders: frozenset[tuple[int, int | None]] = frozenset()  # whose truncated queries were reported
 
     @property
@@ -253,37 +252,16 @@ class CrossEncoder:
             ValueError: If a score isn't finite.
             RuntimeError: If another thread trains this cross-encoder meanwhile.
         """
-        n_trainings = self._n_trainings
-        self._check_no_other_trains()
-        self._warn_of_truncated_queries(encoder, queries, texts)
-        dtype = self.dtype
-        network = self._quantized(encoder) if dtype == torch.int8 else self.network
-        scores = score_pairs(network, encoder, queries, texts, dtype=dtype, batch_size=batch_size, progress=progress)
-        if self._n_trainings > n_trainings:
-            raise self._trained_elsewhere()
+        with self.guard.scoring():
+            self._warn_of_truncated_queries(encoder, queries, texts)
+            dtype = self.dtype
+            network = self._quantized(encoder) if dtype == torch.int8 else self.network
+            scores = score_pairs(
+                network, encoder, queries, texts, dtype=dtype, batch_size=batch_size, progress=progress
+            )
         if bad := int(np.sum(~np.isfinite(scores))):
             raise ValueError(f"scores must be finite; {bad:,} of {len(scores):,} aren't. Check the model's weights")
         return scores
-
-    @contextlib.contextmanager
-    def in_training(self) -> Iterator[None]:
-        """Keep other threads from scoring with weights that change, or from changing them, too."""
-        self._check_no_other_trains()
-        self._trained_by, self._n_trainings = threading.get_ident(), self._n_trainings + 1
-        try:
-            yield
-        finally:
-            self._trained_by = None
-
-    def _check_no_other_trains(self) -> None:
-        if self._trained_by not in {None, threading.get_ident()}:
-            raise self._trained_elsewhere()
-
-    def _trained_elsewhere(self) -> RuntimeError:
-        return RuntimeError(
-            f"the re-ranker of {self.name} must not be used while another thread trains it. Wait for fit to return, or "
-            "use a clone() that was made before"
-        )
 
     def _warn_of_truncated_queries(self, encoder: PairEncoder, queries: Sequence[Any], texts: Sequence[Any]) -> None:
         lengths = encoder.max_length, encoder.max_query_length
@@ -306,7 +284,7 @@ class CrossEncoder:
         # In one call, since the two share modules.
         weights = (self._network, self._peft_model) if with_weights else (None, None)
         other._network, other._peft_model = copy.deepcopy(weights)
-        other._is_callers, other._trained_by = False, None
+        other._is_callers, other.guard = False, TrainingGuard(self.name)
         return other
 
     def reseeded(self, seed: int) -> Self:
@@ -378,7 +356,7 @@ class CrossEncoder:
         return fingerprint_of(network, peft_model, tokenizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_int8": None, "_trained_by": None}
+        state = {**self.__dict__, "_int8": None, "guard": TrainingGuard(self.name)}
         if self._network is None:
             return {**state, "name": _absolute(self.name)}
         fingerprint = self.fingerprint

@@ -1,8 +1,8 @@
-"""Settings of the whole process that several threads change at once."""
+"""What several threads share: settings of the whole process, and weights that one of them trains."""
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 # Held by whoever seeds torch's global random state or draws from it: a training run, and loading a model with a new
@@ -34,3 +34,41 @@ class SharedContext(AbstractContextManager[Any]):
             self._users -= 1
             if self._users == 0:
                 self._context.__exit__(None, None, None)
+
+
+class TrainingGuard:
+    """Keeps threads from scoring with weights that another thread trains, and from training them, too."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name  # of the model, for the error message
+        self._trained_by: int | None = None  # the thread that trains it now
+        self._n_trainings = 0
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Train inside the block; a RuntimeError if another thread does."""
+        self._check()
+        self._trained_by, self._n_trainings = threading.get_ident(), self._n_trainings + 1
+        try:
+            yield
+        finally:
+            self._trained_by = None
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Score inside the block; a RuntimeError if another thread trains before its end."""
+        n_trainings = self._n_trainings
+        self._check()
+        yield
+        if self._n_trainings > n_trainings:
+            raise self._error()
+
+    def _check(self) -> None:
+        if self._trained_by not in {None, threading.get_ident()}:
+            raise self._error()
+
+    def _error(self) -> RuntimeError:
+        return RuntimeError(
+            f"the re-ranker of {self._name} must not be used while another thread trains it. Wait for fit to return, "
+            "or use a clone() that was made before"
+        )
