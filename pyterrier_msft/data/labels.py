@@ -219,15 +219,11 @@ def from_teacher(
     teacher = None
     if ranking is not None:
         teacher = RowsByQuery(clean_ranking(ranking, "teacher's ranking"))
-        _check_order(order_column(ranking.columns), keep_scores)
+        _check_order(order_column(ranking.columns), keep_scores=keep_scores)
     builder, reports, unmatched_sample = GroupsBuilder(), [], pd.DataFrame()
     n_tied = n_pairs = 0
     for rankings in as_rankings(results, text_field):
-        if teacher is None:
-            _check_order(rankings.ordered_by, keep_scores)
-            key = rankings.key.copy()
-        else:
-            key = rankings.lookup(teacher.of(rankings.qids), "key", rankings.document, default=np.nan)
+        key = _teacher_key(rankings, teacher, keep_scores=keep_scores)
         in_top, is_missing = within_depth(rankings.query, depth), np.isnan(key)
         is_known = rankings.queries_with(in_top & ~is_missing)
         if not is_known.any() and not len(unmatched_sample):
@@ -261,6 +257,14 @@ def from_teacher(
         why = explain_mismatch(unmatched_sample, ranking, "the teacher's ranking", by_document=False)
         raise ValueError(f"teacher must rank documents of the results; got none in common: {why}")
     return builder.build(sampling), replace(report, tied_labels=n_tied / max(1, n_pairs))
+
+
+def _teacher_key(rankings: Rankings, teacher: RowsByQuery | None, *, keep_scores: bool) -> np.ndarray:
+    """Return the teacher's sort key of each row, higher is better; NaN where it has none. Without a teacher, a copy."""
+    if teacher is None:
+        _check_order(rankings.ordered_by, keep_scores=keep_scores)
+        return rankings.key.copy()
+    return rankings.lookup(teacher.of(rankings.qids), "key", rankings.document, default=np.nan)
 
 
 def _scaled(scores: np.ndarray, query: np.ndarray, scale: str | None, *, probabilities: bool) -> np.ndarray:
@@ -313,7 +317,8 @@ def has_only_ranks(ranking: pd.DataFrame) -> bool:
     return bool((by_rank.max() - by_rank.min() < 1e-9).all())
 
 
-def _check_order(ordered_by: str | None, keep_scores: bool) -> None:
+def _check_order(ordered_by: str | None, *, keep_scores: bool) -> None:
+    """Raise a ValueError if a teacher's ranking has no order, or no scores where they are the labels."""
     if ordered_by is None or (keep_scores and ordered_by != "score"):
         needed = "a score" if keep_scores else "a score or a rank"
         raise ValueError(f"teacher's ranking must have {needed}; got {ordered_by or 'neither'}")
