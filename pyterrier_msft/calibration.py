@@ -1,7 +1,5 @@
 """Probabilities of relevance that follow from a re-ranker's scores."""
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,6 +9,7 @@ import pandas as pd
 from pyterrier_msft.checks import check_number
 from pyterrier_msft.data.validation import validation_frames
 from pyterrier_msft.ids import as_ids
+from pyterrier_msft.model.record import Record
 from pyterrier_msft.notices import warn
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ PROBABILITY = "probability"  # the column that a calibrated re-ranker adds
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Record):
     """A function from scores to probabilities, and what it was estimated from; see `MonoCE.calibrate`."""
 
     method: str
@@ -48,11 +47,6 @@ class Calibration:
             f"{self.method}, from {self.relevant:,} relevant among {self.documents:,} documents of {self.queries:,} "
             f"queries; probabilities of up to {float(self(np.array(self.highest))):.2f}"
         )
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Read what a model's record holds; unknown fields are ignored."""
-        return cls(**{f.name: record[f.name] for f in dataclasses.fields(cls) if f.name in record})
 
 
 class CalibrationMixin:

@@ -159,7 +159,7 @@ class SavingMixin:
             loaded.cross_encoder.saved_record = dataclasses.replace(record, stages=[])
         if record.calibration is not None and record.calibration.get("fingerprint") == record.fingerprint:
             known = {} if can_compare else {"fingerprint": None}
-            loaded.calibration = Calibration.from_record({**record.calibration, **known})
+            loaded.calibration = Calibration.from_dict({**record.calibration, **known})
         return loaded
 
     def _write(self, folder: Path, *, merged: bool, **card: Any) -> None:

@@ -26,7 +26,9 @@ PART_LOSS = "loss_"  # the beginning of the columns with the losses of several o
 KEPT = "kept"  # in the rows of validations: whether these weights are kept
 
 
-class _Record:
+class Record:
+    """A dataclass that is stored as a dictionary."""
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read a record of any version: missing fields get their defaults, unknown ones are ignored."""
@@ -34,7 +36,7 @@ class _Record:
 
 
 @dataclass
-class StageRecord(_Record):
+class StageRecord(Record):
     """What one stage of training did, and on what data."""
 
     fitter: str = ""  # its repr
@@ -53,7 +55,7 @@ class StageRecord(_Record):
     history: list[dict[str, Any]] = field(default_factory=list)
     data_report: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None  # of the weights after the stage
-    interrupted: int | None = None  # the step at which training was interrupted
+    interrupted: int | None = None  # the last step, if its call of fit was interrupted
     interpolation: dict[str, Any] = field(default_factory=dict)  # the choice of the first stage's weight
 
     def __post_init__(self) -> None:
@@ -87,7 +89,7 @@ class StageRecord(_Record):
 
 
 @dataclass
-class ModelRecord(_Record):
+class ModelRecord(Record):
     """What `msft.json` in a model's folder holds."""
 
     settings: dict[str, Any] = field(default_factory=dict)  # arguments of MonoCE that belong to the model
