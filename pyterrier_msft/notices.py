@@ -60,6 +60,11 @@ def deduplicate_data_warnings() -> Iterator[None]:
         _issued.reset(token)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return str(error).strip().split("\n", 1)[0]
+
+
 def warn_of_data(message: str) -> None:
     """Issue a warning about data, which may be read once for each seed and sequence."""
     issued = _issued.get()

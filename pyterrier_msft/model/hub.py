@@ -7,7 +7,7 @@ from urllib.parse import ParseResult
 
 from huggingface_hub import snapshot_download
 
-from pyterrier_msft.model.loading import first_line
+from pyterrier_msft.notices import first_line
 
 # The files that loading needs; repositories may also hold the same weights in other formats.
 LOADED_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*.py", "*.md", "*.jinja", "bpe.codes")

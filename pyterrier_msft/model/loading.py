@@ -39,6 +39,7 @@ from pyterrier_msft.model.labels import check_labels, score_label
 from pyterrier_msft.model.modular import Head, ModularNetwork
 from pyterrier_msft.model.prompts import Prompt
 from pyterrier_msft.model.threads import RANDOM_STATE, SharedContext
+from pyterrier_msft.notices import first_line
 
 HeadKind = Literal["classifier", "modules", "words"]  # how the score is computed from a network's output
 # The task, in the files of a sentence-transformers CrossEncoder.
@@ -233,11 +234,6 @@ def isolated_rng(seed: int) -> Iterator[None]:
     with RANDOM_STATE, torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return str(error).strip().split("\n", 1)[0]
 
 
 def _head_kind(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.utils import strtobool
 
-from pyterrier_msft.model.loading import first_line
+from pyterrier_msft.notices import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 

@@ -18,6 +18,7 @@ from pyterrier_msft.model.files import (
     read_json,
     write_json,
 )
+from pyterrier_msft.notices import first_line
 
 QUERY, TEXT = "{query}", "{text}"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -141,8 +142,7 @@ def _read_template(files: CrossEncoderFiles, tokenizer: PreTrainedTokenizerBase)
         try:
             template, probe = render(MARKERS), render(PROBES)
         except Exception as error:  # of any kind: the template is a program, and may expect contents in the other form
-            line = str(error).strip().partition("\n")[0]
-            problem = f"fails: {line}"
+            problem = f"fails: {first_line(error)}"
             continue
         if all(template.count(marker) == 1 for marker in MARKERS.values()):
             for part, marker in MARKERS.items():
