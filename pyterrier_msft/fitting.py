@@ -91,17 +91,16 @@ def prepare_stage(
 ) -> StageData:  # fmt: skip
     """Check a stage's training data and turn them into groups; warn about what was dropped."""
     sources = as_sources(results, qrels)
-    data, topics = [], []
+    read: list[tuple[Source, pd.DataFrame | None]] = []  # a source with texts, and the topics of its file
     for number, source in enumerate(sources, 1):
         with _prefix_source_errors(number, len(sources)):
-            frame, asked = _read_source(source, texts)
-        data.append(dataclasses.replace(source, results=frame))
-        topics.append(asked)
+            frame, topics = _read_source(source, texts)
+        read.append((dataclasses.replace(source, results=frame), topics))
     parts = []
     for part in fitter.parts:
         found = [
-            _source_groups(part, source, asked, texts, number=number, n_sources=len(sources), verbose=verbose)
-            for number, (source, asked) in enumerate(zip(data, topics, strict=True), 1)
+            _source_groups(part, source, topics, texts, number=number, n_sources=len(sources), verbose=verbose)
+            for number, (source, topics) in enumerate(read, 1)
         ]
         parts.append(_part_data(part, sources, found))
     return StageData(fitter, tuple(parts))

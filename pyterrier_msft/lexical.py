@@ -125,12 +125,12 @@ class BM25(pt.Transformer):
             raise ValueError(f"query must be a string; {len(wrong)} of {len(inp)} aren't, e.g. {wrong[0]!r}")
         found = [self._retrieve(query) for query in inp["query"]]
         counts = [len(documents) for documents, _ in found]
-        documents, scores = (np.concatenate(column) for column in zip(_NOTHING, *found, strict=True))
+        documents, scores = (np.concatenate(column) for column in zip(_NO_RESULTS, *found, strict=True))
         results = inp.iloc[np.repeat(np.arange(len(inp)), counts)].reset_index(drop=True)
         return results.assign(
             docno=pd.Series(self._docnos[documents], dtype=str).array,
             score=scores,
-            rank=np.concatenate([_NOTHING[0], *map(np.arange, counts)]),
+            rank=np.concatenate([_NO_RESULTS[0], *map(np.arange, counts)]),
         )
 
     def _retrieve(self, query: str) -> tuple[np.ndarray, np.ndarray]:
@@ -166,7 +166,7 @@ class BM25(pt.Transformer):
         return f"BM25(<{len(self._docnos):,} documents>, num_results={self.num_results})"
 
 
-_NOTHING = np.zeros(0, dtype=np.int64), np.zeros(0)
+_NO_RESULTS = np.zeros(0, dtype=np.int64), np.zeros(0)
 
 
 def _check_num_results(num_results: int) -> int:

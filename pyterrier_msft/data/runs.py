@@ -70,10 +70,10 @@ def read_run(
         if topics is None:
             raise ValueError(f"{path} must have a column 'query'; got {columns}. Or pass MonoCE(..., text=dataset)")
         require_columns(topics, ["qid", "query"], "topics")
-        asked = pd.DataFrame({"qid": as_ids(topics["qid"]), "query": as_texts(topics["query"])}).drop_duplicates()
-        if repeated := asked["qid"][asked["qid"].duplicated()].tolist():
+        cleaned = pd.DataFrame({"qid": as_ids(topics["qid"]), "query": as_texts(topics["query"])}).drop_duplicates()
+        if repeated := cleaned["qid"][cleaned["qid"].duplicated()].tolist():
             raise ValueError(f"topics must have one query for each qid; got several for {repeated[0]!r}")
-        queries = dict(zip(asked["qid"], asked["query"], strict=True))
+        queries = dict(zip(cleaned["qid"], cleaned["query"], strict=True))
     converter = _Converter(path, key, depth, None if relevant is None else RowsByQuery(relevant), queries)
     needed = [name for name in ("qid", "query", "docno", key) if name in columns]
     if columns == TREC_COLUMNS:
@@ -116,15 +116,15 @@ class _Converter:
 
         batch, qids = self._sort(batch)
         distinct = batch.filter(pl.col("docno").is_first_distinct().over("query_id"))
-        asked = distinct.filter(pl.col("query").str.contains(r"\S").fill_null(False))
-        query = asked["query_id"].to_numpy()
+        with_query = distinct.filter(pl.col("query").str.contains(r"\S").fill_null(False))
+        query = with_query["query_id"].to_numpy()
         first = query_offsets(query)
         query_texts = np.full(len(qids), "", dtype=object)
-        query_texts[query[first]] = asked["query"].gather(first).to_list()
-        differs = asked["query"] != asked["query"].gather(np.arange(len(query)) - rank_in_query(query))
-        has_passages = bool(asked["docno"].str.contains("%p", literal=True).any())
-        kept = self._keep(asked, qids, has_passages)
-        docnos = asked["docno"].filter(pl.Series(kept)).to_list()
+        query_texts[query[first]] = with_query["query"].gather(first).to_list()
+        differs = with_query["query"] != with_query["query"].gather(np.arange(len(query)) - rank_in_query(query))
+        has_passages = bool(with_query["docno"].str.contains("%p", literal=True).any())
+        kept = self._keep(with_query, qids, has_passages)
+        docnos = with_query["docno"].filter(pl.Series(kept)).to_list()
         document = assign_ids(docnos, self.docnos)
         return Rankings(
             qids=qids,
@@ -135,12 +135,12 @@ class _Converter:
             document=document,
             parent=parent_ids(docnos, self.docnos) if has_passages else document,
             text=document,
-            key=asked["key"].to_numpy()[kept],
+            key=with_query["key"].to_numpy()[kept],
             ordered_by=self.key,
             counts={
                 "queries": len(qids),
                 "duplicates": len(batch) - len(distinct),
-                "without_query": len(distinct) - len(asked),
+                "without_query": len(distinct) - len(with_query),
                 "without_text": 0,
                 "several_queries": len(np.unique(query[differs.to_numpy()])),
             },

@@ -248,11 +248,11 @@ class PairEncoder:
         prefixes = [self._prefix(text) for text in texts]
         ids = self._ids(prefixes)
         # A prefix of few, long words may be too short to fill the windows.
-        again = [
+        too_short = [
             i for i, (text, prefix) in enumerate(zip(texts, prefixes, strict=True))
             if len(prefix) < len(text) and len(ids[i]) < self._max_text_tokens
         ]  # fmt: skip
-        for i, whole in zip(again, self._ids([texts[i] for i in again]), strict=True):
+        for i, whole in zip(too_short, self._ids([texts[i] for i in too_short]), strict=True):
             ids[i] = whole
         return ids
 
@@ -289,14 +289,14 @@ class PairEncoder:
         if self.passages > 1 and (is_cut & (np.bincount(pair, minlength=len(texts)) <= self.passages)).any():
             encoded, pair = self._encode_windows(short, texts)
         is_single = (np.bincount(pair, minlength=len(texts)) == 1)[pair]
-        again = {
+        with_room = {
             window: (parsed[i].long, texts[i])
             for window, i in enumerate(pair.tolist())
             # There is room for more of the query, or a prefix of few, long words is too short to fill the pair.
             if is_single[window] and (is_cut[i] or parsed[i].short != parsed[i].long)
             and len(encoded["input_ids"][window]) < self.max_length
         }  # fmt: skip
-        self._encode_again(encoded, again)
+        self._encode_longer(encoded, with_room)
         position = np.arange(len(pair)) - np.searchsorted(pair, pair)  # of a window in its text
         kept = np.flatnonzero(position < self.passages)
         return Encoded.from_lists({key: [values[i] for i in kept] for key, values in encoded.items()}), pair[kept]
@@ -307,8 +307,8 @@ class PairEncoder:
         encoded = self._encode(queries, texts, return_overflowing_tokens=True, stride=self._stride)
         return encoded, np.array(encoded.pop("overflow_to_sample_mapping"), dtype=np.int64)
 
-    def _encode_again(self, encoded: Lists, pairs: dict[int, tuple[str, str]]) -> None:
-        """Replace what is encoded at some indices, with queries that may take the room that their text leaves."""
+    def _encode_longer(self, encoded: Lists, pairs: dict[int, tuple[str, str]]) -> None:
+        """Replace the encoded pairs at some indices; their queries may take the room that the texts leave."""
         if not pairs:
             return
         queries, texts = zip(*pairs.values(), strict=True)
