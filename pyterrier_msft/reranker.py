@@ -33,7 +33,7 @@ from pyterrier_msft.training import distributed
 from pyterrier_msft.training.run import check_training_device
 
 RESULT_COLUMNS = {"qid", "query", "docno", "score", "rank"}
-# They determine the weights, and how a score follows from them.
+# Settings that determine the weights, and how a score follows from them.
 WEIGHTS_SETTINGS = {"model", "adapter", "revision", "trust_remote_code", *SOURCE_SETTINGS}
 
 

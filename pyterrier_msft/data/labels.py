@@ -308,7 +308,8 @@ def has_only_ranks(ranking: pd.DataFrame) -> bool:
     has_steps_of_1 = bool(np.allclose(from_top, rank - 1))
     tied = frame[frame.duplicated(["qid", "key"], keep=False)]
     if len(tied):
-        # Ranks are tied only below all others (`unranked="last"`). Two levels are grades, except minus the rank.
+        # Ranks are tied only below all others (`unranked="last"`). Two distinct scores are grades, unless they are 0
+        # and -1, minus the rank.
         is_last = (tied["key"] == by_query.transform("min")[tied.index]).all()
         return bool(has_steps_of_1 and is_last and (levels.max() > 2 or np.allclose(frame["key"], 1 - rank)))
     if len(levels) == 1:  # no other query to compare with

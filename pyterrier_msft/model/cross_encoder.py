@@ -30,7 +30,7 @@ from pyterrier_msft.model.storage import check_source
 from pyterrier_msft.model.threads import RANDOM_STATE, TrainingGuard
 from pyterrier_msft.notices import warn, warn_of_data
 
-# They determine what is loaded from a folder or the hub.
+# Settings that determine what is loaded from a folder or the hub.
 SOURCE_SETTINGS = ("seed", "relevant", "template", "true", "false")
 _LOADING = threading.RLock()  # two threads may need the same cross-encoder
 

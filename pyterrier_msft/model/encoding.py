@@ -36,7 +36,7 @@ T = TypeVar("T")
 class Query(NamedTuple):
     """A query, truncated as a string, so that the tokenizer still applies its template to the pair."""
 
-    tokens: int  # of the whole query, as far as they could fit a pair
+    tokens: int  # of the whole query, at most one more than a pair has room for
     short: str  # the `query_limit` tokens that a pair always keeps
     long: str  # all tokens that a pair may keep
 

@@ -15,8 +15,8 @@ from pyterrier_msft.model.decoders import WordScore, prompt_of
 from pyterrier_msft.model.labels import LogOdds
 from pyterrier_msft.model.modular import ModularNetwork
 
-# Of what `fingerprint_of` digests; a saved model's record has it beside the fingerprint. Increase it if a change gives
-# the same model another fingerprint.
+# Stored beside the fingerprint in a saved model's record. Increase it when `fingerprint_of` would give the same model
+# another fingerprint.
 FINGERPRINT_VERSION = 2
 DROPOUT_FIELDS = re.compile(".*dropout.*|.*layerdrop|.*pdrop")  # of a network's configuration
 # Fields of a network's configuration that don't affect its scores: names, token ids, the precision, training settings.
@@ -25,7 +25,7 @@ UNSCORED_FIELDS = re.compile(
     "return_dict|sbert_ce_.*|sentence_transformers|task_specific_params|transformers_version|use_cache|_?name_or_path|"
     f".*dtype|.*_token_ids?|{DROPOUT_FIELDS.pattern}"
 )
-# Of the classes of networks that are made again when a folder is loaded.
+# Packages whose classes of networks don't count: loading a folder creates the same class again.
 LIBRARIES = {"transformers", "transformers_modules", "pyterrier_msft"}
 # A fast tokenizer's components that decide the ids. Each call sets truncation and padding anew.
 TOKENIZER_COMPONENTS = ("model", "normalizer", "pre_tokenizer", "post_processor")

@@ -104,9 +104,9 @@ def load_model(
 
 
 def _check_modules(config: transformers.PretrainedConfig, name: str, revision: str | None, *, has_prompt: bool) -> None:
-    """Raise a ValueError for a model without modules.json whose head may be in modules, or in a word's logit.
+    """Raise a ValueError if modules.json is missing, or may be, of a model whose head it would describe.
 
-    That is so if its other files say so, or if only the hub knows.
+    A model without a head of its own may have one in modules; a model that generates text may score with a word.
     """
     architectures = config.architectures or []
     is_word = not has_prompt and any(each.endswith("ForCausalLM") for each in architectures)

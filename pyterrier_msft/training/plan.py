@@ -26,7 +26,7 @@ MIN_VALIDATION_QUERIES = 50
 
 
 def round_up(number: float) -> int:
-    """Round up, but not what is a whole number except for the error of a product: 100 * 1.1 gives 110."""
+    """Round up, ignoring the rounding error of a product: 100 * 1.1 gives 110."""
     return math.ceil(number - 1e-9)
 
 

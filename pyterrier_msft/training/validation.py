@@ -23,7 +23,7 @@ class Validation:
     results: pd.DataFrame  # qid, query, docno, text, and maybe the first stage's score; ids as strings
     qrels: pd.DataFrame  # qid, docno, label; ids as strings
     metric: Any  # of ir_measures
-    first_stage_weight: float = 0.0  # of the results' score in what `value` measures
+    first_stage_weight: float = 0.0  # of the results' score, in `values`
 
     @property
     def queries(self) -> int:
