@@ -253,7 +253,8 @@ def _recording(
 
     If training fails before it changes a weight, `stages` and the state of the head are as before.
     """
-    before, head_is_new = model.fingerprint, model.head_is_new
+    before = model.fingerprint if resumed else record.start
+    head_is_new = model.head_is_new
     stages[len(stages) - len(resumed) :] = [record]
     model.head_is_new = False
     try:
