@@ -243,10 +243,9 @@ def test_reliability_diagram():
     ]  # fmt: skip
     (bars,) = ax.collections
     # Wilson's interval of 3 of 4, as in its Wikipedia article's formula.
-    expected = (0.75 + 1.96**2 / 8 + np.array([-1, 1]) * 1.96 * np.sqrt(0.75 * 0.25 / 4 + 1.96**2 / 64)) / (
-        1 + 1.96**2 / 4
-    )
-    np.testing.assert_allclose(bars.get_segments()[2][:, 1], expected, rtol=1e-4)
+    z = 1.959964
+    expected = (0.75 + z**2 / 8 + np.array([-1, 1]) * z * np.sqrt(0.75 * 0.25 / 4 + z**2 / 64)) / (1 + z**2 / 4)
+    np.testing.assert_allclose(bars.get_segments()[2][:, 1], expected, rtol=1e-6)
     spaced = plots.reliability(results, qrels.assign(docno=qrels["docno"] + " "), n_bins=5)  # ids as everywhere else
     assert spaced.get_title(loc="left") == ax.get_title(loc="left")
     with pytest.raises(ValueError, match="results must have each document once per query; got 8 duplicates"):
