@@ -18,7 +18,7 @@ CALIBRATE = ["scikit-learn>=1.4"]
 PLOT = ["matplotlib>=3.8"]
 INT8 = ["openvino>=2026.0"]
 LORA = ["peft>=0.18"]
-RUNS = ["polars>=1.34"]
+RUNS = ["polars>=1.39.3"]
 # Backends of .parallel(N): joblib and Ray.
 PARALLEL = ["joblib>=1.4", "pyterrier-alpha>=0.16", "ray>=2.60"]
 BM25 = ["bm25s>=0.3", "PyStemmer>=2.2.0.3"]

@@ -414,6 +414,26 @@ def test_aligned_columns_are_rejected(train_part, results, tmp_path, padded):
         read(Contrastive(n_negatives=3), path, train_part, Dataset(train_part))
 
 
+@pytest.mark.parametrize("writer", ["file", "PyTerrier"])
+def test_docnos_with_spaces_are_rejected(train_part, results, tmp_path, writer):
+    path = tmp_path / "run.trec"
+    docnos = results["docno"].where(results.index != 5, "a 1")
+    if writer == "PyTerrier":
+        pt.io.write_results(results.assign(docno=docnos), path)
+    else:
+        rows = zip(results["qid"], docnos, results["rank"], results["score"], strict=True)
+        path.write_text("".join(f"{qid} Q0 {docno} {rank} {score} bm25\n" for qid, docno, rank, score in rows))
+    with pytest.raises(ValueError, match=r"must have 6 columns in each line; got more, .* as if a docno had a space"):
+        read(Contrastive(n_negatives=3), path, train_part, Dataset(train_part))
+
+
+def test_other_encodings_are_rejected(train_part, tmp_path):
+    path = tmp_path / "run.trec"
+    path.write_text("q1 Q0 d1 0 1.0 bm25\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="must be in UTF-8; got another encoding"):
+        read(Contrastive(n_negatives=3), path, train_part, Dataset(train_part))
+
+
 def test_ids_that_are_large_numbers(tmp_path):
     frame = pd.DataFrame({"qid": [1e16, 1e16], "docno": [2.0, 3.0], "query": "q", "score": [2.0, 1.0]})
     rankings = next(runs.read_run(write(frame, tmp_path, ".parquet"), depth=None))

@@ -35,7 +35,8 @@ CHUNK_ROWS = 1_000_000  # rows of a file read at once
 TREC_COLUMNS = ["qid", "Q0", "docno", "rank", "score", "tag"]
 # What pandas, and so `pt.io.write_results`, makes of an id with a quotation mark: "Heroes" becomes """Heroes""".
 CSV_QUOTED = r'^"(?:[^"]|"")*""(?:[^"]|"")*"$'
-UNUSED = ["Q0", "rank"]  # columns that are only read to see whether all columns are where they should be
+FURTHER = "further"  # the column of a TREC run's seventh field, which no row should have
+UNUSED = ["Q0", "rank", FURTHER]  # columns that are only read to see whether all columns are where they should be
 
 
 def read_run(
@@ -76,7 +77,7 @@ def read_run(
         queries = dict(zip(cleaned["qid"], cleaned["query"], strict=True))
     converter = _Converter(path, key, depth, None if relevant is None else RowsByQuery(relevant), queries)
     needed = [name for name in ("qid", "query", "docno", key) if name in columns]
-    if columns == TREC_COLUMNS:
+    if FURTHER in columns:
         needed += UNUSED
     yield from map(converter.rankings, _whole_queries(rows.select(needed), path))
     if queries is not None and topics is not None and converter.seen and converter.seen.isdisjoint(queries):
@@ -198,7 +199,7 @@ def _whole_queries(rows: "pl.LazyFrame", path: str | Path) -> Iterator["pl.DataF
     held: pl.DataFrame | None = None
     try:
         for chunk in rows.collect_batches(chunk_size=CHUNK_ROWS, maintain_order=True):
-            is_trec = {*UNUSED} <= {*chunk.columns}
+            is_trec = FURTHER in chunk.columns
             if is_trec:
                 _check_separators(chunk, path)
             batch = (chunk.drop(UNUSED) if is_trec else chunk).with_columns(
@@ -251,14 +252,20 @@ def _without_csv_quotes(ids: pd.Series) -> pd.Series:
 
 
 def _check_separators(rows: "pl.DataFrame", path: str | Path) -> None:
-    """Raise a ValueError if a row of a TREC run has several spaces in a row, which shift its columns."""
+    """Raise a ValueError if the columns of a row of a TREC run are shifted, by padding or by an id with a space."""
     import polars as pl
 
-    padded = rows.filter(pl.any_horizontal(pl.all().is_null()))  # an empty field, from one space to the next
+    padded = rows.filter(pl.any_horizontal(pl.all().exclude(FURTHER).is_null()))  # an empty field between two spaces
     if len(padded):
         raise ValueError(
             f"{path} must have columns that are separated by one space or one tab; got several spaces in a row, e.g. "
             f"for the query {padded['qid'][0]!r}. Read the file with pt.io.read_results"
+        )
+    longer = rows.filter(pl.col(FURTHER).is_not_null())
+    if len(longer):
+        raise ValueError(
+            f"{path} must have 6 columns in each line; got more, e.g. for the query "
+            f"{longer['qid'][0]!r}, as if a docno had a space. Pass a data frame, or write the results to Parquet"
         )
 
 
@@ -272,12 +279,17 @@ def _scan(path: Path) -> "pl.LazyFrame":
     if path.suffix == ".parquet":
         return pl.scan_parquet(path)
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        line = file.readline()
+        try:
+            line = file.readline()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} must be in UTF-8; got another encoding: {error}") from error
     separator = "\t" if "\t" in line else " "
     if len(line.rstrip("\n").split(separator)) != len(TREC_COLUMNS):
         raise ValueError(f"{path} must have the columns of a TREC run {TREC_COLUMNS}; got the line {line[:80]!r}")
-    schema = {name: pl.Float64 if name == "score" else pl.String for name in TREC_COLUMNS}
-    rows = pl.scan_csv(path, separator=separator, has_header=False, schema=schema, quote_char=None)
+    schema = {name: pl.Float64 if name == "score" else pl.String for name in (*TREC_COLUMNS, FURTHER)}
+    rows = pl.scan_csv(
+        path, separator=separator, has_header=False, schema=schema, quote_char=None, missing_columns="insert"
+    )
     for name in ("qid", "docno"):
         ids = pl.col(name)
         inner = ids.str.slice(1, ids.str.len_chars() - 2).str.replace_all('""', '"', literal=True)
