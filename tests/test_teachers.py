@@ -91,6 +91,31 @@ def test_docnos_that_look_like_positions(file):
 @pytest.mark.parametrize(
     "response",
     [
+        "[2] > [1] > [3]", "2 > 1 > 3", "[2], [1], [3]", "[2] > [1] = [3]", "Passage 2 > Passage 1 > Passage 3",
+        "<think>[3] is off topic; [1] > [2]?</think>[2] > [1] > [3]", "[1] > [2]? </think>\n\n[2] > [1] > [3]",
+        "Here is the ranking of the 3 passages: 2 > 1 > 3", "The ranking of the 3 passages is [2] > [1] > [3].",
+        "[2] > [1] > [3]\n\nExplanation: [1] > [3], as 3 is off topic.", "[1] > [3], but:\n[2] > [1] > [3]",
+        "[2] >\n[1] >\n[3]", "**[2]** > **[1]** > **[3]**", "<answer>\n2, 1, 3\n</answer>",
+        "1. 2\n2. 1\n3. 3", "1. [2] (a > b)\n2. [1]\n3. [3]",
+    ],
+)  # fmt: skip
+def test_positions_in_text(file, response):
+    candidates = [{"docid": f"d{i}", "text": f"text {i}"} for i in (1, 2, 3)]
+    out = teachers.read_permutations(write(file, line(candidates=candidates, response=response)))
+    assert docnos(out) == ["d2", "d1", "d3"]
+
+
+def test_unfinished_thoughts_are_no_ranking(file):
+    candidates = [{"docid": f"d{i}", "text": f"text {i}"} for i in (1, 2)]
+    lines = [line(candidates=candidates, response=text) for text in ("[2] > [1]", "<think>[1] > [2], or")]
+    with pytest.warns(UserWarning, match="1 queries without a ranking"):
+        out = teachers.read_permutations(write(file, lines[0], {**lines[1], "qid": "other"}))
+    assert docnos(out) == ["d2", "d1"]
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
         "[d3] > [d1] > [d2]", "[ d3 ], then [d1] and [d2].", "d3 > d1 > d2", "The 3 passages: d3, d1, d2.",
         "[d3] > [d9] > [d1] > [d2]",
     ],

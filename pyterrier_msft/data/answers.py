@@ -1,11 +1,16 @@
 """What the answers of a teacher name: docnos, or positions of candidates that count from 1 or from 0."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyterrier_msft.notices import warn
+
+THOUGHTS = re.compile(r"^.*</think(?:ing)?>|<think(?:ing)?>.*", re.DOTALL)  # of a reasoning model; may be cut off
+NAME = r"(?:\[[^\[\]]+\]|[^\s,;=|>]+)"  # a position or a docno
+FIRST_NAMES = re.compile(rf"(?:{NAME}\s*[,;=|]\s*)*{NAME}\s*>")  # of a chain such as "[2], [1] > [3]"
+LIST_ITEM = re.compile(r"^[ \t]*(\d+)[.):][ \t]+(.*\d.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -19,18 +24,20 @@ class Answer:
 
     @classmethod
     def of_text(cls, text: str, docnos: Sequence[str | None]) -> "Answer":
-        """Find the positions in an LLM's text, such as "[2] > [1]", or docnos that aren't numbers: "d2 > d1"."""
+        """Find the positions in an LLM's text, such as "[2] > [1]", or docnos that aren't numbers: "d2 > d1".
+
+        Of several rankings of the same documents, e.g. in an explanation, the longest is read, or the last of these.
+        """
         names = {docno for docno in docnos if docno is not None and not docno.isdecimal()}
-        in_brackets = [name.strip() for name in re.findall(r"\[([^\[\]]+)\]", text)]
-        if not names.isdisjoint(in_brackets):
-            return cls(docnos, in_brackets, preference=1)
-        words = [word.strip("\"'()[]{}.:") for word in re.split(r"[\s,;>=|]+", text)]
-        named = [word for word in words if word in names]
-        has_numbers = any(word.isdecimal() for word in words)  # beside which a docno may be a word of a sentence
-        if not in_brackets and (len({*named}) > 1 or (named and not has_numbers)):
-            return cls(docnos, named, preference=1)
-        numbers = re.findall(r"\[(\d+)\]", text) or re.findall(r"\d+", text)
-        return cls(docnos, [number.lstrip("0") or "0" for number in numbers], preference=-1)
+        text = THOUGHTS.sub("", text)
+        found = [cls(docnos, *_names_in(chain, names)) for chain in _chains_in(text)]
+        found = [answer for answer in found if len(answer.entries) > 1]
+        if not found:
+            return cls(docnos, *_names_in(_without_numbers(text), names))
+        entries = [entry for answer in found for entry in {*answer.entries}]
+        if len({*entries}) == len(entries) and len({answer.preference for answer in found}) == 1:
+            return replace(found[0], entries=[entry for answer in found for entry in answer.entries])
+        return max(reversed(found), key=lambda answer: len(answer.entries))
 
     @classmethod
     def of_list(cls, entries: Sequence[str | int], docnos: Sequence[str | None]) -> "Answer":
@@ -57,6 +64,33 @@ class Answer:
             return [None] * len(self.entries)
         known = {position: i for i, position in enumerate(_positions(len(self.docnos), first))}
         return [known.get(entry) for entry in self.entries]
+
+
+def _chains_in(text: str) -> list[str]:
+    """Return the part with ">" of each line that has one; a line may end with it and go on in the next."""
+    lines = re.sub(r">\s*\n", "> ", text).splitlines()
+    return [line[found.start() :] for line in lines if (found := FIRST_NAMES.search(line))]
+
+
+def _without_numbers(text: str) -> str:
+    """Remove the numbers of a numbered list, such as "1. [2]"."""
+    items = LIST_ITEM.findall(text)
+    is_list = len(items) > 1 and [int(number) for number, _ in items] == [*range(1, len(items) + 1)]
+    return "\n".join(item for _, item in items) if is_list else text
+
+
+def _names_in(text: str, docnos: Collection[str]) -> tuple[list[str], int]:
+    """Return the docnos or positions in a text, and whether they are docnos: 1, or positions: -1."""
+    in_brackets = [name.strip() for name in re.findall(r"\[([^\[\]]+)\]", text)]
+    if any(name in docnos for name in in_brackets):
+        return in_brackets, 1
+    words = [word.strip("\"'()[]{}.:*") for word in re.split(r"[\s,;>=|]+", text)]
+    named = [word for word in words if word in docnos]
+    has_numbers = any(word.isdecimal() for word in words)  # beside which a docno may be a word of a sentence
+    if not in_brackets and (len({*named}) > 1 or (named and not has_numbers)):
+        return named, 1
+    numbers = re.findall(r"\[(\d+)\]", text) or re.findall(r"\d+", text)
+    return [number.lstrip("0") or "0" for number in numbers], -1
 
 
 def resolve(answers: Mapping[int, Answer], path: str | Path) -> dict[int, list[int | None]]:
