@@ -627,6 +627,28 @@ def test_a_folder_can_be_moved(trained, tmp_path):
     assert MonoCE.load(tmp_path / "b").fingerprint == trained.fingerprint
 
 
+def test_the_working_directory_may_change(ce, test_part, tmp_path, monkeypatch):
+    for name, model in (("here", ce), ("there", ce.reseeded(7))):
+        (tmp_path / name).mkdir()
+        model.save(tmp_path / name / "model")
+        (tmp_path / name / "model" / "msft.json").unlink()  # as of another library's model
+    monkeypatch.chdir(tmp_path / "here")
+    lazy = MonoCE("model", max_length=24, dtype="float32", device="cpu")
+    loaded = MonoCE("model", max_length=24, dtype="float32", device="cpu")
+    assert loaded.fingerprint == ce.fingerprint
+    monkeypatch.chdir(tmp_path / "there")
+    assert lazy.fingerprint == ce.fingerprint
+    assert pickle.loads(pickle.dumps(loaded)).fingerprint == ce.fingerprint
+
+
+def test_a_pickle_has_weights_that_are_nowhere_else(trained, tmp_path):
+    ce = trained.clone()
+    ce.save(tmp_path / "model")
+    assert len(pickle.dumps(ce)) < 10_000  # the folder has them
+    shutil.rmtree(tmp_path / "model")
+    assert pickle.loads(pickle.dumps(ce)).fingerprint == trained.fingerprint
+
+
 def test_rerankers_of_one_network_are_trained_apart(backbone, train_part):
     network = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1)
     before = {name: weights.clone() for name, weights in network.state_dict().items()}

@@ -52,10 +52,10 @@ class CrossEncoder:
         self.hub_name: str | None = None  # of the backbone
         self._prompt = check_prompt(template, true, false)
         if isinstance(model, PreTrainedModel):
-            self.name = model.name_or_path or type(model).__name__
+            self.name = _absolute(model.name_or_path or type(model).__name__)
             self._network = as_single_score(model, relevant, self._prompt)
         elif isinstance(model, str | Path):
-            self.name = os.path.expanduser(model)
+            self.name = _absolute(os.path.expanduser(model))
             check_source(self.name)
             self.hub_name = None if Path(self.name).is_dir() else self.name
         else:
@@ -86,6 +86,7 @@ class CrossEncoder:
         self._expected_fingerprint: str | None = None  # of weights still to be loaded
         self._int8: tuple[str, QuantizedNetwork] | None = None  # the fingerprint, and the quantized copy of the weights
         self.guard = TrainingGuard(self.name)
+        self._has_checked_padding = False
         self._warned_encoders: frozenset[tuple[int, int | None]] = frozenset()  # whose truncated queries were reported
 
     @property
@@ -133,7 +134,7 @@ class CrossEncoder:
             self._own_network()
             self.adapter_is_new = True
             self._peft_model = adapters.add(
-                self._network, self.adapter, base=_absolute(self.name), revision=self.revision, seed=self.seed
+                self._network, self.adapter, base=self.name, revision=self.revision, seed=self.seed
             )
         if self._expected_fingerprint is not None:
             found = fingerprint_of(self._network, self._peft_model, self._tokenizer)
@@ -254,6 +255,8 @@ class CrossEncoder:
         """
         with self.guard.scoring():
             self._warn_of_truncated_queries(encoder, queries, texts)
+            if batch_size != 1:
+                self._warn_of_read_padding(encoder)
             dtype = self.dtype
             network = self._quantized(encoder) if dtype == torch.int8 else self.network
             scores = score_pairs(
@@ -276,6 +279,22 @@ class CrossEncoder:
         truncated = {str(query) for query, cut in zip(queries, is_truncated, strict=True) if cut}
         total = len({*map(str, queries)})
         warn_of_data(f"{len(truncated):,} of {total:,} distinct queries to score are truncated: they exceed {limit}")
+
+    def _warn_of_read_padding(self, encoder: PairEncoder) -> None:
+        """Warn, once, if a pair has another score beside a longer one, to whose length it is padded."""
+        if self._has_checked_padding:
+            return
+        self._has_checked_padding = True
+        texts = ["text", "text " * 16]
+        alone, beside = (
+            score_pairs(self.network, encoder, ["query"] * n, texts[:n], dtype=torch.float32, batch_size=n)[0]
+            for n in (1, 2)
+        )
+        if not np.isclose(alone, beside, rtol=1e-4, atol=1e-5, equal_nan=True):
+            warn(
+                f"a pair's score depends on the other pairs in its batch: {type(self.network).__name__} reads padding. "
+                "Set batch_size=1, or choose another model"
+            )
 
     def clone(self, *, with_weights: bool = True) -> Self:
         """Copy the cross-encoder; without weights, the copy loads them again."""
@@ -326,7 +345,7 @@ class CrossEncoder:
     def mark_saved(self, folder: Path) -> None:
         """Record that the weights can be loaded from a folder, so that a pickle needn't contain them."""
         if not self.has_adapter and self.relevant is None:
-            self._source, self.was_saved_untrained = str(folder), False  # the folder has its own record
+            self._source, self.was_saved_untrained = _absolute(str(folder)), False  # the folder has its own record
 
     def write(self, folder: Path, *, max_length: int, merged: bool) -> str:
         """Write weights and tokenizer into a folder and return the fingerprint of what was written.
@@ -358,11 +377,11 @@ class CrossEncoder:
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_int8": None, "guard": TrainingGuard(self.name)}
         if self._network is None:
-            return {**state, "name": _absolute(self.name)}
+            return state
         fingerprint = self.fingerprint
-        if self._source is not None and ModelRecord.read(self._source).fingerprint in {None, fingerprint}:
+        if self._source is not None and _holds(self._source, fingerprint):
             to_load = {"_network": None, "_peft_model": None, "_tokenizer": None, "_expected_fingerprint": fingerprint}
-            return {**state, **to_load, "name": _absolute(self._source)}
+            return {**state, **to_load, "name": self._source}
         network, peft_model = self._network, self._peft_model
         if network.device.type != "cpu":  # the other process may have no such device
             network, peft_model = copy.deepcopy((network, peft_model))
@@ -379,5 +398,11 @@ class CrossEncoder:
 
 
 def _absolute(name: str) -> str:
-    """Make a folder's path absolute; leave a hub name as it is."""
+    """Make a folder's path absolute, as the working directory may change; leave a hub name as it is."""
     return str(Path(name).absolute()) if Path(name).is_dir() else name
+
+
+def _holds(source: str, fingerprint: str) -> bool:
+    """Whether a folder still has the weights with a fingerprint, as far as its record tells; the hub does."""
+    is_there = Path(source).is_dir() or not Path(source).is_absolute()
+    return is_there and ModelRecord.read(source).fingerprint in {None, fingerprint}
