@@ -11,12 +11,15 @@ import torch
 from conftest import WORDS, write_tiny_bert
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    BigBirdConfig,
     DebertaV2Config,
     ElectraConfig,
+    FNetConfig,
     ModernBertConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -96,6 +99,51 @@ def test_the_positions_need_not_be_a_multiple_of_eight(tmp_path):
     ce = MonoCE(write_tiny_bert(tmp_path / "bert", positions=50), max_length=50, device="cpu", dtype="float32")
     long = pd.DataFrame([("q", "w1", "d", " ".join(["w2"] * 200))], columns=["qid", "query", "docno", "text"])
     assert np.isfinite(ce(long)["score"]).all()
+
+
+def write_model(folder: Path, config) -> str:
+    """Write a random model and its tokenizer."""
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    write_tokenizer(folder, token_types=True)
+    return str(folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*gives random scores", "ignore:.*reads padding")
+def test_a_model_that_reads_padding(tmp_path):
+    config = FNetConfig(
+        **{name: value for name, value in SMALL.items() if name != "num_attention_heads"}, num_labels=1,
+        vocab_size=len(VOCABULARY), max_position_embeddings=64, pad_token_id=1, initializer_range=0.3,
+    )  # fmt: skip
+    folder = write_model(tmp_path, config)
+    two = pd.DataFrame({"qid": "q", "query": "w1", "docno": ["a", "b"], "text": ["w2 w3", " ".join(["w4"] * 30)]})
+    ce = MonoCE(folder, max_length=48, dtype="float32", device="cpu")
+    with pytest.warns(UserWarning, match="depends on the other pairs in its batch: FNet.* reads padding"):
+        ce(two)
+    single = MonoCE(folder, max_length=48, dtype="float32", device="cpu", batch_size=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*reads padding")
+        together = single(two).set_index("docno")["score"]["a"]
+    assert together == pytest.approx(single(two.head(1))["score"].item(), abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*gives random scores")
+def test_the_attention_of_big_bird_does_not_change(tmp_path):
+    config = BigBirdConfig(
+        **SMALL, num_labels=1, vocab_size=len(VOCABULARY), max_position_embeddings=400, pad_token_id=1,
+        bos_token_id=0, eos_token_id=2, sep_token_id=2, block_size=8, initializer_range=0.3,
+    )  # fmt: skip
+    folder = write_model(tmp_path / "model", config)
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, 200)) for _ in "ab"]
+    long = pd.DataFrame({"qid": "q", "query": "w1", "docno": ["a", "b"], "text": texts})
+    ce = MonoCE(folder, max_length=256, dtype="float32", device="cpu")
+    with pytest.warns(UserWarning, match="is used with attention_type='original_full'"):
+        before = ce(long)["score"].tolist()
+    ce(long.assign(text="w2"))
+    assert ce(long)["score"].tolist() == before
+    ce.save(tmp_path / "saved")
+    assert AutoConfig.from_pretrained(tmp_path / "saved").attention_type == "original_full"
 
 
 class MeanPooled(BertForSequenceClassification):

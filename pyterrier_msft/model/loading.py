@@ -39,7 +39,7 @@ from pyterrier_msft.model.labels import check_labels, score_label
 from pyterrier_msft.model.modular import Head, ModularNetwork
 from pyterrier_msft.model.prompts import Prompt
 from pyterrier_msft.model.threads import RANDOM_STATE, SharedContext
-from pyterrier_msft.notices import first_line
+from pyterrier_msft.notices import first_line, warn
 
 HeadKind = Literal["classifier", "modules", "words"]  # how the score is computed from a network's output
 # The task, in the files of a sentence-transformers CrossEncoder.
@@ -67,6 +67,12 @@ def load_model(
     label = check_labels(config if kind == "classifier" and has_labels else None, relevant, name)
     if kind == "classifier" and label is None:
         config.num_labels = 1
+    if config.model_type == "big_bird" and config.attention_type == "block_sparse":
+        # transformers changes to full attention for good when it reads the first short pair.
+        config.attention_type = "original_full"
+        warn(
+            f"{name!r} is used with attention_type='original_full': with 'block_sparse', scores depend on earlier ones"
+        )
     with _explain_errors(name), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if not _has_vocabulary(tokenizer):
