@@ -90,7 +90,7 @@ class BM25(pt.Transformer):
         Raises:
             FileExistsError: If the folder has other files.
         """
-        folder = Path(folder)
+        folder = Path(folder).resolve()  # of a link, the folder that it leads to
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
             complete = Path(temporary) / "index"
@@ -100,11 +100,11 @@ class BM25(pt.Transformer):
             others = sorted({path.name for path in folder.iterdir()} - own) if folder.is_dir() else []
             if others:
                 raise FileExistsError(f"folder must be new or hold only a saved index; got {others[0]!r} in {folder}")
-            if folder.is_dir():
-                os.rename(folder, replaced)
             try:
+                if folder.is_dir():
+                    os.rename(folder, replaced)
                 os.rename(complete, folder)
-            except OSError:
+            except BaseException:
                 if replaced.is_dir():
                     os.rename(replaced, folder)
                 raise

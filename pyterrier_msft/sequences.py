@@ -187,7 +187,7 @@ def _wait_for_others(folder: Path | None) -> Iterator[None]:
     if folder is None or distributed.world_size() > 1:  # the ranks train together
         yield
         return
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))  # stays: a process may be waiting for this very file
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -197,7 +197,6 @@ def _wait_for_others(folder: Path | None) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _fit_stage(

@@ -293,6 +293,20 @@ def test_a_save_that_fails_leaves_the_old_model_and_all_other_files(ce, data, tm
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+def test_a_save_that_fails_leaves_what_others_put_into_its_new_folder(ce, tmp_path, monkeypatch):
+    folder, other = tmp_path / "model", ce.clone()
+
+    def fail(*args, **kwargs):
+        monkeypatch.undo()
+        other.save(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", fail)
+    with pytest.raises(KeyboardInterrupt):
+        ce.save(folder)
+    assert MonoCE.load(folder).fingerprint == other.fingerprint
+
+
 @pytest.mark.parametrize("moved", [0, 1, 3])
 @pytest.mark.parametrize("again", ["load", "save"])
 def test_a_save_that_was_killed_while_it_moved_files_is_finished(ce, data, tmp_path, monkeypatch, moved, again):

@@ -1,6 +1,7 @@
 """BM25 on an index in memory."""
 
 import math
+import os
 import pickle
 import re
 import sys
@@ -116,6 +117,30 @@ def test_pyterrier_knows_its_columns(bm25):
         bm25(pd.DataFrame({"qid": ["1"]}))
     with pytest.raises(KeyError, match="docno"):
         bm25(bm25.search("sort"))
+
+
+def test_an_interrupted_save_leaves_the_old_index(bm25, tmp_path, monkeypatch):
+    bm25.save(tmp_path / "index")
+    rename, calls = os.rename, iter(range(9))
+
+    def interrupted(*args):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        rename(*args)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        BM25(DOCUMENTS[:2]).save(tmp_path / "index")
+    assert repr(BM25.load(tmp_path / "index")) == repr(bm25)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_an_index_is_saved_where_a_link_leads(bm25, tmp_path):
+    bm25.save(tmp_path / "index")
+    (tmp_path / "link").symlink_to("index")
+    BM25(DOCUMENTS[:2]).save(tmp_path / "link")
+    assert repr(BM25.load(tmp_path / "index")) == "BM25(<2 documents>, num_results=100)"
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_saved_and_pickled_indexes_give_the_same_results(bm25, tmp_path):

@@ -1,8 +1,11 @@
+import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import shutil
 import threading
+import time
 
 import numpy as np
 import pandas as pd
@@ -262,4 +265,39 @@ def test_a_stage_that_is_being_trained_elsewhere_is_waited_for(ce, stages, batch
     assert len(batches) == 4
     assert len(found) == 2
     assert found[0] == found[1]
-    assert len([*tmp_path.iterdir()]) == 1  # neither a lock nor checkpoints
+    assert len([path for path in tmp_path.iterdir() if path.suffix != ".lock"]) == 1  # no checkpoints
+
+
+def test_a_stage_is_trained_once_even_if_it_failed_elsewhere(ce, stages, tmp_path, monkeypatch):
+    fit, running, most, calls = MonoCE.fit, [], [], itertools.count()
+
+    def slow_fit(self, *args, **kwargs):
+        number = next(calls)
+        running.append(number)
+        most.append(len(running))
+        try:
+            time.sleep(0.5)
+            if number == 0:
+                raise KeyboardInterrupt
+            return fit(self, *args, **kwargs)
+        finally:
+            running.remove(number)
+
+    def run(start):
+        with contextlib.suppress(KeyboardInterrupt):
+            fit_sequences(start, stages, ["CL"], save_dir=tmp_path)
+
+    monkeypatch.setattr(MonoCE, "fit", slow_fit)
+    threads = [threading.Thread(target=run, args=(ce.clone(),)) for _ in range(3)]
+    for thread, pause in zip(threads, (0.2, 0.5, 0), strict=True):  # the last begins while the second trains
+        thread.start()
+        time.sleep(pause)
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1]
+
+
+def test_a_duplicated_column_has_no_effect(ce, stages, tmp_path):
+    stage = stages["CL"]
+    twice = dataclasses.replace(stage, results=pd.concat([stage.results, stage.results[["quality"]]], axis=1))
+    assert fit_sequences(ce, {"CL": twice}, ["CL"], save_dir=tmp_path)["CL"].fingerprint

@@ -144,8 +144,9 @@ def order_key(frame: pd.DataFrame) -> np.ndarray | None:
 def frame_digest(frame: pd.DataFrame) -> str:
     """Digest a frame's content and column names, for cache keys; the order of rows matters, that of columns doesn't."""
     digest = hashlib.sha256(repr(sorted(map(str, frame.columns))).encode())
-    for column in sorted(frame.columns, key=str):
-        values = frame[column]
+    order = sorted(range(frame.shape[1]), key=lambda i: str(frame.columns[i]))  # a name may occur twice
+    for i in order:
+        values = frame.iloc[:, i]
         if values.dtype == object:
             values = values.map(lambda value: value.tolist() if isinstance(value, np.ndarray) else value)
         if not pd.api.types.is_numeric_dtype(values):

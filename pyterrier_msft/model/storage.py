@@ -91,7 +91,10 @@ def replace_model(folder: Path) -> Iterator[Path]:
     try:
         yield partial
     except BaseException:
-        shutil.rmtree(folder if is_new else partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):  # others have put files there meanwhile
+                folder.rmdir()
         raise
     card = folder / "README.md"
     if card.is_file() and not is_unchanged(card):
