@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 from ir_measures import nDCG
-from quickstart import bm25, judged, minilm, texts
+from quickstart import bm25, folder_name, judged, minilm, texts
 from scipy import stats
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, PrependScore, teachers, unlabelled
@@ -94,8 +94,7 @@ class Study:
         self.args, self.path, self.weights_path = args, out / "perquery.csv", out / "weights.csv"
         self.max_length = LENGTHS.get(args.dataset, 96)
         train, test = self._dataset(args.train or "train"), self._dataset(args.test or "test")
-        index = out / args.dataset.replace(":", "-").replace("/", "-")
-        retrieve = bm25(train, index)
+        retrieve = bm25(train, out / folder_name(args.dataset))
         self.candidates = retrieve >> texts(train)
         self.folds = self._folds(train, test)
         self.top = self.candidates % args.depth

@@ -37,7 +37,7 @@ def main() -> None:
     train, dev, test = collections(args)
     if args.dataset == "pydocs":
         train[0].describe().to_csv(out / "collection.csv", index=False)
-    first_stage = bm25(train[0], out)
+    first_stage = bm25(train[0], out / f"bm25-{folder_name(args.dataset)}")
     loader = texts(train[0])
     candidates = first_stage % DEPTH >> loader
     teacher = unlabelled.BiEncoder(minilm(), max_length=64)
@@ -141,14 +141,19 @@ def judged(dataset: pt.datasets.Dataset) -> tuple[pd.DataFrame, pd.DataFrame]:
     return topics.loc[has_relevant, ["qid", "query"]].reset_index(drop=True), qrels
 
 
-def bm25(dataset: pt.datasets.Dataset, out: Path) -> pt.Transformer:
-    """Retrieve BM25's top 100. The index of PyDocs is kept in PyTerrier's home, others in the folder `out`."""
+def bm25(dataset: pt.datasets.Dataset, folder: Path) -> pt.Transformer:
+    """Retrieve BM25's top 100. The index of PyDocs is kept in PyTerrier's home, those of others in `folder`."""
     if isinstance(dataset, PyDocs):
         return dataset.bm25()
-    if not (out / "bm25").exists():
+    if not folder.exists():
         documents = ({**document, "text": with_title(document)} for document in dataset.get_corpus_iter(verbose=True))
-        BM25(documents).save(out / "bm25")
-    return BM25.load(out / "bm25")
+        BM25(documents).save(folder)
+    return BM25.load(folder)
+
+
+def folder_name(dataset: str) -> str:
+    """Return a dataset's name as that of a folder."""
+    return dataset.replace(":", "-").replace("/", "-")
 
 
 def texts(dataset: pt.datasets.Dataset) -> pt.Transformer:

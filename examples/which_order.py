@@ -71,7 +71,7 @@ class Study:
         self.args, self.out = args, out
         separator = ":" if args.dataset == "pydocs" else "/"
         train, test = (pt.get_dataset(f"{args.dataset}{separator}{part}") for part in ("train", "test"))
-        self.retrieve = bm25(train, out) % 50 >> texts(train)
+        self.retrieve = bm25(train, out / "bm25") % 50 >> texts(train)
         self.top = self.retrieve % DEPTH
         self.topics, self.qrels = judged(train)
         if args.dataset == "pydocs":

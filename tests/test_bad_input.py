@@ -565,6 +565,12 @@ def test_fractional_validation_labels():
 
 
 @row
+def test_very_high_validation_labels():
+    rejects("validation labels must be at most 10,000, which measures need; got 100,000,000", RESULTS, QRELS, RESULTS,
+            QRELS.assign(label=10**8))  # fmt: skip
+
+
+@row
 def test_validation_without_a_relevant_document():
     start = "validation results must contain a relevant document; got none"
     dev = make_part("va", n_queries=2, seed=2)

@@ -308,6 +308,16 @@ def test_training_leaves_the_state_of_accelerate(new, groups):
     assert Accelerator(cpu=True).mixed_precision == "no"
 
 
+def test_training_leaves_the_choice_of_algorithms(new, groups, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    fitter = dataclasses.replace(FAST, max_steps=1, trainer_args={"full_determinism": True})
+    run(new(), groups, fitter)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.deterministic
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert "FLASH_ATTENTION_DETERMINISTIC" not in os.environ
+
+
 def test_dtype_decides_the_precision(new, groups, monkeypatch):
     brief = dataclasses.replace(FAST, max_steps=2)
     expected = new(dtype="float32")

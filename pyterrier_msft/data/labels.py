@@ -17,6 +17,8 @@ from pyterrier_msft.data.sampling import ListSampling, NegativeSampling
 from pyterrier_msft.data.scales import check_probabilities, scale_scores
 from pyterrier_msft.ids import as_ids
 
+MAX_GRADE = 10_000  # of labels that measures read
+
 # ---- from qrels
 
 
@@ -135,11 +137,13 @@ def whole_grades(qrels: pd.DataFrame, what: str) -> pd.DataFrame:
     """Return the grades of qrels, see `grades_of`, as a frame: qid, docno, label; `what` names the labels.
 
     Raises:
-        ValueError: If a label isn't a whole number, which the measures of ir_measures need.
+        ValueError: If a label isn't a whole number of at most `MAX_GRADE`, which the measures of ir_measures need.
     """
     grades = grades_of(qrels)
     if (fractions := grades[grades % 1 != 0]).size:
         raise ValueError(f"{what} must be whole numbers, which measures need; got {fractions.iloc[0]}")
+    if grades.max() > MAX_GRADE:  # trec_eval counts the documents of each grade up to the highest
+        raise ValueError(f"{what} must be at most {MAX_GRADE:,}, which measures need; got {grades.max():,.0f}")
     return grades.astype(int).reset_index(name="label")
 
 

@@ -15,17 +15,28 @@ from pyterrier_msft.notices import warn
 from pyterrier_msft.training import cpu
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 
+# Environment variables that transformers' `enable_full_determinism` sets.
+DETERMINISM_VARIABLES = {
+    "CUDA_LAUNCH_BLOCKING",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "ASCEND_LAUNCH_BLOCKING",
+    "HCCL_DETERMINISTIC",
+    "FLASH_ATTENTION_DETERMINISTIC",
+}
+
 
 @contextlib.contextmanager
 def preserve_global_state() -> Iterator[None]:
-    """Restore the global random states, accelerate's state, and its environment variables.
+    """Restore the global random states, torch's choice of algorithms, accelerate's state, and environment variables.
 
     Trainer seeds all three random states when it is constructed. accelerate keeps the precision of the last
     `Accelerator`, which the next one would inherit.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     shared_states = [(owner, dict(owner._shared_state)) for owner in (AcceleratorState, GradientState)]
-    environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    environment = {name: value for name, value in os.environ.items() if _is_changed_by_training(name)}
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     with torch.random.fork_rng():
         try:
             os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # Trainer would follow it; the re-ranker's dtype decides
@@ -36,9 +47,16 @@ def preserve_global_state() -> Iterator[None]:
             for owner, shared_state in shared_states:
                 owner._shared_state.clear()
                 owner._shared_state.update(shared_state)
-            for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            for name in [*filter(_is_changed_by_training, os.environ)]:
                 del os.environ[name]
             os.environ.update(environment)
+            # trainer_args={"full_determinism": True} changes it
+            torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
+
+def _is_changed_by_training(variable: str) -> bool:
+    return variable.startswith("ACCELERATE_") or variable in DETERMINISM_VARIABLES
 
 
 @contextlib.contextmanager
