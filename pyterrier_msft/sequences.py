@@ -32,7 +32,7 @@ from pyterrier_msft.training.checkpoints import check_writable
 logger = logging.getLogger(__name__)
 
 # Increase this when the same data, settings and initial weights would give other weights than before.
-SEMANTICS_VERSION = 6
+SEMANTICS_VERSION = 7
 
 
 @dataclass(frozen=True)

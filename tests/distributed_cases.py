@@ -117,7 +117,7 @@ def main(backbone: str, out: Path) -> None:
     distributed.wait_for_everyone()
     if distributed.rank() == 0:
         (out / "models.json").write_text(
-            json.dumps(sorted(path.name.rpartition("-")[0] for path in (out / "models").iterdir()))
+            json.dumps(sorted(path.name.rpartition("-")[0] for path in (out / "models").glob("[!.]*")))
         )
 
     # One warning, on rank 0

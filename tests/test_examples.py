@@ -51,7 +51,7 @@ def test_quickstart(tmp_path, home):
     assert history.groupby("system")["stage"].max().to_dict() == {"CL": 1, "KD": 1, "CL-KD": 2, "KD-CL": 2}
     for plot in ("learning-curve.png", "query-differences.png"):
         assert (out / plot).read_bytes().startswith(b"\x89PNG")
-    assert len([MonoCE.load(folder) for folder in (out / "models").iterdir()]) == 4
+    assert len([MonoCE.load(folder) for folder in (out / "models").glob("[!.]*")]) == 4
     assert "BM25" in first.stdout
     assert f"The report: {Path('quickstart-out') / 'report.html'}" in first.stdout
     page = (out / "report.html").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Classifiers with several labels: their score is the log-odds of one label."""
+"""Classifiers: the score of several labels is the log-odds of one of them, and no score is in half precision."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,22 @@ class LogOdds:
         others = torch.arange(logits.shape[-1], device=logits.device) != self.label
         output.logits = logits[:, [self.label]] - logits[:, others].logsumexp(-1, keepdim=True)
         return output
+
+
+class ScoreLayer(nn.Linear):
+    """A classifier's last layer, in float32 also in mixed precision: in bfloat16, a list would have tied scores."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Compute the logits, [..., labels]."""
+        with torch.autocast(states.device.type, enabled=False):
+            return super().forward(states.float())
+
+
+def use_float32_scores(model: PreTrainedModel) -> None:
+    """Compute a model's scores in float32, in place, if they come from a linear layer."""
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    if last and type(last[0]) is nn.Linear and last[0].out_features in {1, model.config.num_labels}:
+        last[0].__class__ = ScoreLayer
 
 
 def check_labels(config: PretrainedConfig | None, relevant: int | str | None, name: str) -> int | None:

@@ -35,7 +35,7 @@ from pyterrier_msft.model.files import (
     missing_files,
     read_json,
 )
-from pyterrier_msft.model.labels import check_labels, score_label
+from pyterrier_msft.model.labels import check_labels, score_label, use_float32_scores
 from pyterrier_msft.model.modular import Head, ModularNetwork
 from pyterrier_msft.model.prompts import Prompt
 from pyterrier_msft.model.threads import RANDOM_STATE, SharedContext
@@ -103,6 +103,7 @@ def load_model(
         )
     if label is not None:
         score_label(model, label)
+    use_float32_scores(model)
     ensure_pad_token(tokenizer, model, name)
     if prompt is not None:
         set_prompt(model, prompt, tokenizer)
@@ -194,6 +195,7 @@ def as_single_score(
         model = copy.deepcopy(model)
     if label is not None:
         score_label(model, label)
+    use_float32_scores(model)
     if prompt is not None:
         set_prompt(model, prompt)
     # In half precision most of AdamW's updates would be rounded away.
