@@ -200,7 +200,7 @@ def candidates_of(results: TrainingResults, qrels: pd.DataFrame | None, texts: T
         found = "several or weighted sources" if is_mixture else "without qrels" if qrels is None else "in a file"
         warn_of_data(
             f"no weight is chosen for the first stage's score: the training results are {found}, and there are no "
-            "validation results. Pass these, call fit again with labels, or set a number as interpolate"
+            "validation results. Pass validation results and qrels, or set a number as interpolate"
         )
         return None
     return validation_frames(results, qrels, texts, what="training", with_scores=True)

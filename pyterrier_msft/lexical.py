@@ -180,7 +180,10 @@ def _fields(document: Mapping[Any, Any]) -> tuple[str, str]:
         docno, text = document["docno"], document["text"]
     except (KeyError, TypeError) as error:
         found = list(document) if isinstance(document, Mapping) else document
-        raise ValueError(f"documents must be dictionaries with docno and text; got {found!r}") from error
+        raise ValueError(
+            f"documents must be dictionaries with docno and text; got {found!r}. Of a data frame, pass "
+            "frame.to_dict('records')"
+        ) from error
     if not isinstance(docno, str) or not isinstance(text, str):
         raise ValueError(f"docno and text must be strings; got {docno!r}, {text!r}. Fill in missing texts: fillna('')")
     return docno, text

@@ -180,7 +180,7 @@ def test_docnos_and_texts_of_any_language(tmp_path):
             lambda: BM25([{"docno": "1", "body": "a text"}]),
             r"documents must be dictionaries with docno and text; got \['docno'",
         ),
-        (lambda: BM25(pd.DataFrame(DOCUMENTS)), "documents must be dictionaries with docno and text; got 'docno'"),
+        (lambda: BM25(pd.DataFrame(DOCUMENTS)), "got 'docno'. Of a data frame, pass frame.to_dict"),
         (lambda: BM25([{"docno": 1, "text": "a text"}]), "docno and text must be strings; got 1, 'a text'"),
         (lambda: BM25([{"docno": "1", "text": None}]), "docno and text must be strings; got '1', None"),
         (lambda: BM25([]), "documents must have at least one word; got 0 documents"),

@@ -125,8 +125,8 @@ def _first_position(answers: Mapping[int, Answer], path: str | Path) -> int:
     n_last = sum(str(len(answer.docnos)) in answer.entries for answer in answers.values())
     if answers and n_first == n_last:
         warn(
-            f"{path}: positions are read as counted from 1, but they may count from 0: no permutation is complete, and "
-            f"{n_first:,} name 0 and {n_last:,} the number of candidates. Docnos in place of positions are unambiguous"
+            f"{path}: positions are read as counted from 1, but they may count from 0. No permutation is complete, "
+            f"{n_first:,} name 0, and {n_last:,} the number of candidates. Docnos in place of positions are unambiguous"
         )
     return int(n_last >= n_first)
 

@@ -84,20 +84,21 @@ def read_permutations(path: str | Path, *, responses: str | Path | None = None, 
     counts: Counter[str] = Counter()
     seen: set[str] = set()
     rows: list[tuple[str, str | None, str, str | None, int, float]] = []
-    example: str | None = None  # the first query with a mistake
+    examples: dict[str, str] = {}  # the first query with a mistake, by mistake
     records = [*_parse(path, lines, lambda fields, i: _parse_ranking(fields, answers[i] if answers else None))]
     for record in _resolve(path, lines, records):
+        before = counts.copy()
         if record.qid in seen:
             counts["repeated queries"] += 1
         else:
             seen.add(record.qid)
             rows += [(record.qid, record.query, *passage) for passage in _rank_passages(record, unranked, counts)]
-        if example is None and counts.total():
-            example = record.qid
+        for what in counts - before:
+            examples.setdefault(what, record.qid)
     if not rows:
         raise ValueError(f"{path} must have rankings; got none in {len(lines):,} lines")
-    if mistakes := [f"{count:,} {what}" for what, count in counts.items() if count]:
-        warn(f"{path}: {len(lines):,} rankings with {', '.join(mistakes)}; the first is in query {example!r}")
+    if mistakes := [f"{counts[what]:,} {what} (e.g. query {qid!r})" for what, qid in examples.items()]:
+        warn(f"{path}: found {', '.join(mistakes)} in {len(lines):,} lines")
     return pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "rank", "score"])
 
 
@@ -108,7 +109,7 @@ def _rank_passages(record: Record, unranked: str, counts: Counter[str]) -> Itera
     counts["queries without a ranking"] += not ranked
     counts["documents named twice"] += len(record.order) - record.order.count(None) - len(ranked)
     counts["unknown positions or docnos"] += record.order.count(None)
-    counts[f"unranked documents ({'dropped' if unranked == 'drop' else 'ranked last'})"] += len(missing)
+    counts[f"unranked documents, {'dropped' if unranked == 'drop' else 'ranked last'}"] += len(missing)
     seen: set[str] = set()
     for position, i in enumerate([*ranked, *(missing if unranked == "last" else [])]):
         docno, text = _with_id(*record.passages[i])

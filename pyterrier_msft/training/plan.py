@@ -61,7 +61,10 @@ class Plan:
             f"{self.batch_size} queries each, learning rate {self.learning_rate:.3g}"
         )
         if self.validation_queries:
-            text += f"; validation on {self.validation_queries:,} queries every {self.eval_every:,} updates"
+            often = (
+                f"every {self.eval_every:,} updates" if self.eval_every < self.updates else "at the start and the end"
+            )
+            text += f"; validation on {self.validation_queries:,} queries {often}"
         return text
 
 
