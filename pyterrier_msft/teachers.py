@@ -165,7 +165,8 @@ def cached(teacher: pt.Transformer, folder: str | Path, *, batch_size: int = 1, 
 
     Args:
         teacher: A transformer or pipeline that re-ranks results, e.g. an LLM.
-        folder: The folder to write the rankings to, as `rankings.jsonl`, which `read_permutations` can read.
+        folder: The folder to write the rankings to, as `rankings.jsonl`, which `read_permutations` reads if
+            each qid has a single query.
         batch_size: Queries per call of the teacher; an interruption loses at most one call.
         verbose: Whether to show progress.
 
