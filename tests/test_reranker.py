@@ -638,6 +638,7 @@ def test_the_working_directory_may_change(ce, test_part, tmp_path, monkeypatch):
     assert loaded.fingerprint == ce.fingerprint
     monkeypatch.chdir(tmp_path / "there")
     assert lazy.fingerprint == ce.fingerprint
+    assert repr(lazy).startswith("MonoCE('model'")
     assert pickle.loads(pickle.dumps(loaded)).fingerprint == ce.fingerprint
 
 

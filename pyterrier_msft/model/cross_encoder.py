@@ -52,10 +52,10 @@ class CrossEncoder:
         self.hub_name: str | None = None  # of the backbone
         self._prompt = check_prompt(template, true, false)
         if isinstance(model, PreTrainedModel):
-            self.name = _absolute(model.name_or_path or type(model).__name__)
+            self.name = model.name_or_path or type(model).__name__
             self._network = as_single_score(model, relevant, self._prompt)
         elif isinstance(model, str | Path):
-            self.name = _absolute(os.path.expanduser(model))
+            self.name = os.path.expanduser(model)
             check_source(self.name)
             self.hub_name = None if Path(self.name).is_dir() else self.name
         else:
@@ -79,7 +79,8 @@ class CrossEncoder:
         self._draws_head = False  # whether loading the model again draws a new head
         self._is_callers = self._network is model  # whether the caller has the network, too
         self.was_in_memory = isinstance(model, PreTrainedModel)  # rather than in a folder or on the hub
-        self._saved_before = ModelRecord.read(self.name).fingerprint  # in the folder, if it has a record
+        self._location = _absolute(self.name)
+        self._saved_before = ModelRecord.read(self._location).fingerprint  # in the folder, if it has a record
         self.was_saved_untrained = False  # according to the record of a saved re-ranker
         self.saved_record: ModelRecord | None = None  # to compare with what is still to be loaded
         self._source: str | None = None  # folder or name to load the present weights from
@@ -129,12 +130,12 @@ class CrossEncoder:
     def _load(self) -> PreTrainedModel:
         if self._network is None:
             self._network, self._peft_model = self._read_source()
-            self._source = self.name
+            self._source = self._location
         if self._peft_model is None and self.adapter is not None:
             self._own_network()
             self.adapter_is_new = True
             self._peft_model = adapters.add(
-                self._network, self.adapter, base=self.name, revision=self.revision, seed=self.seed
+                self._network, self.adapter, base=self._location, revision=self.revision, seed=self.seed
             )
         if self._expected_fingerprint is not None:
             found = fingerprint_of(self._network, self._peft_model, self._tokenizer)
@@ -154,11 +155,11 @@ class CrossEncoder:
 
     def _read_source(self) -> tuple[PreTrainedModel, Any]:
         network, self._tokenizer, self._head_is_new = load_model(
-            self.name, seed=self.seed, revision=self.revision, trust_remote_code=self.trust_remote_code,
+            self._location, seed=self.seed, revision=self.revision, trust_remote_code=self.trust_remote_code,
             relevant=self.relevant, prompt=self._prompt,
         )  # fmt: skip
         self._draws_head = self._head_is_new and self.adapter_folder is None
-        peft_model, record = None, ModelRecord.read(self.name)
+        peft_model, record = None, ModelRecord.read(self._location)
         if self._expected_fingerprint is None and record.fingerprint != self._saved_before:
             raise ValueError(
                 f"{self.name} must hold the model that it held when this re-ranker was made; got one that was saved "
@@ -381,7 +382,7 @@ class CrossEncoder:
         fingerprint = self.fingerprint
         if self._source is not None and _holds(self._source, fingerprint):
             to_load = {"_network": None, "_peft_model": None, "_tokenizer": None, "_expected_fingerprint": fingerprint}
-            return {**state, **to_load, "name": self._source}
+            return {**state, **to_load, "name": self._source, "_location": self._source}
         network, peft_model = self._network, self._peft_model
         if network.device.type != "cpu":  # the other process may have no such device
             network, peft_model = copy.deepcopy((network, peft_model))
