@@ -71,7 +71,7 @@ def load_model(
         # transformers changes to full attention for good when it reads the first short pair.
         config.attention_type = "original_full"
         warn(
-            f"{name!r} is used with attention_type='original_full': with 'block_sparse', scores depend on earlier ones"
+            f"{name!r} is used with attention_type='original_full': with 'block_sparse', scores depend on earlier pairs"
         )
     with _explain_errors(name), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
