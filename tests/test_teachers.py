@@ -167,12 +167,12 @@ def test_mistakes_of_an_llm_give_one_warning(file):
         {"qid": "q3", "query": "all", "candidates": OBJECTS, "permutation": [1, 2, 3]},
         {"qid": "q3", "query": "all", "candidates": OBJECTS, "permutation": [3, 2, 1]},
     )
-    with pytest.warns(UserWarning, match="in 4 lines") as caught:
+    with pytest.warns(UserWarning, match="4 rankings with mistakes") as caught:
         out = teachers.read_permutations(file)
     assert [str(w.message).removeprefix(f"{file}: ") for w in caught] == [
-        "found 1 documents named twice (e.g. query 'q1'), 1 unknown positions or docnos (e.g. query 'q1'), "
+        "4 rankings with mistakes: 1 documents named twice (e.g. query 'q1'), 1 unknown positions or docnos (e.g. query 'q1'), "
         "1 unranked documents, dropped (e.g. query 'q1'), 1 queries without a ranking (e.g. query 'q2'), "
-        "1 repeated queries (e.g. query 'q3') in 4 lines"
+        "1 repeated queries (e.g. query 'q3')"
     ]
     assert docnos(out) == ["c", "a", "a", "b", "c"]
 
@@ -223,7 +223,7 @@ FIVE = [{"docid": docid, "text": docid} for docid in "abcde"]
         ([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1], [4, 3, 2, 1, 0], [3, 1]], ["abcde", "edcba", "", "ca"]),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.* lines$:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*rankings with mistakes:UserWarning")
 def test_the_whole_file_decides_what_positions_count_from(file, permutations, expected):
     queries = [f"q{i}" for i in range(len(permutations))]
     for order in (1, -1):

@@ -98,7 +98,7 @@ def read_permutations(path: str | Path, *, responses: str | Path | None = None, 
     if not rows:
         raise ValueError(f"{path} must have rankings; got none in {len(lines):,} lines")
     if mistakes := [f"{counts[what]:,} {what} (e.g. query {qid!r})" for what, qid in examples.items()]:
-        warn(f"{path}: found {', '.join(mistakes)} in {len(lines):,} lines")
+        warn(f"{path}: {len(lines):,} rankings with mistakes: {', '.join(mistakes)}")
     return pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "rank", "score"])
 
 
