@@ -170,7 +170,8 @@ def test_mistakes_of_an_llm_give_one_warning(file):
     with pytest.warns(UserWarning, match="4 rankings with mistakes") as caught:
         out = teachers.read_permutations(file)
     assert [str(w.message).removeprefix(f"{file}: ") for w in caught] == [
-        "4 rankings with mistakes: 1 documents named twice (e.g. query 'q1'), 1 unknown positions or docnos (e.g. query 'q1'), "
+        "4 rankings with mistakes: 1 documents named twice (e.g. query 'q1'), "
+        "1 unknown positions or docnos (e.g. query 'q1'), "
         "1 unranked documents, dropped (e.g. query 'q1'), 1 queries without a ranking (e.g. query 'q2'), "
         "1 repeated queries (e.g. query 'q3')"
     ]
