@@ -105,6 +105,14 @@ def test_positions_in_text(file, response):
     assert docnos(out) == ["d2", "d1", "d3"]
 
 
+@pytest.mark.parametrize("text", ["[1], ", "1, ", "[2] > [1] = ", "[", "> ", "1. [2]\n", "<think>"])
+@pytest.mark.filterwarnings("ignore:.*rankings with mistakes", "ignore:.*may count from 0")
+def test_answers_that_repeat_themselves_take_no_time(file, text):
+    candidates = [{"docid": f"d{i}", "text": f"text {i}"} for i in (1, 2)]
+    lines = [line(candidates=candidates, response="[1] > [2]"), line(candidates=candidates, response=text * 5000)]
+    teachers.read_permutations(write(file, lines[0], {**lines[1], "qid": "other"}))
+
+
 def test_unfinished_thoughts_are_no_ranking(file):
     candidates = [{"docid": f"d{i}", "text": f"text {i}"} for i in (1, 2)]
     lines = [line(candidates=candidates, response=text) for text in ("[2] > [1]", "<think>[1] > [2], or")]

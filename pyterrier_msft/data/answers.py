@@ -8,8 +8,7 @@ from pathlib import Path
 from pyterrier_msft.notices import warn
 
 THOUGHTS = re.compile(r"^.*</think(?:ing)?>|<think(?:ing)?>.*", re.DOTALL)  # of a reasoning model; may be cut off
-NAME = r"(?:\[[^\[\]]+\]|[^\s,;=|>]+)"  # a position or a docno
-FIRST_NAMES = re.compile(rf"(?:{NAME}\s*[,;=|]\s*)*{NAME}\s*>")  # of a chain such as "[2], [1] > [3]"
+NAME = re.compile(r"\[[^\[\]]+\]|[^\s\[\]*]+")  # a position or a docno
 LIST_ITEM = re.compile(r"^[ \t]*(\d+)[.):][ \t]+(.*\d.*)$", re.MULTILINE)
 
 
@@ -67,9 +66,19 @@ class Answer:
 
 
 def _chains_in(text: str) -> list[str]:
-    """Return the part with ">" of each line that has one; a line may end with it and go on in the next."""
-    lines = re.sub(r">\s*\n", "> ", text).splitlines()
-    return [line[found.start() :] for line in lines if (found := FIRST_NAMES.search(line))]
+    """Return the ranking in each line with ">", from its first name; a line may end with it and go on in the next."""
+    chains = []
+    for line in re.sub(r">\s*\n", "> ", text).splitlines():
+        before, arrow, rest = line.partition(">")
+        first: list[str] = []  # names before the arrow, from right to left: one, or several such as "[2], [1] > [3]"
+        for part in reversed(re.split("[,;=|]", before)):
+            found = NAME.findall(part)
+            first += found[-1:]
+            if len(found) != 1:
+                break
+        if arrow and first:
+            chains.append(f"{', '.join(reversed(first))} > {rest}")
+    return chains
 
 
 def _without_numbers(text: str) -> str:
