@@ -17,6 +17,9 @@ from pyterrier_msft.model.encoding import clean
 if TYPE_CHECKING:
     from pyterrier_msft.reranker import MonoCE
 
+# Increase it if the same weights and settings give other scores than before.
+SCORING_VERSION = 2
+
 
 class CachedMonoCE(pt.Estimator):
     """A `MonoCE` with a cache of scores, see `MonoCE.cached`."""
@@ -49,7 +52,7 @@ class CachedMonoCE(pt.Estimator):
         keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
         pairs = pd.DataFrame({"qid": queries, "query": queries, "docno": keys, self.reranker.text_field: texts})
         pairs = pairs.drop_duplicates(["query", "docno"])
-        settings = json.dumps(self.reranker.scoring_settings(), sort_keys=True)
+        settings = json.dumps([SCORING_VERSION, self.reranker.scoring_settings()], sort_keys=True)
         path = self.folder / f"{self.reranker.fingerprint}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
         while True:
             # Opened for each call, since a connection belongs to one thread and can't be pickled. On an IntegrityError

@@ -82,6 +82,9 @@ def test_families_score_as_plain_hugging_face_and_train(family, train_part):
             for q, t in zip(results["query"], results["text"], strict=True)
         ]
     np.testing.assert_allclose(ce(results)["score"], expected, atol=1e-5)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = ce.cross_encoder.network(**tokenizer("w1", "w2", return_tensors="pt")).logits
+    assert logits.dtype == torch.float32  # bfloat16 would tie scores
     before = ce.fingerprint
     ce.fit(results, train_part.qrels, fitter=Contrastive(max_steps=2, dropout=0.0, learning_rate=1e-2))
     assert ce.fingerprint != before
@@ -144,6 +147,10 @@ def test_the_attention_of_big_bird_does_not_change(tmp_path):
     assert ce(long)["score"].tolist() == before
     ce.save(tmp_path / "saved")
     assert AutoConfig.from_pretrained(tmp_path / "saved").attention_type == "original_full"
+    network = AutoModelForSequenceClassification.from_pretrained(folder)
+    with pytest.warns(UserWarning, match="is used with attention_type='original_full'"):
+        in_memory = MonoCE(network, max_length=256, dtype="float32", device="cpu")
+    np.testing.assert_allclose(in_memory(long)["score"], before, atol=1e-5)
 
 
 class MeanPooled(BertForSequenceClassification):

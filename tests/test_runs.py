@@ -423,7 +423,7 @@ def test_docnos_with_spaces_are_rejected(train_part, results, tmp_path, writer):
     else:
         rows = zip(results["qid"], docnos, results["rank"], results["score"], strict=True)
         path.write_text("".join(f"{qid} Q0 {docno} {rank} {score} bm25\n" for qid, docno, rank, score in rows))
-    with pytest.raises(ValueError, match=r"must have 6 columns in each line; got more, .* as if a docno had a space"):
+    with pytest.raises(ValueError, match="must have 6 columns in each line; got more"):
         read(Contrastive(n_negatives=3), path, train_part, Dataset(train_part))
 
 

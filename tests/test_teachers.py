@@ -96,7 +96,11 @@ def test_docnos_that_look_like_positions(file):
         "Here is the ranking of the 3 passages: 2 > 1 > 3", "The ranking of the 3 passages is [2] > [1] > [3].",
         "[2] > [1] > [3]\n\nExplanation: [1] > [3], as 3 is off topic.", "[1] > [3], but:\n[2] > [1] > [3]",
         "[2] >\n[1] >\n[3]", "**[2]** > **[1]** > **[3]**", "<answer>\n2, 1, 3\n</answer>",
-        "1. 2\n2. 1\n3. 3", "1. [2] (a > b)\n2. [1]\n3. [3]",
+        "1. 2\n2. 1\n3. 3", "1. [2] (a > b)\n2. [1]\n3. [3]", "[2] (the best) > [1] > [3]", "[2] -> [1] -> [3]",
+        "[2] > [1]\n> [3]", "[2] [1] > [3]", "[2] is the best, then [1] > [3]", "1. [2] >\n2. [1]\n3. [3]",
+        "Document 2 (an answer) > Document 1 > Document 3", "1. [2] (score > 0.9)\n2. [1] (score > 0.8)\n3. [3]",
+        "[2], [1], [3]\nAll scores > 0.5 except for 3.", "[2] > [1]\n\n[3] is off topic, and ranked last.",
+        "[2] > [1] > [3]\n<think>ok</think>", "<reasoning>[3] > [1]? no</reasoning>\n<answer>2 > 1 > 3</answer>",
     ],
 )  # fmt: skip
 def test_positions_in_text(file, response):

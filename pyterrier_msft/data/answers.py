@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pyterrier_msft.notices import warn
 
-THOUGHTS = re.compile(r"^.*</think(?:ing)?>|<think(?:ing)?>.*", re.DOTALL)  # of a reasoning model; may be cut off
-NAME = re.compile(r"\[[^\[\]]+\]|[^\s\[\]*]+")  # a position or a docno
+TAG = "(?:think(?:ing)?|thought|reasoning)"
+# Of a reasoning model, whose beginning or end may be cut off.
+THOUGHTS = re.compile(rf"<{TAG}>.*?</{TAG}>|^(?:(?!<{TAG}>).)*?</{TAG}>|<{TAG}>.*", re.DOTALL)
+# A ranking of positions, such as "[2] > [1] = [3]" or "2, 1, 3", and a line of a numbered list, such as "1. 2".
+CHAINS = [re.compile(rf"{name}(?:[\s>,;=|*-]+{name})+") for name in (r"\[[^\[\]]+\]", r"(?<!\d)\d+(?!\d)")]
 LIST_ITEM = re.compile(r"^[ \t]*(\d+)[.):][ \t]+(.*\d.*)$", re.MULTILINE)
 
 
@@ -25,18 +28,16 @@ class Answer:
     def of_text(cls, text: str, docnos: Sequence[str | None]) -> "Answer":
         """Find the positions in an LLM's text, such as "[2] > [1]", or docnos that aren't numbers: "d2 > d1".
 
-        Of several rankings of the same documents, e.g. in an explanation, the longest is read, or the last of these.
+        If the text names a document repeatedly, as in an explanation, its longest ranking is read, the last of several.
         """
         names = {docno for docno in docnos if docno is not None and not docno.isdecimal()}
         text = THOUGHTS.sub("", text)
-        found = [cls(docnos, *_names_in(chain, names)) for chain in _chains_in(text)]
-        found = [answer for answer in found if len(answer.entries) > 1]
-        if not found:
-            return cls(docnos, *_names_in(_without_numbers(text), names))
-        entries = [entry for answer in found for entry in {*answer.entries}]
-        if len({*entries}) == len(entries) and len({answer.preference for answer in found}) == 1:
-            return replace(found[0], entries=[entry for answer in found for entry in answer.entries])
-        return max(reversed(found), key=lambda answer: len(answer.entries))
+        found = cls(docnos, *_names_in(text, names))
+        if len({*found.entries}) < len(found.entries):
+            parts = [cls(docnos, *_names_in(part, names)) for part in _rankings_in(text)]
+            parts = [part for part in parts if len({*part.entries}) == len(part.entries) > 1]
+            return max(reversed(parts), key=lambda part: len(part.entries), default=found)
+        return found
 
     @classmethod
     def of_list(cls, entries: Sequence[str | int], docnos: Sequence[str | None]) -> "Answer":
@@ -65,27 +66,12 @@ class Answer:
         return [known.get(entry) for entry in self.entries]
 
 
-def _chains_in(text: str) -> list[str]:
-    """Return the ranking in each line with ">", from its first name; a line may end with it and go on in the next."""
-    chains = []
-    for line in re.sub(r">\s*\n", "> ", text).splitlines():
-        before, arrow, rest = line.partition(">")
-        first: list[str] = []  # names before the arrow, from right to left: one, or several such as "[2], [1] > [3]"
-        for part in reversed(re.split("[,;=|]", before)):
-            found = NAME.findall(part)
-            first += found[-1:]
-            if len(found) != 1:
-                break
-        if arrow and first:
-            chains.append(f"{', '.join(reversed(first))} > {rest}")
-    return chains
-
-
-def _without_numbers(text: str) -> str:
-    """Remove the numbers of a numbered list, such as "1. [2]"."""
+def _rankings_in(text: str) -> list[str]:
+    """Return the parts of a text that may be its ranking."""
     items = LIST_ITEM.findall(text)
-    is_list = len(items) > 1 and [int(number) for number, _ in items] == [*range(1, len(items) + 1)]
-    return "\n".join(item for _, item in items) if is_list else text
+    is_list = [int(number) for number, _ in items] == [*range(1, len(items) + 1)]
+    chains = [chain.group() for pattern in CHAINS for chain in pattern.finditer(text)]
+    return ["\n".join(item for _, item in items), *chains] if is_list else chains
 
 
 def _names_in(text: str, docnos: Collection[str]) -> tuple[list[str], int]:

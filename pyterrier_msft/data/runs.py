@@ -264,8 +264,8 @@ def _check_separators(rows: "pl.DataFrame", path: str | Path) -> None:
     longer = rows.filter(pl.col(FURTHER).is_not_null())
     if len(longer):
         raise ValueError(
-            f"{path} must have 6 columns in each line; got more, e.g. for the query "
-            f"{longer['qid'][0]!r}, as if a docno had a space. Pass a data frame, or write the results to Parquet"
+            f"{path} must have 6 columns in each line; got more, e.g. for the query {longer['qid'][0]!r}, as if a "
+            "docno or the tag had a space. Pass a data frame, or write the results to Parquet"
         )
 
 

@@ -283,14 +283,15 @@ class CrossEncoder:
 
     def _warn_of_read_padding(self, encoder: PairEncoder) -> None:
         """Warn, once, if a pair has another score beside a longer one, to whose length it is padded."""
-        if self._has_checked_padding:
-            return
-        self._has_checked_padding = True
         texts = ["text", "text " * 16]
-        alone, beside = (
-            score_pairs(self.network, encoder, ["query"] * n, texts[:n], dtype=torch.float32, batch_size=n)[0]
-            for n in (1, 2)
-        )
+        with _LOADING:  # scoring patches the network, which another thread may want to quantize
+            if self._has_checked_padding:
+                return
+            self._has_checked_padding = True
+            alone, beside = (
+                score_pairs(self.network, encoder, ["query"] * n, texts[:n], dtype=torch.float32, batch_size=n)[0]
+                for n in (1, 2)
+            )
         if not np.isclose(alone, beside, rtol=1e-4, atol=1e-5, equal_nan=True):
             warn(
                 f"a pair's score depends on the other pairs in its batch: {type(self.network).__name__} reads padding. "

@@ -21,7 +21,7 @@ FINGERPRINT_VERSION = 2
 DROPOUT_FIELDS = re.compile(".*dropout.*|.*layerdrop|.*pdrop")  # of a network's configuration
 # Fields of a network's configuration that don't affect its scores: names, token ids, the precision, training settings.
 UNSCORED_FIELDS = re.compile(
-    "architectures|auto_map|finetuning_task|id2label|initializer_.*|label2id|output_.*|problem_type|reference_compile|"
+    "architectures|attention_type|auto_map|finetuning_task|id2label|initializer_.*|label2id|output_.*|problem_type|reference_compile|"
     "return_dict|sbert_ce_.*|sentence_transformers|task_specific_params|transformers_version|use_cache|_?name_or_path|"
     f".*dtype|.*_token_ids?|{DROPOUT_FIELDS.pattern}"
 )

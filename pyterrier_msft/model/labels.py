@@ -28,14 +28,20 @@ class ScoreLayer(nn.Linear):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Compute the logits, [..., labels]."""
         with torch.autocast(states.device.type, enabled=False):
-            return super().forward(states.float())
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(states.float(), self.weight.float(), bias)
 
 
 def use_float32_scores(model: PreTrainedModel) -> None:
-    """Compute a model's scores in float32, in place, if they come from a linear layer."""
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
-    if last and type(last[0]) is nn.Linear and last[0].out_features in {1, model.config.num_labels}:
-        last[0].__class__ = ScoreLayer
+    """Compute a model's scores in float32, in place, if they come from linear layers outside the backbone."""
+    for module in _outside_backbone(model):
+        if type(module) is nn.Linear and module.out_features in {1, model.config.num_labels}:
+            module.__class__ = ScoreLayer
+
+
+def _outside_backbone(model: PreTrainedModel) -> list[nn.Module]:
+    backbone = {*model.base_model.modules()} if model.base_model is not model else set()
+    return [module for module in model.modules() if module not in backbone]
 
 
 def check_labels(config: PretrainedConfig | None, relevant: int | str | None, name: str) -> int | None:
@@ -75,10 +81,9 @@ def score_label(model: PreTrainedModel, label: int) -> None:
     if count > 2 and not is_independent:
         model.register_forward_hook(LogOdds(label))
         return
-    backbone = {*model.base_model.modules()} if model.base_model is not model else set()
     found = [
-        module for module in model.modules()
-        if isinstance(module, nn.Linear) and module.out_features == count and module not in backbone
+        module for module in _outside_backbone(model)
+        if isinstance(module, nn.Linear) and module.out_features == count
     ]  # fmt: skip
     if len(found) != 1:
         raise ValueError(

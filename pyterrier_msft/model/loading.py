@@ -67,12 +67,6 @@ def load_model(
     label = check_labels(config if kind == "classifier" and has_labels else None, relevant, name)
     if kind == "classifier" and label is None:
         config.num_labels = 1
-    if config.model_type == "big_bird" and config.attention_type == "block_sparse":
-        # transformers changes to full attention for good when it reads the first short pair.
-        config.attention_type = "original_full"
-        warn(
-            f"{name!r} is used with attention_type='original_full': with 'block_sparse', scores depend on earlier pairs"
-        )
     with _explain_errors(name), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if not _has_vocabulary(tokenizer):
@@ -104,6 +98,7 @@ def load_model(
     if label is not None:
         score_label(model, label)
     use_float32_scores(model)
+    _use_full_attention(model, name)
     ensure_pad_token(tokenizer, model, name)
     if prompt is not None:
         set_prompt(model, prompt, tokenizer)
@@ -180,7 +175,8 @@ def as_single_score(
 ) -> PreTrainedModel:
     """Check that a model in memory gives one score, and convert it to float32 in evaluation mode.
 
-    A classifier with several labels, or with a prompt, is copied, since it is changed.
+    A classifier with several labels, or with a prompt, is copied, since it is changed. Others keep their weights, but
+    their last layer becomes a `ScoreLayer`.
     """
     kind = type(model)
     if kind.__module__.startswith("transformers.") and "ForSequenceClassification" not in kind.__name__:
@@ -196,10 +192,21 @@ def as_single_score(
     if label is not None:
         score_label(model, label)
     use_float32_scores(model)
+    _use_full_attention(model, model.name_or_path or kind.__name__)
     if prompt is not None:
         set_prompt(model, prompt)
     # In half precision most of AdamW's updates would be rounded away.
     return model.float().eval()
+
+
+def _use_full_attention(model: PreTrainedModel, name: str) -> None:
+    """Change BigBird's attention, with a warning, as transformers does for good when it reads the first short pair."""
+    if model.config.model_type == "big_bird" and model.config.attention_type == "block_sparse":
+        model.base_model.set_attention_type("original_full")
+        model.config.attention_type = "original_full"
+        warn(
+            f"{name!r} is used with attention_type='original_full': with 'block_sparse', scores depend on earlier pairs"
+        )
 
 
 def token_limit(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
