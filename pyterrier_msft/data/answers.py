@@ -28,15 +28,18 @@ class Answer:
     def of_text(cls, text: str, docnos: Sequence[str | None]) -> "Answer":
         """Find the positions in an LLM's text, such as "[2] > [1]", or docnos that aren't numbers: "d2 > d1".
 
-        If the text names a document repeatedly, as in an explanation, its longest ranking is read, the last of several.
+        If the text names a document repeatedly, as in an explanation, only the part that ranks all of them is read, if
+        there is one; the last of several.
         """
         names = {docno for docno in docnos if docno is not None and not docno.isdecimal()}
         text = THOUGHTS.sub("", text)
         found = cls(docnos, *_names_in(text, names))
         if len({*found.entries}) < len(found.entries):
-            parts = [cls(docnos, *_names_in(part, names)) for part in _rankings_in(text)]
-            parts = [part for part in parts if len({*part.entries}) == len(part.entries) > 1]
-            return max(reversed(parts), key=lambda part: len(part.entries), default=found)
+            named = {*found.entries} & {*names, *_positions(len(docnos) + 1, 0)}
+            for part in reversed(_rankings_in(text)):
+                ranking = cls(docnos, *_names_in(part, names))
+                if named <= {*ranking.entries} and len({*ranking.entries}) == len(ranking.entries):
+                    return ranking
         return found
 
     @classmethod
