@@ -18,6 +18,7 @@ from pyterrier_msft.model.decoders import prompt_of, words_of
 from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.files import IDENTITY, LOGIT_SCORE, missing_files
 from pyterrier_msft.model.fingerprint import fingerprint_of
+from pyterrier_msft.model.first_token import scores_first_token
 from pyterrier_msft.model.loading import as_single_score, load_model, load_tokenizer, quiet_transformers, token_limit
 from pyterrier_msft.model.modular import ModularNetwork
 from pyterrier_msft.model.precision import parse_device, resolve_device, resolve_dtype
@@ -283,15 +284,14 @@ class CrossEncoder:
 
     def _warn_of_read_padding(self, encoder: PairEncoder) -> None:
         """Warn, once, if a pair has another score beside a longer one, to whose length it is padded."""
+        if self._has_checked_padding or scores_first_token(self.network):  # whose classes are known not to read it
+            return
+        self._has_checked_padding = True
         texts = ["text", "text " * 16]
-        with _LOADING:  # scoring patches the network, which another thread may want to quantize
-            if self._has_checked_padding:
-                return
-            self._has_checked_padding = True
-            alone, beside = (
-                score_pairs(self.network, encoder, ["query"] * n, texts[:n], dtype=torch.float32, batch_size=n)[0]
-                for n in (1, 2)
-            )
+        alone, beside = (
+            score_pairs(self.network, encoder, ["query"] * n, texts[:n], dtype=torch.float32, batch_size=n)[0]
+            for n in (1, 2)
+        )
         if not np.isclose(alone, beside, rtol=1e-4, atol=1e-5, equal_nan=True):
             warn(
                 f"a pair's score depends on the other pairs in its batch: {type(self.network).__name__} reads padding. "
