@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pyterrier_msft.model.precision import linear_in_float32
 from pyterrier_msft.model.prompts import Prompt
 
 WORDS = "yes", "no"  # of a prompt without words
@@ -24,9 +25,7 @@ class WordLayer(nn.Linear):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Compute the words' logits, [..., words]."""
         rows = [*self.words]
-        with torch.autocast(states.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias[rows].float()
-            return nn.functional.linear(states.float(), self.weight[rows].float(), bias)
+        return linear_in_float32(states, self.weight[rows], None if self.bias is None else self.bias[rows])
 
 
 @dataclass(frozen=True)

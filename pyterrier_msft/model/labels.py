@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from pyterrier_msft.model.precision import linear_in_float32
+
 
 @dataclass(frozen=True)
 class LogOdds:
@@ -27,9 +29,7 @@ class ScoreLayer(nn.Linear):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Compute the logits, [..., labels]."""
-        with torch.autocast(states.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return nn.functional.linear(states.float(), self.weight.float(), bias)
+        return linear_in_float32(states, self.weight, self.bias)
 
 
 def use_float32_scores(model: PreTrainedModel) -> None:

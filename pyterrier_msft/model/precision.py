@@ -70,6 +70,12 @@ def _has_bfloat16(device: torch.device) -> bool:
     return any(check() for check in checks if check is not None)
 
 
+def linear_in_float32(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Compute a linear layer in float32 also in mixed precision, [..., rows of weight]."""
+    with torch.autocast(states.device.type, enabled=False):
+        return torch.nn.functional.linear(states.float(), weight.float(), None if bias is None else bias.float())
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
     """Mixed precision in `dtype`, with weights in float32; no effect for float32 and int8."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype not in {torch.float32, torch.int8})
