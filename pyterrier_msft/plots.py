@@ -382,16 +382,17 @@ def word_importance(words: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
         ax: The Axes to draw into. None: a new figure.
 
     Raises:
-        ValueError: If a column is missing, or `words` has several documents or none.
+        ValueError: If a column is missing, or `words` has several documents or queries, or none.
 
     Example:
         >>> ax = word_importance(explain(ce, results.head(1), max_words=40))
     """
     require_columns(words, ["docno", "word", "importance"], "words")
-    if words["docno"].nunique() != 1:
-        raise ValueError(
-            f"words must be those of one document; got {words['docno'].nunique()}. Select one by its docno"
-        )
+    for name, selected in (("docno", "document"), ("qid", "query")):
+        if name in words.columns and words[name].nunique() != 1:
+            raise ValueError(
+                f"words must be those of one {selected}; got {words[name].nunique()}. Select one by its {name}"
+            )
     lines: list[list[tuple[int, str, float]]] = [[]]
     column = 0
     for word, importance in zip(words["word"], words["importance"], strict=True):

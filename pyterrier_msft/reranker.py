@@ -58,7 +58,8 @@ class MonoCE(SavingMixin, CalibrationMixin, InterpolationMixin, pt.Estimator):
         adapter: A `peft.LoraConfig` or another peft configuration (extra `[lora]`). `fit` then trains the adapter and
             the head only; `save` can merge it.
         text_field: The column with the documents' text.
-        text: Where to look up texts that the results don't have: a dataset or an index with `.text_loader()`.
+        text: Where to look up texts that the results don't have: a dataset or an index with `.text_loader()`, or a
+            transformer that adds them.
         max_length: Tokens per pair; a longer document is truncated.
         max_query_length: Tokens per query; a longer query is truncated. None: the document is truncated first, and the
             query keeps at least half of the tokens.

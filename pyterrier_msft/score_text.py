@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_msft.data.frames import as_texts, first_stage_scores
+from pyterrier_msft.data.frames import as_texts, first_stage_scores, is_blank
 
 
 class PrependScore(pt.Transformer):
@@ -14,8 +14,8 @@ class PrependScore(pt.Transformer):
     A cross-encoder that is trained on such texts learns to combine the number with what it reads (Askari et al., ECIR
     2023). So the re-ranker must always be used behind this transformer, with lists of about the same length.
 
-    It needs the columns qid, score and the text, and changes only the text. If a re-ranker that interpolates came
-    before, the score is that of the column `first_stage_score`.
+    It needs the columns qid, score and the text, and changes only the text; an empty text stays empty. If a re-ranker
+    that interpolates came before, the score is that of the column `first_stage_score`.
 
     Args:
         text_field: The column with the documents' text.
@@ -41,4 +41,5 @@ class PrependScore(pt.Transformer):
         lowest, highest = by_query.transform("min"), by_query.transform("max")
         share = ((scores - lowest) / (highest - lowest).where(highest > lowest)).fillna(1.0)
         texts = np.round(100 * share).astype(int).astype(str) + " " + as_texts(inp[self.text_field])
+        texts[is_blank(inp[self.text_field])] = ""  # so that the re-ranker notices
         return inp.assign(**{self.text_field: texts.to_numpy()})

@@ -13,7 +13,7 @@ import pandas as pd
 import pyterrier as pt
 
 from pyterrier_msft import significance
-from pyterrier_msft.data.frames import require_columns
+from pyterrier_msft.data.frames import PASSAGE_SUFFIX, require_columns
 from pyterrier_msft.data.labels import count_judged_twice, whole_grades
 from pyterrier_msft.ids import as_ids
 from pyterrier_msft.notices import deduplicate_data_warnings, shows_progress, warn
@@ -169,6 +169,7 @@ def _study_of_runs(systems: Any, comparison: _Comparison, rerankers: Mapping[Any
     with deduplicate_data_warnings():
         results = {run: _results(system, topics, run[0]) for run, system in bar}
     _warn_of_missing_queries(results, comparison.judged)
+    _warn_of_passages(results, comparison.qrels)
     perquery = comparison.evaluate(results)
     return Study(topics, comparison.qrels, perquery, comparison.table(perquery), runs, results, models)
 
@@ -272,6 +273,18 @@ def _warn_of_missing_queries(results: Mapping[Run, pd.DataFrame], judged: set[st
             warn(
                 f"systems: {system} has no results for {len(missing):,} of {len(judged):,} judged queries, e.g. "
                 f"{min(missing)!r}; their values are 0"
+            )
+
+
+def _warn_of_passages(results: Mapping[Run, pd.DataFrame], qrels: pd.DataFrame) -> None:
+    """Warn about systems that return passages, which the labels of documents don't match."""
+    if qrels["docno"].str.contains(PASSAGE_SUFFIX).any():
+        return
+    for name, frame in {name: frame for (name, _), frame in results.items()}.items():
+        if as_ids(frame["docno"]).str.contains(PASSAGE_SUFFIX).any():
+            warn(
+                f"systems: {name!r} returns passages, whose docnos end in '%p' and a number, and the qrels have "
+                "documents: its values are 0. End it with pt.text.max_passage()"
             )
 
 

@@ -1,6 +1,7 @@
 """A test for each row of docs/bad-input.md, and property tests of `fit` and `transform` on arbitrary frames."""
 
 import importlib.util
+import itertools
 import json
 import logging
 import re
@@ -323,6 +324,49 @@ def test_unread_titles(scorer):
             scorer(read)
 
 
+class TitledTexts:
+    """A text source whose documents have titles."""
+
+    def text_loader(self, fields):
+        texts = RESULTS[["docno", "text"]].assign(title=[f"Title {i}" for i in range(len(RESULTS))])
+        return pt.apply.generic(lambda frame: frame.merge(texts[["docno", *fields]], on="docno"))
+
+
+title_and_text = TitledTexts().text_loader(["title", "text"])
+with_titles = title_and_text >> pt.apply.text(lambda row: row["title"] + " " + row["text"])
+
+
+@row
+def test_unread_titles_of_a_source(scorer):
+    without = RESULTS.drop(columns="text")
+    with pytest.warns(UserWarning, match=r"text source has a field 'title' that isn't read.*text_loader\(fields="):
+        found = scorer.apply_attributes(text=TitledTexts())(without)
+    assert found["text"].tolist() == RESULTS["text"].tolist()
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        found = scorer.apply_attributes(text=with_titles)(without)
+    assert_frame_equal(found[["docno", "score"]], scorer(with_titles(without))[["docno", "score"]])
+
+
+@row
+def test_positives_in_another_form(backbone):
+    fitter = Contrastive(n_negatives=3, add_missing_positives=True, max_steps=1)
+    results = with_titles(RESULTS.drop(columns="text")).drop(columns="title").groupby("qid").head(4)
+    passages = results.assign(docno=results["docno"] + "%p1")
+
+    def messages(results, source):
+        ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu", text=source)
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            ce.fit(results, QRELS, fitter=fitter)
+        return [str(each.message) for each in caught if "another form" in str(each.message)]
+
+    for others in (results, passages):
+        (message,) = messages(others, TitledTexts())
+        assert "of a sample of 32 documents, 32 have other texts" in message
+    assert not messages(results, with_titles)
+    of_others_only = pt.apply.generic(lambda frame: frame[~frame["docno"].isin(results["docno"])].assign(text="w1"))
+    assert not messages(results, of_others_only)
+
+
 @row
 @pytest.mark.parametrize("missing", [None, NAN, pd.NA, ""])
 def test_missing_query(missing, scorer):
@@ -503,6 +547,39 @@ def test_graded_negative_and_float_labels():
     rows = [("tr0", "tr0d0", 2.5), ("tr0", "tr0d1", -1), ("tr0", "tr0d2", 0.5), ("tr0", "tr0d3", 1)]
     groups, _, _ = prepare(RESULTS.head(8), pd.DataFrame(rows, columns=["qid", "docno", "label"]))
     assert groups.labels[0].tolist() == [2.5, 0, 0, 1, 0, 0, 0, 0]
+
+
+def _subtopics_of_the_first(qrels, run):
+    first = run.sort_values("score")["doc_id"].iloc[-1]
+    return float(len(qrels.loc[qrels["doc_id"] == first]))
+
+
+@row
+def test_labels_of_subtopics(backbone, tmp_path):
+    measure = ir_measures.define_byquery(_subtopics_of_the_first, name="Subtopics")
+    measures = [measure, nDCG @ 5]
+    part, topics = REPORT, REPORT_TOPICS
+    labels = part.results[["qid", "docno"]].assign(label=0)
+    parts = [part.results[["qid", "docno"]].sample(frac=0.4, random_state=k).assign(label=3 - k) for k in range(3)]
+    qrels = pd.concat([each.assign(iteration=str(k)) for k, each in enumerate([*parts, labels])])
+    highest = qrels.groupby(["qid", "docno"], as_index=False)["label"].max()
+    systems = {"a": part.results, "b": REPORT_BETTER}
+
+    def values(qrels, measure):
+        return pt.Experiment([*systems.values()], topics, qrels, [measure])[str(measure)].tolist()
+
+    expected = {str(measure): values(qrels, measure), "nDCG@5": values(highest, nDCG @ 5)}
+    assert expected["Subtopics"] != values(highest, measure)
+    with pytest.warns(UserWarning, match="with two labels"):
+        page = report(systems, topics, qrels, measures, path=tmp_path / "page.html").read_text()
+    for value in itertools.chain(*expected.values()):
+        assert f"{value:.4f}" in page
+
+    fitter = Contrastive(n_negatives=3, max_steps=2, metric=measure)
+    ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu", fitter=fitter)
+    ce.fit(RESULTS, QRELS, part.results, qrels)
+    kept = ce.history.query("kept")["Subtopics"].item()
+    assert kept == pytest.approx(pt.Experiment([ce(part.results)], topics, qrels, [measure])["Subtopics"].item())
 
 
 @row
@@ -1313,6 +1390,15 @@ def test_report_without_some_results(tmp_path):
     with pytest.warns(UserWarning, match=match) as caught:
         report(systems, REPORT_TOPICS, REPORT.qrels, [RR], path=tmp_path / "page.html")
     assert sum("no results" in str(each.message) for each in caught) == 1
+
+
+@row
+def test_report_of_passages(tmp_path):
+    passages = REPORT.results.assign(docno=REPORT.results["docno"] + "%p0")
+    with pytest.warns(UserWarning, match="^systems: 'b' returns passages, .*pt.text.max_passage") as caught:
+        report({"a": REPORT.results, "b": {3: passages, 4: passages}}, REPORT_TOPICS, REPORT.qrels, [RR],
+               path=tmp_path / "page.html")  # fmt: skip
+    assert sum("passages" in str(each.message) for each in caught) == 1
 
 
 @row

@@ -479,12 +479,14 @@ def test_the_score_in_the_text():
     )  # fmt: skip
     before = results.copy()
     changed = PrependScore()(results)
-    assert changed["text"].tolist() == ["100 x", "100 y", "0 z", "25 "]
+    assert changed["text"].tolist() == ["100 x", "100 y", "0 z", ""]
     assert_frame_equal(changed.drop(columns="text"), results.drop(columns="text"))
     assert_frame_equal(results, before)
     scaled = results.assign(first_stage_score=results["score"] * 3 + 1, score=0.0)  # of a re-ranker that interpolates
     assert PrependScore()(scaled)["text"].tolist() == changed["text"].tolist()
     assert PrependScore()(results.head(0))["text"].tolist() == []
+    blank = results.assign(text=[None, " ", *results["text"][2:]])
+    assert PrependScore()(blank)["text"].tolist() == ["", "", *changed["text"][2:]]
     body = PrependScore(text_field="body")(results.rename(columns={"text": "body"}))
     assert body["body"].tolist() == changed["text"].tolist()
 

@@ -373,6 +373,8 @@ def test_words_without_importance():
 def test_words_of_several_documents_are_rejected():
     with pytest.raises(ValueError, match=r"words must be those of one document; got 2\. Select one by its docno"):
         plots.word_importance(pd.concat([WORDS, WORDS.assign(docno="e")]))
+    with pytest.raises(ValueError, match=r"words must be those of one query; got 2\. Select one by its qid"):
+        plots.word_importance(pd.concat([WORDS.assign(qid="q1"), WORDS.assign(qid="q2")]))
     with pytest.raises(ValueError, match="words must be those of one document; got 0"):
         plots.word_importance(WORDS[:0])
     with pytest.raises(ValueError, match=r"words must have the columns .* without \['importance'\]"):

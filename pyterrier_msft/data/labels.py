@@ -18,6 +18,7 @@ from pyterrier_msft.data.scales import check_probabilities, scale_scores
 from pyterrier_msft.ids import as_ids
 
 MAX_GRADE = 10_000  # of labels that measures read
+SUBTOPIC = "iteration"  # PyTerrier's name of the qrels' column
 
 # ---- from qrels
 
@@ -136,15 +137,20 @@ def grades_of(qrels: pd.DataFrame) -> pd.Series:
 def whole_grades(qrels: pd.DataFrame, what: str) -> pd.DataFrame:
     """Return the grades of qrels, see `grades_of`, as a frame: qid, docno, label; `what` names the labels.
 
+    If the column `iteration` has several values, which are subtopics for diversity measures, the frame has it, too, and
+    a row for each subtopic. The row with a pair's highest label is the last one: it is what other measures read.
+
     Raises:
         ValueError: If a label isn't a whole number of at most `MAX_GRADE`, which the measures of ir_measures need.
     """
-    grades = grades_of(qrels)
+    has_subtopics = SUBTOPIC in qrels.columns and qrels[SUBTOPIC].nunique() > 1
+    grades = _labels_by_pair(qrels, *[SUBTOPIC] * has_subtopics).max()
     if (fractions := grades[grades % 1 != 0]).size:
         raise ValueError(f"{what} must be whole numbers, which measures need; got {fractions.iloc[0]}")
     if grades.max() > MAX_GRADE:  # trec_eval counts the documents of each grade up to the highest
         raise ValueError(f"{what} must be at most {MAX_GRADE:,}, which measures need; got {grades.max():,.0f}")
-    return grades.astype(int).reset_index(name="label")
+    frame = grades.astype(int).reset_index(name="label")
+    return frame.sort_values(["qid", "docno", "label"], ignore_index=True) if has_subtopics else frame
 
 
 def count_judged_twice(qrels: pd.DataFrame) -> int:
@@ -158,13 +164,14 @@ def relevant_of(grades: pd.Series, min_relevance: float) -> pd.DataFrame:
     return grades[grades >= min_relevance].reset_index(name="label")
 
 
-def _labels_by_pair(qrels: pd.DataFrame) -> Any:
-    """Group the labels of valid qrels by qid and docno."""
+def _labels_by_pair(qrels: pd.DataFrame, *more: str) -> Any:
+    """Group the labels of valid qrels by qid, docno, and more columns of ids."""
     require_columns(qrels, ["qid", "docno", "label"], "qrels")
     labels = as_numbers(qrels["label"], "label")
     require(np.isfinite(labels), labels, "labels must be finite numbers")
-    index = pd.MultiIndex.from_arrays([as_ids(qrels["qid"]), as_ids(qrels["docno"])], names=["qid", "docno"])
-    return pd.Series(labels, index=index).groupby(level=[0, 1])
+    names = ["qid", "docno", *more]
+    index = pd.MultiIndex.from_arrays([as_ids(qrels[name]) for name in names], names=names)
+    return pd.Series(labels, index=index).groupby(level=names)
 
 
 def _add_missing(

@@ -8,10 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_msft.data.frames import as_texts, even_step, frame_digest, is_blank, require_columns
+from pyterrier_msft.data.frames import (
+    PASSAGE_SUFFIX,
+    as_texts,
+    even_step,
+    frame_digest,
+    is_blank,
+    require_columns,
+)
 from pyterrier_msft.data.groups import DIGEST_SAMPLE
 from pyterrier_msft.data.runs import has_queries, sample_docnos
 from pyterrier_msft.ids import as_ids, require_ids
@@ -20,17 +28,23 @@ from pyterrier_msft.notices import warn, warn_of_data
 MIN_LOOKUPS_FOR_CHECK = 32  # if none of so many documents has a text, the source must be wrong
 TITLE = "title"
 TITLE_SAMPLE = 200  # rows that are searched for titles
+FORM_SAMPLE = 50  # rows whose texts are compared with the source's
 HOW_TO_ADD_TEXTS = ". Put dataset.text_loader() before MonoCE, or pass MonoCE(..., text=dataset)"
 NEEDED_TEXTS = "text source must have all documents of the results, and of the qrels with add_missing_positives=True"
 
 
 def check_text_source(source: Any) -> None:
     """Raise a ValueError unless a source can load texts; None is no source."""
-    if source is not None and not callable(getattr(source, "text_loader", None)):
+    if source is not None and not isinstance(source, pt.Transformer) and not _has_loader(source):
         raise ValueError(
-            f"text must have a method text_loader(), as PyTerrier's datasets and indexes do; got "
-            f"{type(source).__name__}. Texts in a frame are added to a pipeline with pt.apply.text(...)"
+            f"text must have a method text_loader(), as PyTerrier's datasets and indexes do, or be a transformer that "
+            f"adds texts; got {type(source).__name__}. For texts in a dictionary by docno, pass "
+            "pt.apply.text(lambda row: texts[row['docno']])"
         )
+
+
+def _has_loader(source: Any) -> bool:
+    return callable(getattr(source, "text_loader", None))
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,8 @@ class TextSource:
     """Looks up the texts of documents where results don't have them."""
 
     field: str  # the column of texts
-    source: Any = None  # with `.text_loader()`, e.g. a dataset or an index; None if all results have the column
+    # With `.text_loader()`, e.g. a dataset or an index, or a transformer; None if all results have the column.
+    source: Any = None
 
     def check_and_add_to(
         self, results: pd.DataFrame, *, context: pt.Transformer, extra_columns: Sequence[str] = ()
@@ -72,26 +87,47 @@ class TextSource:
         if self.source is None or self.field in results.columns:
             self._warn_of_unread_titles(results)
             return results
+        self._warn_of_source_with_titles(results)
         return self.load(results)
 
     def _warn_of_unread_titles(self, results: pd.DataFrame) -> None:
         """Warn if results have the documents' titles, and the texts don't: those of BEIR, for example."""
-        if self.field == TITLE or [*results.columns].count(TITLE) != 1:
+        if self._has_unread_titles(_sampled(results, TITLE_SAMPLE)):
+            warn_of_data(
+                f"results have a column {TITLE!r} that isn't read, only {self.field!r} is. If these are the documents' "
+                f"titles, join both: {self._join}"
+            )
+
+    def _warn_of_source_with_titles(self, results: pd.DataFrame) -> None:
+        """Warn if the source has the documents' titles, and its texts don't."""
+        if not _has_loader(self.source):
             return
-        sample = results.iloc[:: even_step(len(results), TITLE_SAMPLE)][[TITLE, self.field, "query"]]
+        with contextlib.suppress(ValueError, KeyError):  # the source has no titles
+            loader = self.source.text_loader(fields=[TITLE, self.field])
+            if self._has_unread_titles(loader(_sampled(results, TITLE_SAMPLE))):
+                warn_of_data(
+                    f"the text source has a field {TITLE!r} that isn't read, only {self.field!r} is. To read both, "
+                    f"pass text=dataset.text_loader(fields=['{TITLE}', '{self.field}']) >> {self._join}"
+                )
+
+    @property
+    def _join(self) -> str:
+        return f"pt.apply.{self.field}(lambda row: row['{TITLE}'] + ' ' + row['{self.field}'])"
+
+    def _has_unread_titles(self, sample: pd.DataFrame) -> bool:
+        if self.field == TITLE or [*sample.columns].count(TITLE) != 1:
+            return False
+        sample = sample[[TITLE, self.field, "query"]]
         rows = sample.astype(object).fillna("").astype(str).apply(lambda column: column.str.strip())
         # A title that is the query is that of a topic; an empty one is in every text.
         unread = sum(title not in text and title != query for title, text, query in rows.itertuples(index=False))
-        if unread > len(sample) / 2:
-            warn_of_data(
-                f"results have a column {TITLE!r} that isn't read, only {self.field!r} is. If these are the documents' "
-                f"titles, join both: pt.apply.{self.field}(lambda row: row['{TITLE}'] + ' ' + row['{self.field}'])"
-            )
+        return unread > len(sample) / 2
 
     def load(self, results: pd.DataFrame) -> pd.DataFrame:
         """Look up the texts of results."""
+        loader = self.source.text_loader(fields=[self.field]) if _has_loader(self.source) else self.source
         try:
-            loaded: pd.DataFrame = self.source.text_loader(fields=[self.field])(results)
+            loaded: pd.DataFrame = loader(results)
         except KeyError as error:  # from PyTerrier's loader for irds: datasets
             raise ValueError(f"{NEEDED_TEXTS}; not found: {error}") from error
         require_columns(loaded, [self.field], "text loader's results")
@@ -136,9 +172,30 @@ class TextSource:
         return self.load(pd.DataFrame({"docno": list(dict.fromkeys(docnos))}))[["docno", self.field]]
 
 
+def warn_of_other_form(results: pd.DataFrame, load: Callable[[pd.DataFrame], pd.DataFrame], field: str) -> None:
+    """Warn if a source has other texts than the results, to which documents from the source are to be added."""
+    sample = _sampled(results, FORM_SAMPLE).reset_index(drop=True)
+    docno = as_ids(sample["docno"]).str.replace(PASSAGE_SUFFIX, "", regex=True)
+    with contextlib.suppress(ValueError):  # a source of other documents only
+        loaded = load(sample[["qid", "query"]].assign(docno=docno))
+        here, there = (as_texts(frame[field]).str.split().str.join(" ").to_numpy() for frame in (sample, loaded))
+        differs = np.flatnonzero(here != there)
+        if len(differs) > len(sample) / 2:
+            warn_of_data(
+                "add_missing_positives adds documents in another form than those of the results: of a sample of "
+                f"{len(sample)} documents, {len(differs)} have other texts in MonoCE(text=...), e.g. "
+                f"{docno[differs[0]]!r}. As text, pass the transformer that adds the texts to the results"
+            )
+
+
+def _sampled(frame: pd.DataFrame, n: int) -> pd.DataFrame:
+    """Return about `n` rows, spread evenly over a frame."""
+    return frame.iloc[:: even_step(len(frame), n)]
+
+
 def _sample(frame: pd.DataFrame) -> list[str]:
     """Return the docnos of at most `DIGEST_SAMPLE` rows, spread evenly over a frame."""
-    return as_ids(frame["docno"].iloc[:: even_step(len(frame), DIGEST_SAMPLE)]).tolist()
+    return as_ids(_sampled(frame, DIGEST_SAMPLE)["docno"]).tolist()
 
 
 class TextLookup:

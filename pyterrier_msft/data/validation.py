@@ -29,7 +29,8 @@ def validation_frames(
     """Check validation results and qrels, and reduce them to what a measure needs; None if neither was given.
 
     These are the judged queries' results (qid, query, docno, text, and the first stage's score if there is one) and
-    qrels (qid, docno, label), with ids as strings. `with_scores` requires the score; `what` names the data in messages.
+    qrels (see `whole_grades`), with ids as strings. `with_scores` requires the score; `what` names the data in
+    messages.
     """
     if results is None and qrels is None:
         return None

@@ -17,7 +17,7 @@ from pyterrier_msft.data.rankings import Rankings
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.runs import read_run
 from pyterrier_msft.data.sampling import NEGATIVE_STRATEGIES
-from pyterrier_msft.data.texts import TextLookup
+from pyterrier_msft.data.texts import TextLookup, warn_of_other_form
 from pyterrier_msft.digests import is_default
 from pyterrier_msft.fitters.base import Fitter, TrainingInput, check_reads_no_results
 
@@ -136,6 +136,9 @@ class Contrastive(Fitter):
             loaded = data.load_text(missing)
             return missing["docno"].map(dict(zip(loaded["docno"], loaded[data.text_field], strict=True)))
 
+        if self.add_missing_positives and isinstance(data.results, pd.DataFrame):
+            assert data.load_text is not None
+            warn_of_other_form(data.results, data.load_text, data.text_field)
         groups, report = from_qrels(
             data.results, data.qrels, depth=self.depth, n_positives=self.n_positives, n_negatives=self.n_negatives,
             skip=self.skip, n_random=self.n_random, sample=self.sample,

@@ -218,7 +218,8 @@ def token_limit(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
         if name.endswith(("position_embeddings", "embed_positions", "wpe")) and isinstance(module, torch.nn.Embedding)
     ]
     # The tokenizer's limit comes last: it is often the length used in training rather than what the model allows.
-    return int(min(positions or [getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length]))
+    configured = getattr(model.config, "max_position_embeddings", None) or 0  # XLNet's is -1: no limit
+    return int(min(positions or [configured if configured > 0 else tokenizer.model_max_length]))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ class Validation:
     """Results to re-rank, their qrels, and the measure to compute."""
 
     results: pd.DataFrame  # qid, query, docno, text, and maybe the first stage's score; ids as strings
-    qrels: pd.DataFrame  # qid, docno, label; ids as strings
+    qrels: pd.DataFrame  # see `labels.whole_grades`
     metric: Any  # of ir_measures
     first_stage_weight: float = 0.0  # of the results' score, in `values`
 
@@ -75,7 +75,8 @@ class Validation:
 
     def check_metric(self) -> None:
         """Raise a ValueError if the metric is 0 for the best order of the results."""
-        labels = self.results[["qid", "docno"]].merge(self.qrels.drop_duplicates(["qid", "docno"]), "left")["label"]
+        highest = self.qrels.drop_duplicates(["qid", "docno"], keep="last")
+        labels = self.results[["qid", "docno"]].merge(highest, "left")["label"]
         if self.measure(labels.fillna(0).to_numpy(dtype=float)) == 0:
             raise ValueError(
                 f"metric must be able to tell good orders of the validation results from bad ones; {self.metric} is 0 "
