@@ -52,7 +52,9 @@ class CachedMonoCE(pt.Estimator):
         keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
         pairs = pd.DataFrame({"qid": queries, "query": queries, "docno": keys, self.reranker.text_field: texts})
         pairs = pairs.drop_duplicates(["query", "docno"])
-        settings = json.dumps([SCORING_VERSION, self.reranker.scoring_settings()], sort_keys=True)
+        # Without padding, a model that reads it gives other scores.
+        version = [SCORING_VERSION, *["unpadded"] * (self.reranker.batch_size == 1)]
+        settings = json.dumps([*version, self.reranker.scoring_settings()], sort_keys=True)
         path = self.folder / f"{self.reranker.fingerprint}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
         while True:
             # Opened for each call, since a connection belongs to one thread and can't be pickled. On an IntegrityError

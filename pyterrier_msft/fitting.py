@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 import pandas as pd
+import torch
 
 from pyterrier_msft.algebra import FitterSum, format_sum
 from pyterrier_msft.data.frames import even_step, frame_digest, require_columns
@@ -23,7 +24,7 @@ from pyterrier_msft.model.fingerprint import training_state
 from pyterrier_msft.model.record import StageRecord, has_unfinished_head, library_versions
 from pyterrier_msft.notices import warn, warn_of_data
 from pyterrier_msft.training import distributed
-from pyterrier_msft.training.checkpoints import checkpoint_identity
+from pyterrier_msft.training.checkpoints import SEMANTICS_VERSION, checkpoint_identity
 from pyterrier_msft.training.hyperparameters import Hyperparameters
 from pyterrier_msft.training.objectives import Objective
 from pyterrier_msft.training.plan import Plan, describe_outcome, plan_training
@@ -236,6 +237,7 @@ def _train_stage(
             **_identity(model, encoder, data, start, head_is_new=learns_head),
             **_validation_identity(scorer, validation, first_stage_weight),
         }
+    model.warn_of_read_padding(scorer)
     with _recording(model, record, stages, resumed, settings, plans[0]):
         train(
             model, encoder, objectives, settings, scorer=scorer, validation=measured, checkpoint_dir=checkpoint_dir,
@@ -377,6 +379,7 @@ def _identity(
         "whether the head is new": str(head_is_new),
         "data": data.digest[:16],
         "start weights": start,
+        "version of training": f"{SEMANTICS_VERSION} with torch {torch.__version__}",
     }
 
 

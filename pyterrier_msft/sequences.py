@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +26,9 @@ from pyterrier_msft.model.record import has_unfinished_head
 from pyterrier_msft.notices import deduplicate_data_warnings, message_prefix
 from pyterrier_msft.reranker import MonoCE
 from pyterrier_msft.training import distributed
-from pyterrier_msft.training.checkpoints import check_writable
+from pyterrier_msft.training.checkpoints import SEMANTICS_VERSION, check_writable, delete_checkpoints
 
 logger = logging.getLogger(__name__)
-
-# Increase this when the same data, settings and initial weights would give other weights than before.
-SEMANTICS_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -205,8 +201,8 @@ def _fit_stage(
     checkpoint_dir = None if folder is None else folder.with_name(f"{folder.name}.checkpoints")
     if folder is not None and (saved := _load_result(start, folder)) is not None:
         logger.info("%s: reusing %s", name, folder)
-        if checkpoint_dir is not None:  # the call that saved the result may have been killed before it deleted this
-            shutil.rmtree(checkpoint_dir, ignore_errors=True)
+        if checkpoint_dir is not None:  # the call that saved the result may have been killed before it deleted these
+            delete_checkpoints(checkpoint_dir)
         saved.fitter = stage.fitter
         return saved
     logger.info("%s: training with %r", name, stage.fitter)
@@ -216,7 +212,7 @@ def _fit_stage(
     if folder is not None and checkpoint_dir is not None:
         # Adapters aren't merged, so that the next stage can train them.
         distributed.run_on_rank_zero(lambda: trained.save(folder, merged=False))
-        shutil.rmtree(checkpoint_dir, ignore_errors=True)
+        delete_checkpoints(checkpoint_dir)
     return trained
 
 

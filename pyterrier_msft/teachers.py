@@ -80,7 +80,7 @@ def get_ranking(
         return fuse(rankings)
     frame: pd.DataFrame | None = teacher
     if name == "teacher":
-        warn_of_contradictions(results if frame is None else frame)
+        warn_of_contradictions(results if frame is None else frame, "teacher's")
     return frame
 
 
@@ -149,7 +149,7 @@ def _warn_of_old_scores(ranked: pd.DataFrame, candidates: pd.DataFrame) -> None:
     if {*columns, "rank"} <= {*ranked} and {*columns} <= {*candidates}:
         both = ranked[columns].merge(candidates[columns], on=["qid", "docno"], suffixes=("", "_before"))
         if both["score"].equals(both["score_before"]):
-            warn_of_contradictions(ranked)
+            warn_of_contradictions(ranked, "teacher's")
 
 
 # ---- caching

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ir_measures import RR, nDCG
 from pandas.testing import assert_frame_equal
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -580,6 +580,27 @@ def test_labels_of_subtopics(backbone, tmp_path):
     ce.fit(RESULTS, QRELS, part.results, qrels)
     kept = ce.history.query("kept")["Subtopics"].item()
     assert kept == pytest.approx(pt.Experiment([ce(part.results)], topics, qrels, [measure])["Subtopics"].item())
+
+
+@row
+def test_scores_that_contradict_ranks(backbone):
+    ranked = RESULTS.assign(rank=RESULTS.groupby("qid").cumcount())
+    distances, scores = (ranked.assign(score=sign * ranked["rank"] * 2.0 + 1) for sign in (1, -1))
+    ce = MonoCE(backbone, max_length=24, dtype="float32", device="cpu").fit(scores, QRELS, fitter=SHORT)
+    calls = (
+        lambda frame: prepare(frame, QRELS),
+        lambda frame: ce.clone().fit(scores, QRELS, frame, QRELS, fitter=SHORT),
+        lambda frame: ce.apply_attributes(interpolate=True).choose_weight(frame, QRELS),
+        ce.apply_attributes(interpolate=1.0),
+    )
+    for call in calls:
+        for frame in (distances, scores):
+            with warnings.catch_warnings(record=True, action="always") as caught:
+                result = call(frame)
+            messages = [str(each.message) for each in caught] + (result[2] if call is calls[0] else [])
+            assert any("the first stage's ranking has a rank and a score that" in m for m in messages) == (
+                frame is distances
+            )
 
 
 @row
@@ -1179,13 +1200,17 @@ def test_wrong_tokenizer(folder):
     unusable(folder, "tokenizer must have at most 50 tokens, .*; got 105")
 
 
-def write_decoder(folder: Path, *, eos: str | None) -> str:
-    """Write a tiny GPT-2, which has no padding token and no separator between query and text."""
+def write_decoder(folder: Path, *, eos: str | None, appends_eos: bool = False, **tokens: str) -> str:
+    """Write a tiny GPT-2, which has no padding token and, unless it appends one, no separator after a text."""
     words = ["<|end|>", "<|unk|>", *WORDS]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|unk|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if appends_eos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A <|end|>", pair="$A <|end|> $B <|end|>", special_tokens=[("<|end|>", 0)]
+        )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=eos, padding_side="left", model_max_length=64
+        tokenizer_object=tokenizer, eos_token=eos, padding_side="left", model_max_length=64, **tokens
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = GPT2Config(
@@ -1197,8 +1222,9 @@ def write_decoder(folder: Path, *, eos: str | None) -> str:
 
 
 @row
-def test_no_padding_token(tmp_path):
-    decoder = write_decoder(tmp_path / "gpt", eos="<|end|>")
+@pytest.mark.parametrize("appends_eos", [False, True])
+def test_no_padding_token(appends_eos, tmp_path):
+    decoder = write_decoder(tmp_path / "gpt", eos="<|end|>", appends_eos=appends_eos, unk_token="<|unk|>")
     network = AutoModelForSequenceClassification.from_pretrained(decoder).eval()
     tokenizer = AutoTokenizer.from_pretrained(decoder)
     frame = RESULTS.assign(text=[" ".join(text.split()[: 1 + i % 6]) for i, text in enumerate(RESULTS["text"])])
@@ -1214,6 +1240,16 @@ def test_no_padding_token(tmp_path):
     saved = MonoCE.load(tmp_path / "saved", dtype="float32", device="cpu")
     np.testing.assert_allclose(saved(frame)["score"], ce(frame)["score"], atol=1e-6)
     unusable(write_decoder(tmp_path / "none", eos=None), "tokenizer must have a pad, eos or unk token")
+    only_eos = write_decoder(tmp_path / "only", eos="<|end|>", appends_eos=True)
+    unusable(only_eos, "tokenizer must have a pad, eos or unk token; got none that can be padding")
+
+
+@row
+def test_resized_model_in_memory(backbone):
+    network = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1)
+    network.resize_token_embeddings(110)
+    with pytest.raises(ValueError, match=r"as many embeddings as .*; got 110 in place of 105 in .*Save both"):
+        MonoCE(network, max_length=24, dtype="float32", device="cpu")(RESULTS)
 
 
 @row

@@ -485,6 +485,8 @@ def test_the_score_in_the_text():
     scaled = results.assign(first_stage_score=results["score"] * 3 + 1, score=0.0)  # of a re-ranker that interpolates
     assert PrependScore()(scaled)["text"].tolist() == changed["text"].tolist()
     assert PrependScore()(results.head(0))["text"].tolist() == []
+    with pytest.warns(UserWarning, match="the first stage's ranking has a rank and a score that contradict"):
+        PrependScore()(results.assign(rank=[1, 0, 0, 2]))
     blank = results.assign(text=[None, " ", *results["text"][2:]])
     assert PrependScore()(blank)["text"].tolist() == ["", "", *changed["text"][2:]]
     body = PrependScore(text_field="body")(results.rename(columns={"text": "body"}))

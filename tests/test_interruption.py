@@ -16,7 +16,7 @@ from interruptions import interrupted_at, interruptible_lce, interruptible_rankn
 from ir_measures import RR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences
+from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences, fitting
 from pyterrier_msft.model.encoding import PairEncoder
 
 HERE = Path(__file__).parent
@@ -384,6 +384,13 @@ def test_another_programs_checkpoints_are_refused_and_kept(ce, data, tmp_path, n
     if is_used and state == FOREIGN_STATE:  # without it, training continues
         foreign.rename(tmp_path / "elsewhere")
         assert ce.fit(*data[:2], fitter=CL, checkpoint_dir=tmp_path).stages[-1].updates == 24
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(ce, data, tmp_path, monkeypatch):
+    ce.clone().fit(*data[:2], fitter=CL, checkpoint_dir=tmp_path)
+    monkeypatch.setattr(fitting, "SEMANTICS_VERSION", 99)
+    with pytest.raises(ValueError, match=r"another training run: version of training is \d+ with torch .* and 99 with"):
+        ce.fit(*data[:2], fitter=CL, checkpoint_dir=tmp_path)
 
 
 def test_an_older_checkpoint_of_another_run_is_refused_and_kept(ce, data, tmp_path):

@@ -20,6 +20,7 @@ from transformers import (
     DebertaV2Config,
     ElectraConfig,
     FNetConfig,
+    MobileBertConfig,
     ModernBertConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -113,21 +114,35 @@ def write_model(folder: Path, config) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:.*gives random scores", "ignore:.*reads padding")
-def test_a_model_that_reads_padding(tmp_path):
-    config = FNetConfig(
-        **{name: value for name, value in SMALL.items() if name != "num_attention_heads"}, num_labels=1,
-        vocab_size=len(VOCABULARY), max_position_embeddings=64, pad_token_id=1, initializer_range=0.3,
-    )  # fmt: skip
-    folder = write_model(tmp_path, config)
+@pytest.mark.parametrize("name", ["FNet", "MobileBert"])
+def test_a_model_that_reads_padding(name, tmp_path):
+    sizes = {"vocab_size": len(VOCABULARY), "max_position_embeddings": 64, "pad_token_id": 1, "num_labels": 1}
+    if name == "FNet":
+        heads = {key: value for key, value in SMALL.items() if key != "num_attention_heads"}
+        config = FNetConfig(**heads, **sizes, initializer_range=0.3)
+    else:  # embeds each token with its neighbours
+        config = MobileBertConfig(**SMALL, **sizes, embedding_size=16, intra_bottleneck_size=16, initializer_range=0.3)
+    folder = write_model(tmp_path / "model", config)
+    network = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        network.get_input_embeddings().weight[1] = 1.0  # of the padding
+    network.save_pretrained(folder)
     two = pd.DataFrame({"qid": "q", "query": "w1", "docno": ["a", "b"], "text": ["w2 w3", " ".join(["w4"] * 30)]})
+    match = f"depends on the other pairs in its batch: {name}.* reads padding"
     ce = MonoCE(folder, max_length=48, dtype="float32", device="cpu")
-    with pytest.warns(UserWarning, match="depends on the other pairs in its batch: FNet.* reads padding"):
-        ce(two)
+    with pytest.warns(UserWarning, match=match):
+        ce.cached(tmp_path / "cache")(two)
+    labels = pd.DataFrame({"qid": "q", "docno": ["a"], "label": 1})
+    with pytest.warns(UserWarning, match=match):
+        MonoCE(folder, max_length=48, dtype="float32", device="cpu").fit(two, labels, fitter=Contrastive(max_steps=2))
     single = MonoCE(folder, max_length=48, dtype="float32", device="cpu", batch_size=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.inference_mode():
+        expected = [network(**tokenizer("w1", text, return_tensors="pt")).logits.item() for text in two["text"]]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*reads padding")
-        together = single(two).set_index("docno")["score"]["a"]
-    assert together == pytest.approx(single(two.head(1))["score"].item(), abs=1e-6)
+        for scorer in (single, single.cached(tmp_path / "cache")):
+            np.testing.assert_allclose(scorer(two).set_index("docno")["score"][["a", "b"]], expected, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*gives random scores")

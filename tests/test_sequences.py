@@ -6,13 +6,14 @@ import logging
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from interruptions import interrupted_at, interruptible_lce, interruptible_ranknet, on_each_step
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerCallback, trainer
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences
 
@@ -301,3 +302,19 @@ def test_a_duplicated_column_has_no_effect(ce, stages, tmp_path):
     stage = stages["CL"]
     twice = dataclasses.replace(stage, results=pd.concat([stage.results, stage.results[["quality"]]], axis=1))
     assert fit_sequences(ce, {"CL": twice}, ["CL"], save_dir=tmp_path)["CL"].fingerprint
+
+
+class Writer(TrainerCallback):
+    """Writes a file beside the checkpoints, as TensorBoard does."""
+
+    def on_train_end(self, args, state, control, **options):
+        (Path(args.output_dir) / "runs").mkdir()
+        (Path(args.output_dir) / "runs" / "events").write_text("mine")
+
+
+def test_files_beside_the_checkpoints_are_kept(ce, stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, Writer])
+    for _ in range(2):  # trains, and reuses
+        fit_sequences(ce, stages, ["CL-KD"], save_dir=tmp_path)
+        assert sorted(path.name for path in tmp_path.rglob("events")) == ["events"] * 2
+        assert not [*tmp_path.rglob("checkpoint-*")]

@@ -152,8 +152,8 @@ def clean_ranking(ranking: pd.DataFrame, what: str) -> pd.DataFrame:
     return frame.sort_values("key", ascending=False, kind="stable").drop_duplicates(["qid", "docno"])
 
 
-def warn_of_contradictions(ranking: pd.DataFrame) -> None:
-    """Warn if a teacher's ranking has ranks and scores of different orders."""
+def warn_of_contradictions(ranking: pd.DataFrame, whose: str) -> None:
+    """Warn if a ranking has ranks and scores of different orders; `whose` says whose ranking it is."""
     if not {"qid", "rank", "score"} <= {*ranking.columns}:
         return
     ranks = pd.to_numeric(ranking["rank"], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
@@ -163,7 +163,7 @@ def warn_of_contradictions(ranking: pd.DataFrame) -> None:
     n_up, n_steps = int((steps > 0).sum()), int((steps.abs() > 0).sum())
     if n_up > 0.1 * n_steps:
         warn_of_data(
-            f"the teacher's ranking has a rank and a score that contradict each other for {n_up:,} of {n_steps:,} "
+            f"the {whose} ranking has a rank and a score that contradict each other for {n_up:,} of {n_steps:,} "
             "neighbouring documents: the score is used. Drop the column that is out of date"
         )
 

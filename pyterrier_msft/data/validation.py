@@ -17,6 +17,7 @@ from pyterrier_msft.data.frames import (
 )
 from pyterrier_msft.data.labels import whole_grades
 from pyterrier_msft.data.mixture import TrainingResults, as_sources
+from pyterrier_msft.data.rankings import warn_of_contradictions
 from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.ids import as_ids
 from pyterrier_msft.notices import warn_of_data
@@ -45,6 +46,8 @@ def validation_frames(
     docno = as_ids(results["docno"]).str.replace(PASSAGE_SUFFIX, "", regex=True)
     frame = pd.DataFrame({"qid": as_ids(results["qid"]), "docno": docno})
     frame["query"], frame["text"] = as_texts(results["query"]), as_texts(results[texts.field])
+    with contextlib.suppress(ValueError):  # scores that aren't needed aren't refused
+        warn_of_contradictions(results, "first stage's")
     if with_scores:
         frame["score"] = first_stage_scores(results, f"{what} results")
     else:

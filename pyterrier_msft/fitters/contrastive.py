@@ -13,7 +13,7 @@ from pyterrier_msft.data.diagnosis import explain_no_positives
 from pyterrier_msft.data.groups import Groups
 from pyterrier_msft.data.judging import Judge
 from pyterrier_msft.data.labels import from_qrels, grades_of, has_only_ranks, relevant_of
-from pyterrier_msft.data.rankings import Rankings
+from pyterrier_msft.data.rankings import Rankings, warn_of_contradictions
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.runs import read_run
 from pyterrier_msft.data.sampling import NEGATIVE_STRATEGIES
@@ -136,9 +136,11 @@ class Contrastive(Fitter):
             loaded = data.load_text(missing)
             return missing["docno"].map(dict(zip(loaded["docno"], loaded[data.text_field], strict=True)))
 
-        if self.add_missing_positives and isinstance(data.results, pd.DataFrame):
-            assert data.load_text is not None
-            warn_of_other_form(data.results, data.load_text, data.text_field)
+        if isinstance(data.results, pd.DataFrame):
+            warn_of_contradictions(data.results, "first stage's")
+            if self.add_missing_positives:
+                assert data.load_text is not None
+                warn_of_other_form(data.results, data.load_text, data.text_field)
         groups, report = from_qrels(
             data.results, data.qrels, depth=self.depth, n_positives=self.n_positives, n_negatives=self.n_negatives,
             skip=self.skip, n_random=self.n_random, sample=self.sample,

@@ -258,7 +258,7 @@ class CrossEncoder:
         with self.guard.scoring():
             self._warn_of_truncated_queries(encoder, queries, texts)
             if batch_size != 1:
-                self._warn_of_read_padding(encoder)
+                self.warn_of_read_padding(encoder)
             dtype = self.dtype
             network = self._quantized(encoder) if dtype == torch.int8 else self.network
             scores = score_pairs(
@@ -282,7 +282,7 @@ class CrossEncoder:
         total = len({*map(str, queries)})
         warn_of_data(f"{len(truncated):,} of {total:,} distinct queries to score are truncated: they exceed {limit}")
 
-    def _warn_of_read_padding(self, encoder: PairEncoder) -> None:
+    def warn_of_read_padding(self, encoder: PairEncoder) -> None:
         """Warn, once, if a pair has another score beside a longer one, to whose length it is padded."""
         if self._has_checked_padding or scores_first_token(self.network):  # whose classes are known not to read it
             return
@@ -295,7 +295,7 @@ class CrossEncoder:
         if not np.isclose(alone, beside, rtol=1e-4, atol=1e-5, equal_nan=True):
             warn(
                 f"a pair's score depends on the other pairs in its batch: {type(self.network).__name__} reads padding. "
-                "Set batch_size=1, or choose another model"
+                "Score with batch_size=1, or choose another model"
             )
 
     def clone(self, *, with_weights: bool = True) -> Self:

@@ -87,10 +87,11 @@ class PairEncoder:
         return self._windows_of_template(template, queries, texts, keep=keep)
 
     def pad(self, encoded: Encoded, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
-        """Pad the chosen pairs to tensors [pairs, tokens], where tokens is a multiple of 8 or `max_length`."""
+        """Pad the chosen pairs to tensors [pairs, tokens]; of several, tokens is a multiple of 8 or `max_length`."""
         indices = np.asarray(indices)
-        longest = int(encoded.lengths[indices].max())
-        length = max(longest, min(-(-longest // 8) * 8, self.max_length))  # the model may have no more positions
+        length = int(encoded.lengths[indices].max())
+        if len(indices) > 1:  # a single pair isn't padded, because some models read padding
+            length = max(length, min(-(-length // 8) * 8, self.max_length))  # the model may have no more positions
         padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
         return encoded.pad(indices, length, padding=padding, left=self.tokenizer.padding_side == "left")
 

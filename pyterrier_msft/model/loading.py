@@ -145,6 +145,13 @@ def load_tokenizer(model: PreTrainedModel, *, trust_remote_code: bool = False) -
             f"model must have a tokenizer beside it; got a loaded model without one at {model.name_or_path!r}. Save "
             "both to a folder and give MonoCE the folder"
         ) from error
+    saved = AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=trust_remote_code)
+    before, now = (getattr(config, "vocab_size", None) for config in (saved, model.config))
+    if None not in (before, now) and before != now:
+        raise ValueError(
+            f"model must have as many embeddings as when it was saved with its tokenizer; got {now:,} in place of "
+            f"{before:,} in {model.name_or_path!r}. Save both to a folder and give MonoCE the folder"
+        )
     ensure_pad_token(tokenizer, model, model.name_or_path)
     return tokenizer
 
@@ -157,9 +164,13 @@ def _has_vocabulary(tokenizer: Tokenizer) -> bool:
 def ensure_pad_token(tokenizer: Tokenizer, model: PreTrainedModel, name: str) -> None:
     """Set the padding token of a tokenizer that has none, e.g. GPT-2's; a ValueError if it doesn't fit the model."""
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        last = tokenizer("a")["input_ids"][-1]  # of a tokenizer that ends each text with eos, eos can't be padding
+        tokens = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
+        usable = (token for token in tokens if token and tokenizer.convert_tokens_to_ids(token) != last)
+        tokenizer.pad_token = next(usable, None)
         if tokenizer.pad_token_id is None:
-            raise ValueError(f"tokenizer must have a pad, eos or unk token; got none of them in {name!r}")
+            raise ValueError(f"tokenizer must have a pad, eos or unk token; got none that can be padding in {name!r}")
+        model.config.pad_token_id = tokenizer.pad_token_id
         # Padding on the left shifts positions. A tokenizer with a padding token keeps its side: XLNet scores the end.
         # In the settings that are saved too: with a padding token, a class's own side would apply to a saved model.
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"

@@ -1,5 +1,6 @@
 """Checkpoints of Hugging Face's Trainer: which one to resume from, and whether it belongs to this training run."""
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -17,6 +18,9 @@ from pyterrier_msft.training import distributed
 
 KEPT_WEIGHTS_NAME = "kept.safetensors"
 MARKER_NAME = ".pyterrier_msft"  # the first file of each checkpoint: even an incomplete one is known to be ours
+
+# Increase this when the same data, settings and initial weights would give other weights than before.
+SEMANTICS_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,15 @@ def checkpoint_to_resume(folder: Path, identity: Mapping[str, str], limit: int |
         return checkpoints[0] if checkpoints else None
 
     return distributed.run_on_rank_zero(find)
+
+
+def delete_checkpoints(folder: Path) -> None:
+    """Delete all checkpoints in a folder, and the folder itself unless other files, e.g. TensorBoard's, are in it."""
+    for path in [*folder.rglob("checkpoint-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
+        with contextlib.suppress(OSError):  # not empty, or not a folder
+            path.rmdir()
 
 
 def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
