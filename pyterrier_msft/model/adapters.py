@@ -19,9 +19,20 @@ ORIGIN_FIELDS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "p
 
 
 def check(adapter: Any) -> None:
-    """Raise a ValueError unless an adapter is a peft configuration, e.g. of LoRA, other than prompt learning."""
-    if not isinstance(adapter, _peft().PeftConfig) or adapter.is_prompt_learning:
-        raise ValueError(f"adapter must be a peft configuration like LoraConfig(r=16); got {type(adapter).__name__}")
+    """Raise a ValueError unless an adapter is a peft configuration, e.g. of LoRA, that `fit` can train."""
+    kind, peft = type(adapter).__name__, _peft()
+    if not isinstance(adapter, peft.PeftConfig) or adapter.is_prompt_learning:
+        raise ValueError(f"adapter must be a peft configuration like LoraConfig(r=16); got {kind}")
+    if not hasattr(adapter, "modules_to_save"):  # then peft freezes the head
+        instead = "trainable_token_indices" if isinstance(adapter, peft.TrainableTokensConfig) else "r"
+        raise ValueError(
+            f"adapter must have modules_to_save to train the head, too; got {kind}. Pass LoraConfig({instead}=...)"
+        )
+    if isinstance(adapter, peft.AdaLoraConfig) or getattr(adapter, "use_asa", False):
+        instead = "LoraConfig(r=...)" if isinstance(adapter, peft.AdaLoraConfig) else "use_asa=False"
+        raise ValueError(
+            f"adapter must have fixed ranks, since fit never calls update_and_allocate; got {kind}. Pass {instead}"
+        )
 
 
 def add(network: PreTrainedModel, adapter: Any, *, base: str, revision: str | None, seed: int) -> Any:
@@ -32,6 +43,7 @@ def add(network: PreTrainedModel, adapter: Any, *, base: str, revision: str | No
     adapter can be loaded.
     """
     config = copy.deepcopy(adapter)
+    config.inference_mode = False  # True in a configuration that was loaded
     is_decoder = words_of(network) is not None
     config.task_type = "CAUSAL_LM" if is_decoder else "SEQ_CLS"
     config.base_model_name_or_path, config.revision = base, revision
