@@ -56,8 +56,8 @@ class MonoCE(SavingMixin, CalibrationMixin, InterpolationMixin, pt.Estimator):
             docs/howto/models.md lists the kinds. Or a loaded `PreTrainedModel`: it is set to float32 and evaluation
             mode, its head counts as trained, and `fit` trains a copy.
         fitter: What `fit` does. None: `Contrastive()`.
-        adapter: A `peft.LoraConfig` or another peft configuration (extra `[lora]`). `fit` then trains the adapter and
-            the head only; `save` can merge it.
+        adapter: A `peft.LoraConfig` or another peft configuration (extra `[lora]`; docs/howto/lora.md lists the kinds).
+            `fit` then trains the adapter and the head only; `save` can merge it.
         text_field: The column with the documents' text.
         text: Where to look up texts that the results don't have: a dataset or an index with `.text_loader()`, or a
             transformer that adds them.

@@ -1123,6 +1123,39 @@ def test_changed_backbone(new, folder, tmp_path):
 
 
 @row
+def test_unsupported_adapters(backbone):
+    peft = pytest.importorskip("peft")
+    for adapter, match in (
+        ({"r": 4}, r"adapter must be a peft configuration like LoraConfig\(r=16\); got dict"),
+        (peft.PromptTuningConfig(num_virtual_tokens=2), "must be a peft configuration .* got PromptTuningConfig"),
+        (
+            peft.TrainableTokensConfig(token_indices=[5], target_modules=["word_embeddings"]),
+            r"to train the head, too; got TrainableTokensConfig. Pass LoraConfig\(trainable_token_indices=\.\.\.\)",
+        ),
+        (peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=1), "train the head, too; got AdaptionPromptConfig"),
+        (
+            peft.AdaLoraConfig(target_modules=["query"], total_step=20, tinit=2, tfinal=2),
+            r"adapter must have fixed ranks, since fit .* got AdaLoraConfig. Pass LoraConfig\(r=\.\.\.\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            MonoCE(backbone, adapter=adapter)
+
+
+@row
+def test_loaded_adapter_configuration(backbone):
+    peft = pytest.importorskip("peft")
+    new, saved = (peft.LoraConfig(r=4, target_modules=["query"], inference_mode=mode) for mode in (False, True))
+    fresh, loaded = (
+        MonoCE(backbone, max_length=LENGTH, dtype="float32", device="cpu", adapter=adapter)
+        .fit(RESULTS, QRELS, fitter=SHORT)
+        for adapter in (new, saved)
+    )  # fmt: skip
+    assert loaded.fingerprint == fresh.fingerprint
+    assert saved.inference_mode  # the caller's object stays as it was
+
+
+@row
 def test_unsupported_architecture(folder, backbone):
     ViTConfig().save_pretrained(folder)
     unusable(folder, "must be loadable by AutoModelForSequenceClassification; got")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from interruptions import interrupted_at, interruptible_lce
 from ir_measures import RR
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, Stage, fit_sequences
 from pyterrier_msft.model import adapters
@@ -19,14 +19,56 @@ from pyterrier_msft.model.first_token import CPU_ATTENTION, first_token_only
 from pyterrier_msft.model.scoring import forward
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("fast_garbage_collection")
 
 LORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"])
 CL = Contrastive(n_negatives=3, learning_rate=2e-2, epochs=4, batch_size=8, dropout=0.0)
 BRIEF = {"learning_rate": 1e-2, "batch_size": 8, "max_steps": 2}
+ONE_STEP = Contrastive(n_negatives=1, learning_rate=1e-2, batch_size=4, max_steps=1, warmup=0)
+KINDS = {
+    "LoraConfig": {"r": 4, "use_dora": True, "trainable_token_indices": {"word_embeddings": [5, 6]}},
+    "BOFTConfig": {"boft_block_size": 4},
+    "C3AConfig": {"block_size": 4},
+    "FourierFTConfig": {"n_frequency": 8},
+    "HRAConfig": {"r": 4},
+    "IA3Config": {"target_modules": ["key", "output.dense"], "feedforward_modules": ["output.dense"]},
+    "LNTuningConfig": {"target_modules": ["LayerNorm"]},
+    "LoHaConfig": {},
+    "LoKrConfig": {},
+    "MissConfig": {"r": 4},
+    "OFTConfig": {"oft_block_size": 4},
+    "RandLoraConfig": {"r": 4},
+    "RoadConfig": {"group_size": 2},
+    "ShiraConfig": {"r": 1},
+    "VBLoRAConfig": {"num_vectors": 8, "vector_length": 4, "r": 2},
+    "VeraConfig": {"r": 4},
+}
 
 
 def new(backbone: str, **settings) -> MonoCE:
     return MonoCE(backbone, max_length=24, dtype="float32", device="cpu", **{"adapter": LORA, **settings})
+
+
+def config_of(kind: str) -> peft.PeftConfig:
+    return getattr(peft, kind)(**{"target_modules": ["query", "value"], **KINDS[kind]})
+
+
+def state(ce: MonoCE) -> dict[str, torch.Tensor]:
+    return {name: weights.clone() for name, weights in ce.cross_encoder.network.state_dict().items()}
+
+
+def check_both_forms(model: str, kind: str, part, folder) -> None:
+    """Train an adapter for a step, and check that it scores the same once it is saved, merged or not."""
+    ce = new(model, adapter=config_of(kind))
+    frame, before, plain = part.results.head(16), state(ce), state(new(model, adapter=None))
+    ce.fit(frame, part.qrels, fitter=ONE_STEP)
+    changed = {name for name, weights in state(ce).items() if not torch.equal(before[name], weights)}
+    assert {"modules_to_save" in name for name in changed} == {True, False}  # the head's weights, and the adapter's
+    for merged in (True, False):
+        ce.save(folder / str(merged), merged=merged)
+        loaded = MonoCE.load(folder / str(merged), dtype="float32", device="cpu")
+        np.testing.assert_allclose(loaded(frame)["score"], ce(frame)["score"], atol=1e-5)
+        assert (state(loaded).keys() == plain.keys()) == merged
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +150,47 @@ def test_a_merged_model_is_an_ordinary_one(trained, test_part, tmp_path):
     # Saving doesn't change the re-ranker.
     pd.testing.assert_frame_equal(trained(test_part.results), expected)
     assert any("lora" in name for name in trained.cross_encoder.network.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_adapters(backbone, train_part, tmp_path, kind):
+    check_both_forms(backbone, kind, train_part, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["IA3Config", "LNTuningConfig"])
+def test_adapters_of_a_model_whose_head_has_several_layers(backbone, train_part, tmp_path, kind):
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=66, pad_token_id=tokenizer.pad_token_id, initializer_range=0.2, num_labels=1,
+    )  # fmt: skip
+    for part in (AutoModelForSequenceClassification.from_config(config), tokenizer):
+        part.save_pretrained(tmp_path / "roberta")
+    check_both_forms(str(tmp_path / "roberta"), kind, train_part, tmp_path)
+
+
+def test_an_incomplete_merge_is_not_saved(backbone, train_part, tmp_path, monkeypatch):
+    new(backbone, adapter=None).fit(train_part.results, train_part.qrels, fitter=ONE_STEP).save(tmp_path / "model")
+    before = MonoCE.load(tmp_path / "model").fingerprint
+    ce = new(backbone, adapter=config_of("LNTuningConfig"))
+    monkeypatch.setattr(adapters, "_unwrap_saved_modules", lambda peft_model: None)
+    match = r"peft can merge .* got LNTuningConfig: \d+ weights would be .*'bert\.pooler\..* Pass merged=False"
+    with pytest.raises(ValueError, match=match):
+        ce.save(tmp_path / "model")
+    assert MonoCE.load(tmp_path / "model").fingerprint == before
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_an_adapter_that_peft_cannot_merge(trained, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("No merging.")
+
+    monkeypatch.setattr(peft.tuners.lora.LoraModel, "merge_and_unload", refuse)
+    with pytest.raises(ValueError, match=r"got LoraConfig: No merging\. Pass merged=False"):
+        trained.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    trained.save(tmp_path / "model", merged=False)
+    assert MonoCE.load(tmp_path / "model").fingerprint == trained.fingerprint
 
 
 def test_a_saved_adapter_can_be_trained_further(trained, train_part, test_part, tmp_path):

@@ -19,9 +19,20 @@ ORIGIN_FIELDS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "p
 
 
 def check(adapter: Any) -> None:
-    """Raise a ValueError unless an adapter is a peft configuration, e.g. of LoRA, other than prompt learning."""
-    if not isinstance(adapter, _peft().PeftConfig) or adapter.is_prompt_learning:
-        raise ValueError(f"adapter must be a peft configuration like LoraConfig(r=16); got {type(adapter).__name__}")
+    """Raise a ValueError unless an adapter is a peft configuration, e.g. of LoRA, that `fit` can train."""
+    kind, peft = type(adapter).__name__, _peft()
+    if not isinstance(adapter, peft.PeftConfig) or adapter.is_prompt_learning:
+        raise ValueError(f"adapter must be a peft configuration like LoraConfig(r=16); got {kind}")
+    if not hasattr(adapter, "modules_to_save"):  # then peft freezes the head
+        instead = "trainable_token_indices" if isinstance(adapter, peft.TrainableTokensConfig) else "r"
+        raise ValueError(
+            f"adapter must have modules_to_save to train the head, too; got {kind}. Pass LoraConfig({instead}=...)"
+        )
+    if isinstance(adapter, peft.AdaLoraConfig) or getattr(adapter, "use_asa", False):
+        instead = "LoraConfig(r=...)" if isinstance(adapter, peft.AdaLoraConfig) else "use_asa=False"
+        raise ValueError(
+            f"adapter must have fixed ranks, since fit never calls update_and_allocate; got {kind}. Pass {instead}"
+        )
 
 
 def add(network: PreTrainedModel, adapter: Any, *, base: str, revision: str | None, seed: int) -> Any:
@@ -32,6 +43,7 @@ def add(network: PreTrainedModel, adapter: Any, *, base: str, revision: str | No
     adapter can be loaded.
     """
     config = copy.deepcopy(adapter)
+    config.inference_mode = False  # True in a configuration that was loaded
     is_decoder = words_of(network) is not None
     config.task_type = "CAUSAL_LM" if is_decoder else "SEQ_CLS"
     config.base_model_name_or_path, config.revision = base, revision
@@ -41,16 +53,20 @@ def add(network: PreTrainedModel, adapter: Any, *, base: str, revision: str | No
             raise ValueError(f"adapter must not have target_modules with {name!r}, the layer that scores words")
     if config.modules_to_save is None and not is_decoder:
         config.modules_to_save = _head_modules(network)
+    plain_weights = {*network.state_dict()}
     with isolated_rng(seed), _ignore_future_warnings():
         peft_model = _peft().get_peft_model(network, config)
+    peft_model.plain_weights = plain_weights
     network.eval()
     return peft_model
 
 
 def load(network: PreTrainedModel, folder: str | Path) -> Any:
     """Load a saved adapter into its backbone, in place, and return the `PeftModel`."""
+    plain_weights = {*network.state_dict()}
     with _ignore_future_warnings():
         peft_model = _peft().PeftModel.from_pretrained(network, str(folder), is_trainable=True)
+    peft_model.plain_weights = plain_weights
     network.eval()
     return peft_model
 
@@ -72,9 +88,21 @@ def backbone_of(folder: str | Path) -> tuple[str, str | None]:
 
 
 def merge(peft_model: Any) -> PreTrainedModel:
-    """Copy a network with its adapter merged into the weights."""
-    with _ignore_future_warnings():
-        return copy.deepcopy(peft_model).merge_and_unload().requires_grad_(True).eval()
+    """Copy a network with its adapter merged into the weights.
+
+    Raises:
+        ValueError: If peft can't merge the adapter, or if the copy hasn't exactly the weights of a plain network.
+    """
+    merged = copy.deepcopy(peft_model)
+    _unwrap_saved_modules(merged)
+    try:
+        with _ignore_future_warnings():
+            network = merged.merge_and_unload()
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        raise _cannot_merge(peft_model, str(error).rstrip(".")) from error
+    if wrong := network.state_dict().keys() ^ peft_model.plain_weights:
+        raise _cannot_merge(peft_model, f"{len(wrong)} weights would be missing or left over, e.g. {min(wrong)!r}")
+    return network.requires_grad_(True).eval()
 
 
 def digestible_config(peft_model: Any) -> dict[str, Any]:
@@ -115,6 +143,26 @@ def _peft() -> Any:
     except ImportError as error:
         raise ImportError('adapters need the extra [lora]: pip install "pyterrier-msft[lora]"') from error
     return peft
+
+
+def _unwrap_saved_modules(peft_model: Any) -> None:
+    """Replace the wrappers of `modules_to_save` with the trained modules.
+
+    peft unwraps them when it merges, but not for LN tuning, and for most adapters only if the module itself has a
+    weight. BERT's pooler and RoBERTa's head consist of layers that have one.
+    """
+    wrappers = [pair for pair in peft_model.named_modules() if isinstance(pair[1], _peft().utils.ModulesToSaveWrapper)]
+    for name, wrapper in reversed(wrappers):  # those within others first
+        parent, _, child = name.rpartition(".")
+        setattr(peft_model.get_submodule(parent), child, wrapper.modules_to_save[wrapper.active_adapters[0]])
+
+
+def _cannot_merge(peft_model: Any, reason: str) -> ValueError:
+    kind = type(peft_model.active_peft_config).__name__
+    return ValueError(
+        f"adapter must be one that peft can merge to be saved with merged=True, or to score with dtype='int8'; got "
+        f"{kind}: {reason}. Pass merged=False or another dtype"
+    )
 
 
 def _ignore_future_warnings() -> Any:
