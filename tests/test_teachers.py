@@ -1,6 +1,7 @@
 import gzip
 import json
 import pickle
+import time
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ir_measures import RR
 from pandas.testing import assert_frame_equal
 
 from pyterrier_msft import Contrastive, Distillation, MonoCE, PrependScore, losses, teachers, unlabelled
+from pyterrier_msft.data.answer_text import read_names
 from pyterrier_msft.data.permutations import text_id
 
 COLUMNS = ["qid", "query", "docno", "text", "rank", "score"]
@@ -115,6 +117,121 @@ def test_answers_that_repeat_themselves_take_no_time(file, text):
     candidates = [{"docid": f"d{i}", "text": f"text {i}"} for i in (1, 2)]
     lines = [line(candidates=candidates, response="[1] > [2]"), line(candidates=candidates, response=text * 5000)]
     teachers.read_permutations(write(file, lines[0], {**lines[1], "qid": "other"}))
+
+
+def in_lines(form: str):
+    return lambda names: "\n".join(form.format(rank=i, name=name, score=40 - i) for i, name in enumerate(names, 1))
+
+
+def joined(separator: str, form: str = "{}"):
+    return lambda names: separator.join(map(form.format, names))
+
+
+LISTS = [
+    "{rank}. {name}", "{rank}. Passage {name}", "{rank}. Absatz {name}", "{rank}) {name}", "({rank}) {name}",
+    "{rank}: {name}", "{rank} - {name}", "[{rank}] {name}", "[{rank}]: {name}", "Rank {rank}: {name}",
+    "Rank [{rank}]: {name}", "#{rank}: {name}", "| {rank} | {name} |", "| {rank} | {name} | 0.9 |", "{rank}\t{name}",
+    "**{rank}.** `{name}`", "{rank}. [{name}] (as good as [1])", "{rank}. {name} (score {score})",
+    "{rank}. Passage {name}: it gives 3 reasons", "{name} (score {score})", "{name}: 0.{score}", "- **{name}**: good",
+]  # fmt: skip
+FORMS = {
+    **{form: in_lines(form) for form in LISTS},
+    "json": json.dumps,
+    "json in an object": lambda names: json.dumps({"reason": "the first 3 are best", "ranking": names}),
+    "json in a block": lambda names: f"The ranking:\n```json\n{json.dumps(names, indent=1)}\n```\nI read it 2 times.",
+    "json in a sentence": lambda names: f"The ranking of the 20 passages: {json.dumps(names)}",
+    "json, cut off": lambda names: json.dumps(names)[:-1],
+    "json objects": lambda names: json.dumps([{"rank": i, "id": name} for i, name in enumerate(names, 1)]),
+    "json objects by rank": lambda names: json.dumps(
+        sorted([{"rank": i, "docno": name} for i, name in enumerate(names, 1)], key=lambda item: str(item["docno"]))
+    ),
+    "json lines": lambda names: "\n".join(json.dumps({"passage": name, "score": -i}) for i, name in enumerate(names)),
+    ">": joined(" > "), ">>": joined(">"), "≻": joined("≻"), ",": joined(", "), "lines": joined("\n"),
+    "backquotes": joined(", ", "`{}`"), "angles": joined(" ", "<{}>"), "brackets": joined(" > ", "[{}]"),
+    "a count": lambda names: f"The top {len(names)} passages are: " + " > ".join(map(str, names)) + ".",
+    "and": lambda names: f"The {len(names)} best are " + ", ".join(map(str, names[:-1])) + f" and {names[-1]}.",
+    "scores": lambda names: " > ".join(map(str, names)) + "\nScores: "
+    + ", ".join(str(40 - i) for i, _ in enumerate(names)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["positions", "MED-{}", "a/b.{}:1", "7187{:03}"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings("error", "ignore:.*unranked documents")
+def test_forms_of_answers(file, form, kind):
+    rng = np.random.default_rng(0)
+    ids = [("d{}" if kind == "positions" else kind).format(i) for i in rng.permutation(20) + 1]
+    positions = (rng.permutation(20) + 1).tolist()
+    for n in (20, 19, 10):
+        expected = [ids[position - 1] for position in positions[:n]]
+        response = FORMS[form](positions[:n] if kind == "positions" else expected)
+        candidates = [{"docid": docid, "text": docid} for docid in ids]
+        lines = [
+            line(candidates=candidates, response=response),
+            {"qid": "q2", "query": "x", "candidates": [A, B], "permutation": [2, 1]},
+        ]
+        assert docnos(teachers.read_permutations(write(file, *lines)))[:-2] == expected, (n, response)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "1. relevant\n2. not relevant\n3. relevant", "[1] is about cats\n[2] is about dogs", "1 > 2\n2 > 3",
+        "[1] (score 3)\n[2] (score 9)\n[3] (score 7)", "[3] < [2] < [1]", "MED-7 > MED-9", "d3-d2-d1", "P2 > P1",
+        "Passage 1: rank 3\nPassage 2: rank 1\nPassage 3: rank 2", "| id | rank |\n|---|---|\n| 1 | 3 |\n| 2 | 1 |",
+        '{"1": 3, "2": 1, "3": 2}', '[{"id": 1, "score": 0.2}, {"id": 2, "score": 0.9}, {"id": 3, "score": 0.4}]',
+        '{"relevant": [3, 1], "other": [2]}', "Passage 2 is best. Then 3, 1", "I can't rank these 3 passages.",
+        "1: 3\n2: 2\n3: 2", "[3] is off topic. The best is [2]. Then [1].", "d3 is off topic. d2 is the best.",
+        "Rank 1 (3), Rank 2 (2)", "[1] d3", "2-1-3",
+    ],
+)  # fmt: skip
+def test_ambiguous_answers_are_no_ranking(file, response):
+    candidates = [{"docid": f"d{i}", "text": f"text {i}"} for i in (1, 2, 3)]
+    lines = [
+        line(qid=f"q{i}", candidates=candidates, response=text) for i, text in enumerate(["[2] > [1] > [3]", response])
+    ]
+    with pytest.warns(UserWarning, match="1 queries without a ranking") as caught:
+        out = teachers.read_permutations(write(file, *lines))
+    assert len(caught) == 1
+    assert docnos(out) == ["d2", "d1", "d3"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "response", "expected"),
+    [
+        (["a", "it", "c"], "[2] > [1], as it is a good one", ["it", "a"]),
+        (["a", "it", "c"], "c > a", ["c", "a"]),
+        (["a", "it", "c"], "A: 2 > 1", ["it", "a"]),
+        (["MED-1", "MED-11", "med-1"], "MED-11, med-1, MED-1", ["MED-11", "med-1", "MED-1"]),
+        (["MED-1", "MED-11", "x"], "[med-11] > [med-1]", ["MED-11", "MED-1"]),
+        (["MED-2", "MED-1", "x"], "MED-1/MED-2", ["MED-1", "MED-2"]),
+        (["MED-2", "MED-1", "x"], "Rank [1]: MED-1, Rank [2]: MED-2", ["MED-1", "MED-2"]),
+        (["MED-2", "MED-1", "x"], "[2] > [1]; MED-2 is off topic", ["MED-1", "MED-2"]),
+        (["17", "4", "1"], "[1] 17\n[2] 4", ["17", "4"]),
+        (["x1", "x2", "x3"], "[1, 3] > [2]", ["x1", "x3", "x2"]),
+        (["x1", "x2", "x3"], "I left out [2].\n[3] > [1]", ["x3", "x1"]),
+        (["x1", "x2", "x3"], "1. [1] is good\n2. [2] is bad\n3. [3] is best\n\n[3] > [1] > [2]", ["x3", "x1", "x2"]),
+        (["x1", "x2", "x3"], "1. Read them\n2. Rank them\n\n3 > 1 > 2", ["x3", "x1", "x2"]),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*unranked", "ignore:.*may count from")
+def test_names_among_other_words(file, ids, response, expected):
+    candidates = [{"docid": docid, "text": docid} for docid in ids]
+    assert docnos(teachers.read_permutations(write(file, line(candidates=candidates, response=response)))) == expected
+
+
+def test_a_repetitive_answer_takes_linear_time():
+    repeated = [
+        "[1], ", "2 > 1 = ", "1. [2]\n", "| 1 | 2 |\n", "rank 1: 2\n", "```a", "<a", "(", "[", "{", "[1, ", "MED-",
+        "d1/", "2 and ", "1-", " ", "\n", "*", "#", '"', "9",
+    ]  # fmt: skip
+    for text in repeated:
+        times = []
+        for n in (1000, 16000):
+            start = time.process_time()
+            read_names(text * n, ["d1", "d2"])
+            times.append(time.process_time() - start)
+        assert times[1] < 64 * max(times[0], 0.005), text  # 256 times if quadratic
 
 
 def test_unfinished_thoughts_are_no_ranking(file):

@@ -1,18 +1,11 @@
 """What the answers of a teacher name: docnos, or positions of candidates that count from 1 or from 0."""
 
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyterrier_msft.data.answer_text import read_names
 from pyterrier_msft.notices import warn
-
-TAG = "(?:think(?:ing)?|thought|reasoning)"
-# Of a reasoning model, whose beginning or end may be cut off.
-THOUGHTS = re.compile(rf"<{TAG}>.*?</{TAG}>|^(?:(?!<{TAG}>).)*?</{TAG}>|<{TAG}>.*", re.DOTALL)
-# A ranking of positions, such as "[2] > [1] = [3]" or "2, 1, 3", and a line of a numbered list, such as "1. 2".
-CHAINS = [re.compile(rf"{name}(?:[\s>,;=|*-]+{name})+") for name in (r"\[[^\[\]]+\]", r"(?<!\d)\d+(?!\d)")]
-LIST_ITEM = re.compile(r"^[ \t]*(\d+)[.):][ \t]+(.*\d.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -26,21 +19,10 @@ class Answer:
 
     @classmethod
     def of_text(cls, text: str, docnos: Sequence[str | None]) -> "Answer":
-        """Find the positions in an LLM's text, such as "[2] > [1]", or docnos that aren't numbers: "d2 > d1".
-
-        If the text names a document repeatedly, as in an explanation, only the part that ranks all of them is read, if
-        there is one; the last of several.
-        """
-        names = {docno for docno in docnos if docno is not None and not docno.isdecimal()}
-        text = THOUGHTS.sub("", text)
-        found = cls(docnos, *_names_in(text, names))
-        if len({*found.entries}) < len(found.entries):
-            named = {*found.entries} & {*names, *_positions(len(docnos) + 1, 0)}
-            for part in reversed(_rankings_in(text)):
-                ranking = cls(docnos, *_names_in(part, names))
-                if named <= {*ranking.entries} and len({*ranking.entries}) == len(ranking.entries):
-                    return ranking
-        return found
+        """Find the docnos or positions in an LLM's text; numbers are positions unless they fit docnos better."""
+        names, known, positions = read_names(text, docnos), {*docnos}, {*_positions(len(docnos) + 1, 0)}
+        are_docnos = sum(name in known for name in names) > sum(name in positions for name in names)
+        return cls(docnos, names, 1 if are_docnos else -1)
 
     @classmethod
     def of_list(cls, entries: Sequence[str | int], docnos: Sequence[str | None]) -> "Answer":
@@ -67,28 +49,6 @@ class Answer:
             return [None] * len(self.entries)
         known = {position: i for i, position in enumerate(_positions(len(self.docnos), first))}
         return [known.get(entry) for entry in self.entries]
-
-
-def _rankings_in(text: str) -> list[str]:
-    """Return the parts of a text that may be its ranking."""
-    items = LIST_ITEM.findall(text)
-    is_list = [int(number) for number, _ in items] == [*range(1, len(items) + 1)]
-    chains = [chain.group() for pattern in CHAINS for chain in pattern.finditer(text)]
-    return ["\n".join(item for _, item in items), *chains] if is_list else chains
-
-
-def _names_in(text: str, docnos: Collection[str]) -> tuple[list[str], int]:
-    """Return the docnos or positions in a text, and whether they are docnos: 1, or positions: -1."""
-    in_brackets = [name.strip() for name in re.findall(r"\[([^\[\]]+)\]", text)]
-    if any(name in docnos for name in in_brackets):
-        return in_brackets, 1
-    words = [word.strip("\"'()[]{}.:*") for word in re.split(r"[\s,;>=|]+", text)]
-    named = [word for word in words if word in docnos]
-    has_numbers = any(word.isdecimal() for word in words)  # beside which a docno may be a word of a sentence
-    if not in_brackets and (len({*named}) > 1 or (named and not has_numbers)):
-        return named, 1
-    numbers = re.findall(r"\[(\d+)\]", text) or re.findall(r"\d+", text)
-    return [number.lstrip("0") or "0" for number in numbers], -1
 
 
 def resolve(answers: Mapping[int, Answer], path: str | Path) -> dict[int, list[int | None]]:
