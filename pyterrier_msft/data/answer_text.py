@@ -58,14 +58,8 @@ CHAIN_END = re.compile(r"[.:!?](?!\w)")
 SENTENCE_END = re.compile(r"(?<!\d)[.!?]\s|\n")
 AND = re.compile(r"\b(?:and|then)\b", re.IGNORECASE)
 MIN_IDS = 2
-COUNT_WORDS = {
-    "the",
-    "top",
-    "of",
-    "all",
-    "best",
-    "these",
-}  # before a number of documents, "The 3 best ones are 5, 2, 9"
+# Before a number of documents: "The 3 best ones are 5, 2, 9".
+COUNT_WORDS = {"the", "top", "of", "all", "best", "these"}
 CONJUNCTIONS = ((), ("and",), ("then",), ("and", "then"))
 
 
