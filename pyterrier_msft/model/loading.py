@@ -164,13 +164,9 @@ def _has_vocabulary(tokenizer: Tokenizer) -> bool:
 def ensure_pad_token(tokenizer: Tokenizer, model: PreTrainedModel, name: str) -> None:
     """Set the padding token of a tokenizer that has none, e.g. GPT-2's; a ValueError if it doesn't fit the model."""
     if tokenizer.pad_token_id is None:
-        last = tokenizer("a")["input_ids"][-1]  # of a tokenizer that ends each text with eos, eos can't be padding
-        tokens = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
-        usable = (token for token in tokens if token and tokenizer.convert_tokens_to_ids(token) != last)
-        tokenizer.pad_token = next(usable, None)
+        tokenizer.pad_token = _find_pad_token(tokenizer, model.config.pad_token_id)
         if tokenizer.pad_token_id is None:
             raise ValueError(f"tokenizer must have a pad, eos or unk token; got none that can be padding in {name!r}")
-        model.config.pad_token_id = tokenizer.pad_token_id
         # Padding on the left shifts positions. A tokenizer with a padding token keeps its side: XLNet scores the end.
         # In the settings that are saved too: with a padding token, a class's own side would apply to a saved model.
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
@@ -179,6 +175,19 @@ def ensure_pad_token(tokenizer: Tokenizer, model: PreTrainedModel, name: str) ->
     size = model.get_input_embeddings().weight.shape[0]
     if (largest := max(tokenizer.get_vocab().values())) >= size:
         raise ValueError(f"tokenizer must have at most {size} tokens, as the model in {name!r} has; got {largest + 1}")
+
+
+def _find_pad_token(tokenizer: Tokenizer, configured: int | None) -> str | None:
+    """Return the special token to pad with: the one with the id in the model's configuration, or else eos, unk or bos.
+
+    It isn't the token that the tokenizer adds to the end of each text, since a decoder scores the last token before the
+    padding.
+    """
+    plain, whole = (tokenizer("a", add_special_tokens=add)["input_ids"][-1:] for add in (False, True))
+    ends = {tokenizer.convert_ids_to_tokens(i) for i in whole if whole != plain}
+    own = {tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids if i == configured}
+    tokens = (*own, tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
+    return next((token for token in tokens if token and token not in ends), None)
 
 
 def as_single_score(

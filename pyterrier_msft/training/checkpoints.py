@@ -119,11 +119,15 @@ def checkpoint_to_resume(folder: Path, identity: Mapping[str, str], limit: int |
 
 def delete_checkpoints(folder: Path) -> None:
     """Delete all checkpoints in a folder, and the folder itself unless other files, e.g. TensorBoard's, are in it."""
-    for path in [*folder.rglob("checkpoint-*")]:
-        shutil.rmtree(path, ignore_errors=True)
-    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
-        with contextlib.suppress(OSError):  # not empty, or not a folder
-            path.rmdir()
+
+    def delete() -> None:
+        for path in [*folder.rglob("checkpoint-*")]:
+            shutil.rmtree(path, ignore_errors=True)
+        for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
+            with contextlib.suppress(OSError):  # not empty, or not a folder
+                path.rmdir()
+
+    distributed.run_on_rank_zero(delete)
 
 
 def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
