@@ -159,7 +159,8 @@ def warn_of_contradictions(ranking: pd.DataFrame, whose: str) -> None:
     ranks = pd.to_numeric(ranking["rank"], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     scores = as_numbers(ranking["score"], "score")
     ordered = pd.DataFrame({"qid": as_ids(ranking["qid"]), "rank": ranks, "score": scores}).dropna()
-    steps = ordered.sort_values(["qid", "rank"], kind="stable").groupby("qid")["score"].diff()
+    by_rank = ordered.sort_values(["qid", "rank"], kind="stable").groupby("qid")
+    steps = by_rank["score"].diff().where(by_rank["rank"].diff() > 0)  # equal ranks contradict nothing
     n_up, n_steps = int((steps > 0).sum()), int((steps.abs() > 0).sum())
     if n_up > 0.1 * n_steps:
         warn_of_data(

@@ -180,13 +180,14 @@ def ensure_pad_token(tokenizer: Tokenizer, model: PreTrainedModel, name: str) ->
 def _find_pad_token(tokenizer: Tokenizer, configured: int | None) -> str | None:
     """Return the special token to pad with: the one with the id in the model's configuration, or else eos, unk or bos.
 
-    It isn't the token that the tokenizer adds to the end of each text, since a decoder scores the last token before the
-    padding.
+    A decoder scores the last token before the padding, so only the configuration can choose the token that the
+    tokenizer adds to the end of each text.
     """
     plain, whole = (tokenizer("a", add_special_tokens=add)["input_ids"][-1:] for add in (False, True))
     ends = {tokenizer.convert_ids_to_tokens(i) for i in whole if whole != plain}
-    own = {tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids if i == configured}
-    tokens = (*own, tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
+    if configured in tokenizer.all_special_ids:
+        return tokenizer.convert_ids_to_tokens(configured)
+    tokens = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
     return next((token for token in tokens if token and token not in ends), None)
 
 
