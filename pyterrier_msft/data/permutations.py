@@ -59,8 +59,9 @@ def read_permutations(path: str | Path, *, responses: str | Path | None = None, 
       read as counted from 1, with a warning. A list of docnos needs no candidates. Objects in `candidates` or `hits`
       without a permutation are in the teacher's order, as RankLLM and RankGPT write them.
 
-    An answer may be a chain ("[2] > [1]", "d2, d1"), a numbered list ("1. Passage 2", "[1] d2", or the rows of a table),
-    lines that begin with a name ("[2]: 0.93"), or JSON (`["d2", "d1"]`, `{"ranking": [2, 1]}`, `[{"rank": 1, "id": 2}]`).
+    An answer may be a chain ("[2] > [1]", "d2, d1"), a numbered list ("1. Passage 2", "[1] d2", or the rows of a
+    table), lines that begin with a name ("[2]: 0.93"), or JSON (`["d2", "d1"]`, `{"ranking": [2, 1]}`,
+    `[{"rank": 1, "id": 2}]`).
     Explanations are ignored, but a document that is named only after a chain, by its docno or in brackets, ranks below
     the chain. An ambiguous answer counts as a query without a ranking.
 
