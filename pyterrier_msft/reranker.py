@@ -16,9 +16,9 @@ from pyterrier_msft.algebra import FitterSequence, FitterSum, check_fitter
 from pyterrier_msft.cached import CachedMonoCE
 from pyterrier_msft.calibration import CalibrationMixin
 from pyterrier_msft.checks import check_number
-from pyterrier_msft.data.frames import FIRST_STAGE_SCORE, first_stage_scores, with_scores
+from pyterrier_msft.data.frames import FIRST_STAGE_SCORE, with_scores
 from pyterrier_msft.data.mixture import TrainingResults
-from pyterrier_msft.data.rankings import warn_of_contradictions
+from pyterrier_msft.data.rankings import first_stage_scores
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.data.texts import TextSource, check_text_source
 from pyterrier_msft.data.validation import validation_frames, warn_of_mixed_scores, warn_of_shared_queries
@@ -160,7 +160,6 @@ class MonoCE(SavingMixin, CalibrationMixin, InterpolationMixin, pt.Estimator):
         if self.interpolate is False:
             return self.add_probability(with_scores(prepared, model_scores))
         first, weight = first_stage_scores(prepared, "results"), self.first_stage_weight
-        warn_of_contradictions(prepared, "first stage's")
         if weight is None and len(prepared):
             raise ValueError(f"interpolate must be a number until fit or choose_weight sets it; got True in {self!r}")
         prepared = prepared.assign(**{FIRST_STAGE_SCORE: first})

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_msft.data.frames import as_texts, first_stage_scores, is_blank
-from pyterrier_msft.data.rankings import warn_of_contradictions
+from pyterrier_msft.data.frames import as_texts, is_blank
+from pyterrier_msft.data.rankings import first_stage_scores
 
 
 class PrependScore(pt.Transformer):
@@ -38,7 +38,6 @@ class PrependScore(pt.Transformer):
         """Change the texts of results."""
         pt.validate.result_frame(inp, extra_columns=["score", self.text_field])
         scores = pd.Series(first_stage_scores(inp, "results"))
-        warn_of_contradictions(inp, "first stage's")
         by_query = scores.groupby(inp["qid"].to_numpy())
         lowest, highest = by_query.transform("min"), by_query.transform("max")
         share = ((scores - lowest) / (highest - lowest).where(highest > lowest)).fillna(1.0)

@@ -5,7 +5,6 @@ order: JSON, numbered lists, and running text with chains ("[2] > [1]"), lines o
 the text doesn't have its form, and an empty list if it has but allows several rankings.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,9 +48,8 @@ COUNTER = re.compile(
 RANK_IN_HEADER = re.compile(r"[ \t]*\|?[^|\n]*[^|\s][^|\n]*\|[^\n]*\brank", re.IGNORECASE)
 NOT_A_NAME = re.compile(r"scor|relevan|rating|rated|grade|point|confiden|rank", re.IGNORECASE)
 RANKS, SCORES = ("rank", "position", "order"), ("score", "relevance_score", "relevance")  # keys in JSON
-NAMES = (
-    "docno", "docid", "doc_id", "pid", "id", "_id", "document_id", "passage_id", "document", "passage", "doc", "index",
-)  # fmt: skip
+DOCNO = ("docno", "docid", "doc_id", "pid", "id", "_id")
+NAMES = (*DOCNO, "document_id", "passage_id", "document", "passage", "doc", "index")
 MAX_LABEL_WORDS = 2  # before a name, e.g. "Passage ID 2"
 ARROW, BACKWARDS = re.compile("[>≻→]"), re.compile("[<≺←]")
 CHAIN_END = re.compile(r"[.:!?](?!\w)")
@@ -439,16 +437,12 @@ def _choose(mentions: Mentions, chains: list[range]) -> Sequence[int]:
     return ()
 
 
-def _is_complete(part: Sequence[str], names: Iterable[str]) -> bool:
-    """Whether a part of a text has all its names, each once."""
-    return len({*part}) == len(part) and {*part} == {*names}
-
-
 def _last_complete(parts: list[list[str]]) -> list[str]:
     """Return the only ranking, or the last that has all names of all; one that counts up only if there is no other."""
     if len(parts) == 1:
         return parts[0]
-    complete = [part for part in parts if _is_complete(part, itertools.chain.from_iterable(parts))]
+    named = {name for part in parts for name in part}
+    complete = [part for part in parts if len(part) == len(named) and {*part} == named]
     return ([part for part in complete if not _counts_up(part)] or complete or [[]])[-1]
 
 

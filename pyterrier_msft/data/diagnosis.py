@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from pyterrier_msft.data.frames import PASSAGE_SUFFIX
+from pyterrier_msft.data.frames import parents
 from pyterrier_msft.data.report import DataReport
 from pyterrier_msft.ids import as_ids
 
@@ -16,22 +16,17 @@ def explain_mismatch(results: pd.DataFrame, other: pd.DataFrame, what: str, *, b
         return f"there are no rows in {what}"
     for column in ("qid", "docno"):
         here, there = as_ids(results[column]), as_ids(other[column])
-        compared = _parents(here) if column == "docno" and by_document else here
+        compared = parents(here) if column == "docno" and by_document else here
         if not compared.isin(there).any():
             hint = ""
             if here.str.lstrip("0").isin(there.str.lstrip("0")).any() and not here.isin(there).any():
                 hint = ". Leading zeros are lost when ids are read as numbers: read them with dtype=str"
-            elif column == "docno" and _parents(here).isin(_parents(there)).any():
+            elif column == "docno" and parents(here).isin(parents(there)).any():
                 needed = "documents, not passages" if by_document else "passages where the results have them"
                 hint = f". A docno that ends in '%p' and a number is a passage: {what} must have {needed}"
             pair = f"{here.iloc[0]!r} in the results and {there.iloc[0]!r} in {what}"
             return f"the {column}s don't match, e.g. {pair}{hint}"
     return f"qids and docnos match, but no document of a query's results is in {what} for that query"
-
-
-def _parents(docnos: pd.Series) -> pd.Series:
-    """Return the documents of passages; other docnos are left as they are."""
-    return docnos.str.replace(PASSAGE_SUFFIX, "", regex=True)
 
 
 def explain_no_positives(

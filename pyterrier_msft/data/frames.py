@@ -29,16 +29,9 @@ def even_step(length: int, n: int) -> int:
     return max(1, -(-length // n))
 
 
-def first_stage_scores(results: pd.DataFrame, what: str) -> np.ndarray:
-    """Return the first stage's scores of results, called `what` in messages; a ValueError if there are none.
-
-    Results that were re-ranked with interpolation before have them in `FIRST_STAGE_SCORE`.
-    """
-    column = FIRST_STAGE_SCORE if FIRST_STAGE_SCORE in results.columns else "score"
-    require_columns(results, [column], what)
-    scores = as_numbers(results[column], column)
-    require(np.isfinite(scores), results[column], f"{column}s must be finite")
-    return scores
+def parents(docnos: pd.Series) -> pd.Series:
+    """Return the documents of passages; other docnos are left as they are."""
+    return docnos.str.replace(PASSAGE_SUFFIX, "", regex=True)
 
 
 def with_scores(results: pd.DataFrame, scores: np.ndarray) -> pd.DataFrame:

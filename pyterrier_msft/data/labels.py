@@ -143,14 +143,14 @@ def whole_grades(qrels: pd.DataFrame, what: str) -> pd.DataFrame:
     Raises:
         ValueError: If a label isn't a whole number of at most `MAX_GRADE`, which the measures of ir_measures need.
     """
-    has_subtopics = SUBTOPIC in qrels.columns and qrels[SUBTOPIC].nunique() > 1
-    grades = _labels_by_pair(qrels, *[SUBTOPIC] * has_subtopics).max()
+    subtopics = [SUBTOPIC] if SUBTOPIC in qrels.columns and qrels[SUBTOPIC].nunique() > 1 else []
+    grades = _labels_by_pair(qrels, *subtopics).max()
     if (fractions := grades[grades % 1 != 0]).size:
         raise ValueError(f"{what} must be whole numbers, which measures need; got {fractions.iloc[0]}")
     if grades.max() > MAX_GRADE:  # trec_eval counts the documents of each grade up to the highest
         raise ValueError(f"{what} must be at most {MAX_GRADE:,}, which measures need; got {grades.max():,.0f}")
     frame = grades.astype(int).reset_index(name="label")
-    return frame.sort_values(["qid", "docno", "label"], ignore_index=True) if has_subtopics else frame
+    return frame.sort_values(["qid", "docno", "label"], ignore_index=True) if subtopics else frame
 
 
 def count_judged_twice(qrels: pd.DataFrame) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from pyterrier_msft.checks import check_choice
+from pyterrier_msft.data.answer_text import DOCNO
 from pyterrier_msft.data.answers import Answer, resolve
 from pyterrier_msft.notices import warn
 
@@ -23,7 +24,6 @@ CANDIDATES = (
     "candidates", "hits", "ctxs", "docs", "documents", "passages", "retrieved_passages", "unsorted_docs",
 )  # fmt: skip
 PERMUTATION = ("permutation", "ranking", "re_rank_id", "response")
-DOCNO = ("docno", "docid", "doc_id", "pid", "id", "_id")
 TEXT = ("text", "content", "contents", "passage", "segment", "body", "doc")
 POSITIVES = ("positive_passages", "positives", "pos")
 NEGATIVES = ("negative_passages", "negatives", "neg")
@@ -55,15 +55,14 @@ def read_permutations(path: str | Path, *, responses: str | Path | None = None, 
       `unsorted_docs`; strings, or objects of `docno`, `docid`, `doc_id`, `pid`, `id` or `_id`, of `text`, `content`,
       `contents`, `passage`, `segment`, `body` or `doc` (or of these within `doc`), and `title`;
     - the permutation, best first: `permutation`, `ranking`, `re_rank_id` or `response`; positions, docnos, or an LLM's
-      answer. Positions count from 1, or from 0 in the whole file; if the permutations don't tell, they are
-      read as counted from 1, with a warning. A list of docnos needs no candidates. Objects in `candidates` or `hits`
+      answer. Positions count from 1, or from 0 in the whole file; if the permutations don't tell, they are read as
+      counted from 1, with a warning. A list of docnos needs no candidates. Objects in `candidates` or `hits`
       without a permutation are in the teacher's order, as RankLLM and RankGPT write them.
 
     An answer may be a chain ("[2] > [1]", "d2, d1"), a numbered list ("1. Passage 2", "[1] d2", or the rows of a
     table), lines that begin with a name ("[2]: 0.93"), or JSON (`["d2", "d1"]`, `{"ranking": [2, 1]}`,
-    `[{"rank": 1, "id": 2}]`).
-    Explanations are ignored, but a document that is named only after a chain, by its docno or in brackets, ranks below
-    the chain. An ambiguous answer counts as a query without a ranking.
+    `[{"rank": 1, "id": 2}]`). Explanations are ignored, but a document that is named only after a chain, by its docno
+    or in brackets, ranks below the chain. An ambiguous answer counts as a query without a ranking.
 
     A missing qid or docno is replaced with a digest of the text. An LLM's mistakes are counted in one warning: for a
     document that is named twice, the first position is used; an unknown document is ignored; a document that isn't

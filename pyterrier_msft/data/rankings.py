@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 
 from pyterrier_msft.data.frames import (
+    FIRST_STAGE_SCORE,
     PASSAGE_SUFFIX,
     as_numbers,
     as_texts,
     is_blank,
     order_column,
     order_key,
+    require,
     require_columns,
 )
 from pyterrier_msft.ids import as_ids
@@ -150,6 +152,23 @@ def clean_ranking(ranking: pd.DataFrame, what: str) -> pd.DataFrame:
         raise ValueError(f"{what} must have a score or a rank; got {[*map(str, ranking.columns)]}")
     frame = pd.DataFrame({"qid": as_ids(ranking["qid"]), "docno": as_ids(ranking["docno"]), "key": key})
     return frame.sort_values("key", ascending=False, kind="stable").drop_duplicates(["qid", "docno"])
+
+
+def first_stage_scores(results: pd.DataFrame, what: str) -> np.ndarray:
+    """Return the first stage's scores of results, called `what` in messages; warn if they contradict the ranks.
+
+    Results that were re-ranked with interpolation before have them in `FIRST_STAGE_SCORE`.
+
+    Raises:
+        ValueError: If there are none, or if one isn't a finite number.
+    """
+    column = FIRST_STAGE_SCORE if FIRST_STAGE_SCORE in results.columns else "score"
+    require_columns(results, [column], what)
+    scores = as_numbers(results[column], column)
+    require(np.isfinite(scores), results[column], f"{column}s must be finite")
+    if column == "score":
+        warn_of_contradictions(results, "first stage's")
+    return scores
 
 
 def warn_of_contradictions(ranking: pd.DataFrame, whose: str) -> None:

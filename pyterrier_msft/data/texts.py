@@ -12,14 +12,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_msft.data.frames import (
-    PASSAGE_SUFFIX,
-    as_texts,
-    even_step,
-    frame_digest,
-    is_blank,
-    require_columns,
-)
+from pyterrier_msft.data.frames import as_texts, even_step, frame_digest, is_blank, parents, require_columns
 from pyterrier_msft.data.groups import DIGEST_SAMPLE
 from pyterrier_msft.data.runs import has_queries, sample_docnos
 from pyterrier_msft.ids import as_ids, require_ids
@@ -175,7 +168,7 @@ class TextSource:
 def warn_of_other_form(results: pd.DataFrame, load: Callable[[pd.DataFrame], pd.DataFrame], field: str) -> None:
     """Warn if a source has other texts than the results, to which documents from the source are to be added."""
     sample = _sampled(results, FORM_SAMPLE).reset_index(drop=True)
-    docno = as_ids(sample["docno"]).str.replace(PASSAGE_SUFFIX, "", regex=True)
+    docno = parents(as_ids(sample["docno"]))
     with contextlib.suppress(ValueError):  # a source of other documents only
         loaded = load(sample[["qid", "query"]].assign(docno=docno))
         here, there = (as_texts(frame[field]).str.split().str.join(" ").to_numpy() for frame in (sample, loaded))

@@ -8,16 +8,15 @@ import pandas as pd
 from pyterrier_msft.data.diagnosis import explain_mismatch
 from pyterrier_msft.data.frames import (
     FIRST_STAGE_SCORE,
-    PASSAGE_SUFFIX,
     as_texts,
-    first_stage_scores,
     is_blank,
     order_key,
+    parents,
     require_columns,
 )
 from pyterrier_msft.data.labels import whole_grades
 from pyterrier_msft.data.mixture import TrainingResults, as_sources
-from pyterrier_msft.data.rankings import warn_of_contradictions
+from pyterrier_msft.data.rankings import first_stage_scores, warn_of_contradictions
 from pyterrier_msft.data.texts import TextSource
 from pyterrier_msft.ids import as_ids
 from pyterrier_msft.notices import warn_of_data
@@ -43,17 +42,16 @@ def validation_frames(
     results = texts.add_to(results.reset_index(drop=True))
     require_columns(results, ["qid", "query", "docno", texts.field], f"{what} results")
     # A passage has the label of its document, as in training.
-    docno = as_ids(results["docno"]).str.replace(PASSAGE_SUFFIX, "", regex=True)
+    docno = parents(as_ids(results["docno"]))
     frame = pd.DataFrame({"qid": as_ids(results["qid"]), "docno": docno})
     frame["query"], frame["text"] = as_texts(results["query"]), as_texts(results[texts.field])
-    with contextlib.suppress(ValueError):  # scores that aren't needed aren't refused
-        warn_of_contradictions(results, "first stage's")
     if with_scores:
         frame["score"] = first_stage_scores(results, f"{what} results")
     else:
         with contextlib.suppress(ValueError):  # not needed, so not refused
             if (key := order_key(results)) is not None:
                 frame["score"] = key
+            warn_of_contradictions(results, "first stage's")
     labels = labels[labels["qid"].isin(frame["qid"].unique())]
     judged = frame["qid"].isin(labels["qid"].unique())
     relevant = pd.MultiIndex.from_frame(labels.loc[labels["label"] > 0, ["qid", "docno"]])

@@ -183,10 +183,10 @@ def _find_pad_token(tokenizer: Tokenizer, configured: int | None) -> str | None:
     A decoder scores the last token before the padding, so only the configuration can choose the token that the
     tokenizer adds to the end of each text.
     """
-    plain, whole = (tokenizer("a", add_special_tokens=add)["input_ids"][-1:] for add in (False, True))
-    ends = {tokenizer.convert_ids_to_tokens(i) for i in whole if whole != plain}
     if configured in tokenizer.all_special_ids:
         return tokenizer.convert_ids_to_tokens(configured)
+    plain, whole = (tokenizer("a", add_special_tokens=add)["input_ids"][-1:] for add in (False, True))
+    ends = {tokenizer.convert_ids_to_tokens(i) for i in whole if whole != plain}
     tokens = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
     return next((token for token in tokens if token and token not in ends), None)
 
