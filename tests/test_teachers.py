@@ -97,12 +97,13 @@ def test_docnos_that_look_like_positions(file):
         "<think>[3] is off topic; [1] > [2]?</think>[2] > [1] > [3]", "[1] > [2]? </think>\n\n[2] > [1] > [3]",
         "Here is the ranking of the 3 passages: 2 > 1 > 3", "The ranking of the 3 passages is [2] > [1] > [3].",
         "[2] > [1] > [3]\n\nExplanation: [1] > [3], as 3 is off topic.", "[1] > [3], but:\n[2] > [1] > [3]",
-        "[2] >\n[1] >\n[3]", "**[2]** > **[1]** > **[3]**", "<answer>\n2, 1, 3\n</answer>",
-        "1. 2\n2. 1\n3. 3", "1. [2] (a > b)\n2. [1]\n3. [3]", "[2] (the best) > [1] > [3]", "[2] -> [1] -> [3]",
-        "[2] > [1]\n> [3]", "[2] [1] > [3]", "[2] is the best, then [1] > [3]", "1. [2] >\n2. [1]\n3. [3]",
-        "Document 2 (an answer) > Document 1 > Document 3", "1. [2] (score > 0.9)\n2. [1] (score > 0.8)\n3. [3]",
-        "[2], [1], [3]\nAll scores > 0.5 except for 3.", "[2] > [1]\n\n[3] is off topic, and ranked last.",
+        "[2] >\n[1] >\n[3]", "**[2]** > **[1]** > **[3]**", "<answer>\n2, 1, 3\n</answer>", "[2][1][3]", "2 1 3",
+        "1. 2\n2. 1\n3. 3", "1. [2] (a > b)\n2. [1]\n3. [3]", "[2] -> [1] -> [3]", "The ranking is [2], [1], [3].",
+        "[2] > [1]\n> [3]", "1. [2] >\n2. [1]\n3. [3]", "I rank them:\n> [2] > [1] > [3]", "[2] >\n[1] > [3]",
+        "1. [2] (score > 0.9)\n2. [1] (score > 0.8)\n3. [3]", "<ranking>2, 1, 3</ranking>", "2\n1\n3",
+        "[2], [1], [3]\nAll scores > 0.5 except for 3.", "**Ranking:** 2, 1, 3", "A: [2] > [1] > [3]",
         "[2] > [1] > [3]\n<think>ok</think>", "<reasoning>[3] > [1]? no</reasoning>\n<answer>2 > 1 > 3</answer>",
+        '{"reason": "3 is off topic", "ranking": "[2] > [1] > [3]"}', "[1] is good.\n[3] is bad.\n\n[2] > [1] > [3]",
     ],
 )  # fmt: skip
 def test_positions_in_text(file, response):
@@ -128,14 +129,17 @@ def joined(separator: str, form: str = "{}"):
 
 
 LISTS = [
-    "{rank}. {name}", "{rank}. Passage {name}", "{rank}. Absatz {name}", "{rank}) {name}", "({rank}) {name}",
-    "{rank}: {name}", "{rank} - {name}", "[{rank}] {name}", "[{rank}]: {name}", "Rank {rank}: {name}",
-    "Rank [{rank}]: {name}", "#{rank}: {name}", "| {rank} | {name} |", "| {rank} | {name} | 0.9 |", "{rank}\t{name}",
-    "**{rank}.** `{name}`", "{rank}. [{name}] (as good as [1])", "{rank}. {name} (score {score})",
-    "{rank}. Passage {name}: it gives 3 reasons", "{name} (score {score})", "{name}: 0.{score}", "- **{name}**: good",
+    "{rank}. {name}", "{rank}. Passage {name}", "{rank}) {name}", "({rank}) {name}", "Rank {rank}: {name}",
+    "Rank [{rank}]: {name}", "#{rank}: {name}", "**{rank}.** `{name}`", "{rank}. [{name}] (as good as [1])",
+    "{rank}. {name} (score {score})", "{rank}. Passage {name}: it gives 3 reasons", "[{rank}] [{name}]",
+    "| {rank} | [{name}] | 0.9 |", "{rank}: Document {name}", "- {name}", "{rank}. {name}\n   It gives 3 reasons.",
+]  # fmt: skip
+DOCNO_LISTS = [  # a number instead of a docno may be a score
+    "{rank}: {name}", "{rank} - {name}", "[{rank}] {name}", "[{rank}]: {name}", "| {rank} | {name} |",
+    "| {rank} | {name} | 0.9 |", "{rank}\t{name}",
 ]  # fmt: skip
 FORMS = {
-    **{form: in_lines(form) for form in LISTS},
+    **{form: in_lines(form) for form in (*LISTS, *DOCNO_LISTS)},
     "json": json.dumps,
     "json in an object": lambda names: json.dumps({"reason": "the first 3 are best", "ranking": names}),
     "json in a block": lambda names: f"The ranking:\n```json\n{json.dumps(names, indent=1)}\n```\nI read it 2 times.",
@@ -149,7 +153,6 @@ FORMS = {
     ">": joined(" > "), ">>": joined(">"), "≻": joined("≻"), ",": joined(", "), "lines": joined("\n"),
     "backquotes": joined(", ", "`{}`"), "angles": joined(" ", "<{}>"), "brackets": joined(" > ", "[{}]"),
     "a count": lambda names: f"The top {len(names)} passages are: " + " > ".join(map(str, names)) + ".",
-    "and": lambda names: f"The {len(names)} best are " + ", ".join(map(str, names[:-1])) + f" and {names[-1]}.",
     "scores": lambda names: " > ".join(map(str, names)) + "\nScores: "
     + ", ".join(str(40 - i) for i, _ in enumerate(names)),
 }  # fmt: skip
@@ -159,6 +162,8 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.filterwarnings("error", "ignore:.*unranked documents")
 def test_forms_of_answers(file, form, kind):
+    if kind == "positions" and form in DOCNO_LISTS:
+        pytest.skip("a number may be a score")
     rng = np.random.default_rng(0)
     ids = [("d{}" if kind == "positions" else kind).format(i) for i in rng.permutation(20) + 1]
     positions = (rng.permutation(20) + 1).tolist()
@@ -176,16 +181,26 @@ def test_forms_of_answers(file, form, kind):
 @pytest.mark.parametrize(
     "response",
     [
-        "1. relevant\n2. not relevant\n3. relevant", "[1] is about cats\n[2] is about dogs", "1 > 2\n2 > 3",
-        "[1] (score 3)\n[2] (score 9)\n[3] (score 7)", "[3] < [2] < [1]", "MED-7 > MED-9", "d3-d2-d1", "P2 > P1",
+        # comments and scores
+        "1. relevant\n2. not relevant\n3. relevant", "[1] is about cats\n[2] is about dogs", "[1]\nCats.\n[2]\nDogs.",
+        "1. [1] is about cats\n2. [2] is about dogs\n3. [3] is off topic", "1. d1: about cats\n2. d2: about dogs",
+        "[1] (score 3)\n[2] (score 9)\n[3] (score 7)", "[2]: 0.93\n[1]: 0.4\n[3]: 0.1", "- d2: good\n- d1: bad",
         "Passage 1: rank 3\nPassage 2: rank 1\nPassage 3: rank 2", "| id | rank |\n|---|---|\n| 1 | 3 |\n| 2 | 1 |",
-        '{"1": 3, "2": 1, "3": 2}', '[{"id": 1, "score": 0.2}, {"id": 2, "score": 0.9}, {"id": 3, "score": 0.4}]',
-        '{"relevant": [3, 1], "other": [2]}', "Passage 2 is best. Then 3, 1", "I can't rank these 3 passages.",
-        "1: 3\n2: 2\n3: 2", "[3] is off topic. The best is [2]. Then [1].", "d3 is off topic. d2 is the best.",
-        "Rank 1 (3), Rank 2 (2)", "[1] d3", "2-1-3",
+        "Rank 1 (3), Rank 2 (2)", "1: 3\n2: 2\n3: 2", "1: 2\n2: 1\n3: 3", "| 1 | 2 |\n| 2 | 1 |", "Scores: 3, 1, 2",
+        "1. 3 points\n2. 1 point", "1. 2/10\n2. 1/10", "Ranks: 3, 1, 2", "1. 0.2\n2. 0.1", "2 0.9\n1 0.1",
+        # several rankings
+        "1 > 2\n2 > 3", '{"relevant": [3, 1], "other": [2]}', "[1] > [2] > [3]\n[2] > [3] > [1]",
+        "[3] > [1] > [2]\n\nCorrected: [2] > [1] > [3]", "Relevant: 2, 1\nNot relevant: 3",
+        "1. [1]\n2. [2]\n3. [3]\n\n1. [3]\n2. [1]\n3. [2]", "1. [2]\n2. [1]\n4. [3]", "[1, 3] > [2]",
+        # sentences, and names that aren't those of candidates
+        "Passage 2 is best. Then 3, 1", "I can't rank these 3 passages.", "d3 is off topic. d2 is the best.",
+        "[3] is off topic. The best is [2]. Then [1].", "[2] is the best, then [1] > [3]", "[2] and [1]",
+        "[2] (the best) > [1] > [3]", "[3] < [2] < [1]", "MED-7 > MED-9", "d3-d2-d1", "P2 > P1", "2-1-3", "[1] d3",
+        "1. 2, 2. 1, 3. 3", "as d3 is bad: d2 > d1", '{"1": 3, "2": 1, "3": 2}', "d2/d1",
+        '[{"id": 1, "score": 0.2}, {"id": 2, "score": 0.9}, {"id": 3, "score": 0.4}]',
     ],
 )  # fmt: skip
-def test_ambiguous_answers_are_no_ranking(file, response):
+def test_other_answers_are_no_ranking(file, response):
     candidates = [{"docid": f"d{i}", "text": f"text {i}"} for i in (1, 2, 3)]
     lines = [
         line(qid=f"q{i}", candidates=candidates, response=text) for i, text in enumerate(["[2] > [1] > [3]", response])
@@ -201,20 +216,20 @@ def test_ambiguous_answers_are_no_ranking(file, response):
     [
         (["a", "it", "c"], "[2] > [1], as it is a good one", ["it", "a"]),
         (["a", "it", "c"], "c > a", ["c", "a"]),
-        (["a", "it", "c"], "A: 2 > 1", ["it", "a"]),
+        (["a", "it", "c"], "B: 2 > 1", ["it", "a"]),
         (["MED-1", "MED-11", "med-1"], "MED-11, med-1, MED-1", ["MED-11", "med-1", "MED-1"]),
-        (["MED-1", "MED-11", "x"], "[med-11] > [med-1]", ["MED-11", "MED-1"]),
-        (["MED-2", "MED-1", "x"], "MED-1/MED-2", ["MED-1", "MED-2"]),
-        (["MED-2", "MED-1", "x"], "Rank [1]: MED-1, Rank [2]: MED-2", ["MED-1", "MED-2"]),
         (["MED-2", "MED-1", "x"], "[2] > [1]; MED-2 is off topic", ["MED-1", "MED-2"]),
         (["17", "4", "1"], "[1] 17\n[2] 4", ["17", "4"]),
-        (["x1", "x2", "x3"], "[1, 3] > [2]", ["x1", "x3", "x2"]),
+        (["a b", "a", "c, d"], "1. a b - good\n2. c, d\n3. a", ["a b", "c, d", "a"]),
+        (["a b", "a", "c"], "[a b] > [a]", ["a b", "a"]),
         (["x1", "x2", "x3"], "I left out [2].\n[3] > [1]", ["x3", "x1"]),
         (["x1", "x2", "x3"], "1. [1] is good\n2. [2] is bad\n3. [3] is best\n\n[3] > [1] > [2]", ["x3", "x1", "x2"]),
         (["x1", "x2", "x3"], "1. Read them\n2. Rank them\n\n3 > 1 > 2", ["x3", "x1", "x2"]),
+        (["x1", "x2", "x3"], "[x3] > [x9] > [x1]", ["x3", "x1"]),
+        (["x1", "x2", "x3"], "[x3] > [x1]\n\n[x2] is off topic.", ["x3", "x1"]),
     ],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore:.*unranked", "ignore:.*may count from")
+@pytest.mark.filterwarnings("ignore:.*unranked", "ignore:.*may count from", "ignore:.*unknown positions")
 def test_names_among_other_words(file, ids, response, expected):
     candidates = [{"docid": docid, "text": docid} for docid in ids]
     assert docnos(teachers.read_permutations(write(file, line(candidates=candidates, response=response)))) == expected
@@ -240,20 +255,6 @@ def test_unfinished_thoughts_are_no_ranking(file):
     with pytest.warns(UserWarning, match="1 queries without a ranking"):
         out = teachers.read_permutations(write(file, lines[0], {**lines[1], "qid": "other"}))
     assert docnos(out) == ["d2", "d1"]
-
-
-@pytest.mark.parametrize(
-    "response",
-    [
-        "[d3] > [d1] > [d2]", "[ d3 ], then [d1] and [d2].", "d3 > d1 > d2", "The 3 passages: d3, d1, d2.",
-        "[d3] > [d9] > [d1] > [d2]",
-    ],
-)  # fmt: skip
-@pytest.mark.filterwarnings("ignore:.*unknown positions or docnos")
-def test_docnos_in_text(file, response):
-    candidates = [{"docid": f"d{i}", "text": f"text {i}"} for i in (1, 2, 3)]
-    out = teachers.read_permutations(write(file, line(candidates=candidates, response=response)))
-    assert docnos(out) == ["d3", "d1", "d2"]
 
 
 def test_docnos_without_candidates(file):
