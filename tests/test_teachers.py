@@ -102,6 +102,8 @@ def test_docnos_that_look_like_positions(file):
         "[2] > [1]\n> [3]", "1. [2] >\n2. [1]\n3. [3]", "I rank them:\n> [2] > [1] > [3]", "[2] >\n[1] > [3]",
         "1. [2] (score > 0.9)\n2. [1] (score > 0.8)\n3. [3]", "<ranking>2, 1, 3</ranking>", "2\n1\n3",
         "[2], [1], [3]\nAll scores > 0.5 except for 3.", "**Ranking:** 2, 1, 3", "A: [2] > [1] > [3]",
+        "The final ranking would be [2] > [1] > [3]", "\\boxed{[2] > [1] > [3]}", "<Answer>[2] > [1] > [3]</Answer>",
+        "排名：[2] ＞ [1] ＞ [3]", "【2】、【1】、【3】", "2，1，3", "[Passage 2] > [Passage 1] > [Passage 3]",
         "[2] > [1] > [3]\n<think>ok</think>", "<reasoning>[3] > [1]? no</reasoning>\n<answer>2 > 1 > 3</answer>",
         '{"reason": "3 is off topic", "ranking": "[2] > [1] > [3]"}', "[1] is good.\n[3] is bad.\n\n[2] > [1] > [3]",
     ],
@@ -195,7 +197,8 @@ def test_forms_of_answers(file, form, kind):
         # sentences, and names that aren't those of candidates
         "Passage 2 is best. Then 3, 1", "I can't rank these 3 passages.", "d3 is off topic. d2 is the best.",
         "[3] is off topic. The best is [2]. Then [1].", "[2] is the best, then [1] > [3]", "[2] and [1]",
-        "[2] (the best) > [1] > [3]", "[3] < [2] < [1]", "MED-7 > MED-9", "d3-d2-d1", "P2 > P1", "2-1-3", "[1] d3",
+        "[2] (the best) > [1] > [3]", "[2] = 9 > [1] = 8", "d2 = 9 > d1 = 8",
+        "[3] < [2] < [1]", "MED-7 > MED-9", "d3-d2-d1", "P2 > P1", "2-1-3", "[1] d3",
         "1. 2, 2. 1, 3. 3", "as d3 is bad: d2 > d1", '{"1": 3, "2": 1, "3": 2}', "d2/d1",
         '[{"id": 1, "score": 0.2}, {"id": 2, "score": 0.9}, {"id": 3, "score": 0.4}]',
     ],
@@ -226,6 +229,7 @@ def test_other_answers_are_no_ranking(file, response):
         (["x1", "x2", "x3"], "1. [1] is good\n2. [2] is bad\n3. [3] is best\n\n[3] > [1] > [2]", ["x3", "x1", "x2"]),
         (["x1", "x2", "x3"], "1. Read them\n2. Rank them\n\n3 > 1 > 2", ["x3", "x1", "x2"]),
         (["x1", "x2", "x3"], "[x3] > [x9] > [x1]", ["x3", "x1"]),
+        (["甲：1", "甲：2", "x3"], "甲：2 > 甲：1", ["甲：2", "甲：1"]),
         (["x1", "x2", "x3"], "[x3] > [x1]\n\n[x2] is off topic.", ["x3", "x1"]),
     ],
 )  # fmt: skip

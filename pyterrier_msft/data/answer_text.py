@@ -11,18 +11,21 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 # All patterns take linear time: no two neighbouring repetitions match the same character.
+FLAGS = re.DOTALL | re.IGNORECASE
 TAG = "(?:think(?:ing)?|thought|reasoning)"
 # Of a reasoning model, whose beginning or end may be cut off.
-THOUGHTS = re.compile(rf"<{TAG}>.*?</{TAG}>|^(?:(?!<{TAG}>).)*?</{TAG}>|<{TAG}>.*", re.DOTALL)
-ANSWER = re.compile(r"<(?:answer|ranking)>((?:(?!<(?:answer|ranking)>).)*?)</(?:answer|ranking)>", re.DOTALL)
+THOUGHTS = re.compile(rf"<{TAG}>.*?</{TAG}>|^(?:(?!<{TAG}>).)*?</{TAG}>|<{TAG}>.*", FLAGS)
+ANSWER = re.compile(r"<(?:answer|ranking)>((?:(?!<(?:answer|ranking)>).)*?)</(?:answer|ranking)>", FLAGS)
 FENCE = re.compile(r"```\w*([^`]+)```")
+
+FULL_WIDTH = str.maketrans("：＞＝，、；。．（）［］【】", ":>=,,;..()[][]")
 
 MARKUP = " \t\r\n*_`'\"“”‘’<>(){}|#.,;:!-–—•"  # around a name
 LABEL = re.compile(r"(?:(?:passage|document|doc|candidate|docno|id)\b[\s#:_-]*){0,2}", re.IGNORECASE)
 BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 NUMBER = re.compile(r"(\d{1,9})(?![\w%]|[.,:/-]\d)")
 NUMBER_ALONE = re.compile(rf"{NUMBER.pattern}(?![ \t]*\w)")  # isn't a number of something, as in "3 points"
-UNKNOWN = re.compile(r"(?=\D*\d)(?=[\W\d_]*[^\W\d_])\S+")  # may be a docno of another document
+UNKNOWN = re.compile(r"(?=\D*\d)(?=[\W\d_]*[^\W\d_])[^\s\[\]]+")  # may be a docno of another document
 ARROW = re.compile(r"[>≻→=]+")
 LEAD_ENDS = re.compile(r":(?!\w)"), re.compile(r"\b(?:is|are)\s")
 RANKING = re.compile(r"\b(?:ranking|ranked|order|answer)\b", re.IGNORECASE)
@@ -42,6 +45,8 @@ def read_names(text: str, docnos: Sequence[str | None]) -> list[str]:
         if found := block.findall(text):
             text = found[-1]
     candidates = Candidates(docnos)
+    if all(docno == docno.translate(FULL_WIDTH) for docno in candidates.docnos):
+        text = text.translate(FULL_WIDTH)
     if (in_json := _read_json(text, candidates)) is not None:
         return in_json
     for read in (_read_chains, _read_lines):
@@ -76,10 +81,13 @@ class Candidates:
         return name if UNKNOWN.fullmatch(name) else None
 
     def at_end(self, text: str) -> str | None:
-        """Return the name that a text is or ends with, after words such as "The ranking:"."""
+        """Return the name that a text is or ends with: one in brackets, or after words such as "The ranking:"."""
         if name := self.whole(text):
             return name
-        lead, rest = _split_lead(text)
+        text = text.rstrip(MARKUP)
+        lead, brackets, rest = text.rpartition("[") if text.endswith("]") else ("", "", "")
+        if "[" in lead or not brackets:
+            lead, rest = _split_lead(text)
         return None if any(word.strip(MARKUP) in self.docnos for word in lead.split()) else self.whole(rest)
 
     def at_start(self, text: str, *, numbers: bool = True) -> str | None:
@@ -180,8 +188,8 @@ def _read_chains(text: str, candidates: Candidates) -> Iterator[list[str]]:
         parts = [part for part in ARROW.split(line) if part.strip(MARKUP)]
         if len(parts) > 1:
             middle = map(candidates.whole, parts[1:-1])
-            names = [candidates.at_end(parts[0]), *middle, candidates.at_start(parts[-1])]
-            yield [name for name in names if name] if all(names) else []
+            names = _alike([candidates.at_end(parts[0]), *middle, candidates.at_start(parts[-1])])
+            yield names if len({"[" in part for part in parts}) == 1 else []  # "[2] = 9" is a score
 
 
 # ---- lines
@@ -249,11 +257,15 @@ def _row(line: str, candidates: Candidates) -> list[str]:
     lead, rest = _split_lead(line)
     line = (rest if RANKING.search(lead) else line).replace("][", "] [").strip(MARKUP)
     for parts in ([line], re.split("[,;]", line) if re.search("[,;]", line) else line.split()):
-        names = [candidates.whole(part) for part in parts if part.strip()]
-        found = [name for name in names if name]
-        if len(found) == len(names) and len({*map(str.isdecimal, found)}) == 1:
-            return found
+        if names := _alike([candidates.whole(part) for part in parts if part.strip()]):
+            return names
     return []
+
+
+def _alike(names: Sequence[str | None]) -> list[str]:
+    """Return names that are all numbers, or all docnos; nothing if one is missing."""
+    found = [name for name in names if name]
+    return found if len(found) == len(names) and len({*map(str.isdecimal, found)}) == 1 else []
 
 
 def _split_lead(text: str) -> tuple[str, str]:
