@@ -1,5 +1,6 @@
 """The training run: what is learned, batches, memory, threads, checkpoints."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -201,7 +202,10 @@ def test_max_steps_may_exceed_an_epoch(model, groups):
 @pytest.mark.parametrize("warmup", [0.1, 1.0, 5])
 def test_warmup_leaves_an_update_with_a_positive_learning_rate(model, groups, warmup):
     before = weights(model)
-    run(model, groups, dataclasses.replace(FAST, max_steps=1, warmup=warmup))
+    settings = dataclasses.replace(FAST, max_steps=1, warmup=warmup)
+    too_long = pytest.warns(UserWarning, match="warmup is 5 updates, but training has 1:")
+    with too_long if warmup == 5 else contextlib.nullcontext():
+        run(model, groups, settings)
     assert not torch.equal(weights(model), before)
 
 

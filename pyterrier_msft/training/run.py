@@ -17,6 +17,7 @@ from pyterrier_msft.model.encoding import PairEncoder
 from pyterrier_msft.model.first_token import first_token_only
 from pyterrier_msft.model.loading import quiet_transformers
 from pyterrier_msft.model.threads import RANDOM_STATE
+from pyterrier_msft.notices import warn
 from pyterrier_msft.training import distributed
 from pyterrier_msft.training.checkpoints import Checkpoint, check_writable, checkpoint_to_resume
 from pyterrier_msft.training.hyperparameters import Hyperparameters
@@ -126,6 +127,11 @@ def training_arguments(
         ValueError: If there is a process group that Trainer doesn't use.
     """
     warmup = hyperparameters.warmup if hyperparameters.warmup >= 1 else round_up(hyperparameters.warmup * plan.updates)
+    if warmup > plan.updates:
+        warn(
+            f"warmup is {warmup:,} updates, but training has {plan.updates:,}: the learning rate rises up to the last "
+            "one. A warmup below 1 is a fraction of the updates"
+        )
     own: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": plan.updates,
