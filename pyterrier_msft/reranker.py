@@ -181,6 +181,11 @@ class MonoCE(SavingMixin, CalibrationMixin, InterpolationMixin, pt.Estimator):
                 f"fit is required after set_parameter('fitter', ...); got {self!r} with the old weights. "
                 "pt.GridScan and pt.GridSearch never call fit: compare fitters with pyterrier_msft.fit_grid"
             )
+        if len(inp) and self.interpolate is False and not self.stages and self.cross_encoder.needs_first_stage:
+            warn(
+                f"{self!r} scores without the first stage's score, unlike the re-ranker that was saved there: use "
+                "MonoCE.load, which restores its settings, or set interpolate"
+            )
         if len(inp):
             self.check_calibration()
         if len(inp) and self.cross_encoder.head_is_new:

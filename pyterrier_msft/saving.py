@@ -150,6 +150,7 @@ class SavingMixin:
         loaded = cls(name, **settings)  # type: ignore[call-arg]
         loaded.cross_encoder.adapter_folder = adapter_folder
         loaded.cross_encoder.was_saved_untrained = record.head_is_new
+        loaded.cross_encoder.needs_first_stage = False  # the settings say how to score
         loaded.cross_encoder.adapter_is_new = adapter_folder is not None and not record.stages
         if (folder / RECORD).is_file():  # without a record, the model itself is the base of what is trained from it
             loaded.cross_encoder.hub_name = record.base

@@ -402,6 +402,17 @@ def test_a_saved_re_ranker_has_its_weight(fitted, test, tmp_path):
     assert "the others don't" in card
 
 
+def test_the_weights_of_a_saved_re_ranker_alone_warn(fitted, test, tmp_path):
+    fitted.save(tmp_path / "model")
+    options = {"max_length": 24, "dtype": "float32", "device": "cpu"}
+    with pytest.warns(UserWarning, match="scores without the first stage's score, unlike the re-ranker that was saved"):
+        alone = MonoCE(str(tmp_path / "model"), **options)(test.results)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*first stage's score")
+        assert_frame_equal(MonoCE.load(tmp_path / "model", interpolate=False, **options)(test.results), alone)
+        MonoCE(str(tmp_path / "model"), interpolate=0.1, **options)(test.results)
+
+
 def test_the_report_says_what_was_decided(fitted):
     report = repr(fitted.data_report)
     assert re.search(r"1 epoch of 8 updates with 8 queries each, learning rate 0\.01\n", report)

@@ -81,7 +81,9 @@ class CrossEncoder:
         self._is_callers = self._network is model  # whether the caller has the network, too
         self.was_in_memory = isinstance(model, PreTrainedModel)  # rather than in a folder or on the hub
         self._location = _absolute(self.name)
-        self._saved_before = ModelRecord.read(self._location).fingerprint  # in the folder, if it has a record
+        record = ModelRecord.read(self._location)  # an empty one if the folder has none
+        self._saved_before = record.fingerprint
+        self.needs_first_stage = bool(record.settings.get("interpolate"))  # to score as the saved re-ranker did
         self.was_saved_untrained = False  # according to the record of a saved re-ranker
         self.saved_record: ModelRecord | None = None  # to compare with what is still to be loaded
         self._source: str | None = None  # folder or name to load the present weights from
