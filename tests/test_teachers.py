@@ -102,7 +102,10 @@ def test_docnos_that_look_like_positions(file):
         "[2] > [1]\n> [3]", "1. [2] >\n2. [1]\n3. [3]", "I rank them:\n> [2] > [1] > [3]", "[2] >\n[1] > [3]",
         "1. [2] (score > 0.9)\n2. [1] (score > 0.8)\n3. [3]", "<ranking>2, 1, 3</ranking>", "2\n1\n3",
         "[2], [1], [3]\nAll scores > 0.5 except for 3.", "**Ranking:** 2, 1, 3", "A: [2] > [1] > [3]",
-        "The final ranking would be [2] > [1] > [3]", "\\boxed{[2] > [1] > [3]}", "<Answer>[2] > [1] > [3]</Answer>",
+        "The final ranking would be [2] > [1] > [3]", "<answer>2, 1, 3", "\\boxed{2 > 1 > 3}", "[2] > [1] > [3] > [",
+        '{"ranked_passages": [2, 1, 3], "reasons": ["2 is on topic"]}', '{"ranking": "2, 1, 3"}', "排名：2 > 1 > 3",
+        '[{"id": "d3", "new_rank": "3"}, {"id": "d1", "new_rank": "2"}, {"id": "d2", "new_rank": "1"}]',
+        "\\boxed{[2] > [1] > [3]}", "<Answer>[2] > [1] > [3]</Answer>",
         "排名：[2] ＞ [1] ＞ [3]", "【2】、【1】、【3】", "2，1，3", "[Passage 2] > [Passage 1] > [Passage 3]",
         "[2] > [1] > [3]\n<think>ok</think>", "<reasoning>[3] > [1]? no</reasoning>\n<answer>2 > 1 > 3</answer>",
         '{"reason": "3 is off topic", "ranking": "[2] > [1] > [3]"}', "[1] is good.\n[3] is bad.\n\n[2] > [1] > [3]",
@@ -114,7 +117,7 @@ def test_positions_in_text(file, response):
     assert docnos(out) == ["d2", "d1", "d3"]
 
 
-@pytest.mark.parametrize("text", ["[1], ", "1, ", "[2] > [1] = ", "[", "> ", "1. [2]\n", "<think>"])
+@pytest.mark.parametrize("text", ["[1], ", "1, ", "[2] > [1] = ", "[", "> ", "1. [2]\n", "<think>", "passage "])
 @pytest.mark.filterwarnings("ignore:.*rankings with mistakes", "ignore:.*may count from 0")
 def test_answers_that_repeat_themselves_take_no_time(file, text):
     candidates = [{"docid": f"d{i}", "text": f"text {i}"} for i in (1, 2)]
@@ -132,8 +135,8 @@ def joined(separator: str, form: str = "{}"):
 
 LISTS = [
     "{rank}. {name}", "{rank}. Passage {name}", "{rank}) {name}", "({rank}) {name}", "Rank {rank}: {name}",
-    "Rank [{rank}]: {name}", "#{rank}: {name}", "**{rank}.** `{name}`", "{rank}. [{name}] (as good as [1])",
-    "{rank}. {name} (score {score})", "{rank}. Passage {name}: it gives 3 reasons", "[{rank}] [{name}]",
+    "#{rank}: {name}", "**{rank}.** `{name}`", "{rank}. [{name}] (as good as 1)",
+    "{rank}. {name} (score {score})", "{rank}. Passage {name}: it gives 3 reasons",
     "| {rank} | [{name}] | 0.9 |", "{rank}: Document {name}", "- {name}", "{rank}. {name}\n   It gives 3 reasons.",
 ]  # fmt: skip
 DOCNO_LISTS = [  # a number instead of a docno may be a score
@@ -190,6 +193,18 @@ def test_forms_of_answers(file, form, kind):
         "Passage 1: rank 3\nPassage 2: rank 1\nPassage 3: rank 2", "| id | rank |\n|---|---|\n| 1 | 3 |\n| 2 | 1 |",
         "Rank 1 (3), Rank 2 (2)", "1: 3\n2: 2\n3: 2", "1: 2\n2: 1\n3: 3", "| 1 | 2 |\n| 2 | 1 |", "Scores: 3, 1, 2",
         "1. 3 points\n2. 1 point", "1. 2/10\n2. 1/10", "Ranks: 3, 1, 2", "1. 0.2\n2. 0.1", "2 0.9\n1 0.1",
+        "1. d3 (2/5)\n2. d1 (5/5)\n3. d2 (4/5)", "| # | id | Score |\n|---|---|---|\n| 1 | d3 | 0.1 |\n| 2 | d1 | 1 |",
+        "| Passage | Rank |\n|---|---|\n| [1] | [3] |\n| [2] | [1] |\n| [3] | [2] |", "5 > 3 is true",
+        "Scores:\n2\n1\n3",
+        "The scores are:\n```json\n[2, 1, 3]\n```", '{"relevance_scores": [2, 1, 3]}', "Scores: [2, 1, 3]",
+        '[{"id": "d1", "relevanceScore": 2}, {"id": "d2", "relevanceScore": 9}]', '{"irrelevant": [2, 1]}',
+        '[{"id": 1, "relevant": false}, {"id": 2, "relevant": true}]',
+        '[{"id": "d1", "relevance": "low"}, {"id": "d2"}]',
+        # excluded or equal documents, the worst first, and examples
+        "The least relevant are:\n1. [3]\n2. [2]", "From least to most relevant: [3] > [1] > [2]", "Not [2] > [1]",
+        "[2] > [1], [3]", "1. [2] and [1]\n2. [3]", "1. [2], [1]\n2. [3]", "- [2] (best)\n- [1]\n- [3]",
+        "[2] > ... > [1]",
+        "1. [3] is off topic.\n2. [2] is the best.", "Reasons:\n1. [3]\n2. [2]", "The form is [1] > [2].",
         # several rankings
         "1 > 2\n2 > 3", '{"relevant": [3, 1], "other": [2]}', "[1] > [2] > [3]\n[2] > [3] > [1]",
         "[3] > [1] > [2]\n\nCorrected: [2] > [1] > [3]", "Relevant: 2, 1\nNot relevant: 3",
@@ -222,9 +237,14 @@ def test_other_answers_are_no_ranking(file, response):
         (["a", "it", "c"], "B: 2 > 1", ["it", "a"]),
         (["MED-1", "MED-11", "med-1"], "MED-11, med-1, MED-1", ["MED-11", "med-1", "MED-1"]),
         (["MED-2", "MED-1", "x"], "[2] > [1]; MED-2 is off topic", ["MED-1", "MED-2"]),
+        (["doc-3", "doc-1", "doc-2"], "Document doc-1 > Document doc-2", ["doc-1", "doc-2"]),
+        (["doc-3", "doc-1", "doc-2"], "DOC-1, DOC-2", ["doc-1", "doc-2"]),
+        (["0003", "0001", "0002"], "1. 0002\n2. 0001", ["0002", "0001"]),
+        (["MED-1", "MED-2", "x"], "\\boxed{MED-2 > MED-1}", ["MED-2", "MED-1"]),
+        (["1-cf", "2-ab", "x"], "x >\n2-ab >\n1-cf", ["x", "2-ab", "1-cf"]),
         (["17", "4", "1"], "[1] 17\n[2] 4", ["17", "4"]),
         (["a b", "a", "c, d"], "1. a b - good\n2. c, d\n3. a", ["a b", "c, d", "a"]),
-        (["a b", "a", "c"], "[a b] > [a]", ["a b", "a"]),
+        (["a b", "a", "c"], "[a] > [a b]", ["a", "a b"]),
         (["x1", "x2", "x3"], "I left out [2].\n[3] > [1]", ["x3", "x1"]),
         (["x1", "x2", "x3"], "1. [1] is good\n2. [2] is bad\n3. [3] is best\n\n[3] > [1] > [2]", ["x3", "x1", "x2"]),
         (["x1", "x2", "x3"], "1. Read them\n2. Rank them\n\n3 > 1 > 2", ["x3", "x1", "x2"]),
@@ -242,7 +262,7 @@ def test_names_among_other_words(file, ids, response, expected):
 def test_a_repetitive_answer_takes_linear_time():
     repeated = [
         "[1], ", "2 > 1 = ", "1. [2]\n", "| 1 | 2 |\n", "rank 1: 2\n", "```a", "<a", "(", "[", "{", "[1, ", "MED-",
-        "d1/", "2 and ", "1-", " ", "\n", "*", "#", '"', "9",
+        "d1/", "2 and ", "1-", " ", "\n", "*", "#", '"', "9", "passage ", "id: ", "order is ", "<answer>",
     ]  # fmt: skip
     for text in repeated:
         times = []

@@ -1,84 +1,130 @@
 """The ranking in the text of an LLM's answer: docnos or positions of candidates, best first.
 
-Few forms are read: JSON, a chain ("[2] > [1]"), a line of names ("2, 1"), and lines of one name each, with or without
-ranks. In any other text, names may belong to an explanation.
+Few forms are read: a chain ("[2] > [1]"), also within other text; and JSON, a line of names ("2, 1"), or lines of one
+name each, with or without ranks, if nothing but a heading comes before them. All other text may be an explanation.
 """
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
+
+import numpy as np
 
 # All patterns take linear time: no two neighbouring repetitions match the same character.
 FLAGS = re.DOTALL | re.IGNORECASE
 TAG = "(?:think(?:ing)?|thought|reasoning)"
 # Of a reasoning model, whose beginning or end may be cut off.
 THOUGHTS = re.compile(rf"<{TAG}>.*?</{TAG}>|^(?:(?!<{TAG}>).)*?</{TAG}>|<{TAG}>.*", FLAGS)
-ANSWER = re.compile(r"<(?:answer|ranking)>((?:(?!<(?:answer|ranking)>).)*?)</(?:answer|ranking)>", FLAGS)
-FENCE = re.compile(r"```\w*([^`]+)```")
-
-FULL_WIDTH = str.maketrans("：＞＝，、；。．（）［］【】", ":>=,,;..()[][]")
+ANSWER = re.compile(r"<(?:answer|ranking)>((?:(?!</?(?:answer|ranking)>).)*)", FLAGS)
+BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+FENCE = re.compile(r"```(?:\w*\n)?([^`]+)```")
+WIDE = str.maketrans({"：": ": ", "，": ", ", "、": ", ", "；": "; ", "。": ". ", "【": "[", "】": "]"})
 
 MARKUP = " \t\r\n*_`'\"“”‘’<>(){}|#.,;:!-–—•"  # around a name
-LABEL = re.compile(r"(?:(?:passage|document|doc|candidate|docno|id)\b[\s#:_-]*){0,2}", re.IGNORECASE)
+LABELS = "(?:passage|document|doc|candidate|docno|id)"
+LABEL = re.compile(rf"{LABELS}\b[\s#:_-]*", re.IGNORECASE)
+LABELLED = re.compile(rf"{LABELS}[\s#:_-]*\d", re.IGNORECASE)
+MAX_LABELS = 2  # before a name, e.g. "Passage ID 2"
 BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 NUMBER = re.compile(r"(\d{1,9})(?![\w%]|[.,:/-]\d)")
-NUMBER_ALONE = re.compile(rf"{NUMBER.pattern}(?![ \t]*\w)")  # isn't a number of something, as in "3 points"
 UNKNOWN = re.compile(r"(?=\D*\d)(?=[\W\d_]*[^\W\d_])[^\s\[\]]+")  # may be a docno of another document
+END = re.compile(r"[\s*_`'\"“”‘’>\])]*(?:$|[|(:–—-])")  # after a name: nothing, or a comment, but not a sentence
 ARROW = re.compile(r"[>≻→=]+")
 LEAD_ENDS = re.compile(r":(?!\w)"), re.compile(r"\b(?:is|are)\s")
-RANKING = re.compile(r"\b(?:ranking|ranked|order|answer)\b", re.IGNORECASE)
+HEADING = re.compile(r"\b(?:ranking|ranked|order|answer|result)\b", re.IGNORECASE)
+# Words by which a list isn't a ranking, or not with the best document first.
+OTHER = re.compile(
+    r"\b(?:scores?|ratings?|ranks|irrelevant|not|least|worst|lowest|ascending|exclu\w*)\b", re.IGNORECASE
+)
+SCORE = re.compile(r"(?<![\w./])\d+(?:\.\d+)?(?=(?:/\d+)?(?![\w/]))")
 COUNTER = re.compile(
-    r"[\W_]*?(?P<ordinal>#|(?:rank|place|number|no)\b[^\w\n]*)?(?P<number>\d{1,5})(?P<sign>[^\w\n\[>≻→=]*)(?P<rest>.*)",
+    r"[\W_]*?(?P<ordinal>#|(?:rank|place|number|no)\b[^\w\n]*)?(?P<number>\d{1,5})(?!\w)(?P<sign>[^\w\n\[>≻→=]*)"
+    r"(?P<rest>.*)",
     re.IGNORECASE,
 )
-RANKS, SCORES = ("rank", "position", "order"), ("score", "relevance_score", "relevance")  # keys in JSON
+RANK_KEYS = ("rank", "position", "order")
 DOCNO = ("docno", "docid", "doc_id", "pid", "id", "_id")
-NAMES = (*DOCNO, "document_id", "passage_id", "document", "passage", "doc", "index")
+NAME_KEYS = (*DOCNO, "document_id", "passage_id", "document", "passage", "doc", "index")
 
 
 def read_names(text: str, docnos: Sequence[str | None]) -> list[str]:
     """Return the docnos or positions that an answer ranks, best first; none if it has no form that is read."""
     text = THOUGHTS.sub("", text)
-    for block in (ANSWER, FENCE):
-        if found := block.findall(text):
-            text = found[-1]
+    for block in (ANSWER, BOXED, FENCE):
+        found = [*block.finditer(text)]
+        if len({match[1] for match in found}) == 1:
+            if OTHER.search(text[: found[0].start()].rstrip().rpartition("\n")[2]):
+                return []  # "The scores:"
+            text = found[0][1]
     candidates = Candidates(docnos)
-    if all(docno == docno.translate(FULL_WIDTH) for docno in candidates.docnos):
-        text = text.translate(FULL_WIDTH)
+    if all(docno == _narrow(docno) for docno in candidates.docnos):
+        text = _narrow(text)
     if (in_json := _read_json(text, candidates)) is not None:
         return in_json
-    for read in (_read_chains, _read_lines):
-        rankings = [names for names in read(text, candidates) if names]
-        if any(len(names) >= min(2, len(docnos)) for names in rankings):
-            return _only_complete(rankings)
+    for read in (_read_chains, _read_lists):
+        readings = [reading for reading in read(text, candidates) if reading.names]
+        if any(len(reading.names) >= min(2, len(docnos)) for reading in readings):
+            return _choose(readings)
     return []
 
 
-def _only_complete(rankings: list[list[str]]) -> list[str]:
-    """Return the ranking with all names of all rankings; none if there are two."""
-    names = {name for ranking in rankings for name in ranking}
-    complete = [ranking for ranking in rankings if {*ranking} == names]
-    return complete[0] if complete and all(ranking == complete[0] for ranking in complete) else []
+def _narrow(text: str) -> str:
+    """Replace full-width characters."""
+    return unicodedata.normalize("NFKC", text.translate(WIDE))
+
+
+class Reading(NamedTuple):
+    """Names in a text that may be its ranking."""
+
+    names: list[str]
+    is_ranking: bool  # whether nothing speaks against it
+
+
+def _choose(readings: Sequence[Reading]) -> list[str]:
+    """Return the ranking with all names of all readings; none if there are two."""
+    names = {name for reading in readings for name in reading.names}
+    complete = [reading for reading in readings if {*reading.names} == names]
+    is_clear = complete and all(reading == Reading(complete[0].names, True) for reading in complete)
+    return complete[0].names if is_clear else []
 
 
 class Candidates:
     """Finds the names of a query's candidates in text: docnos, or positions as plain numbers."""
 
     def __init__(self, docnos: Sequence[str | None]) -> None:
-        self.in_order, self.docnos = [*docnos], {docno for docno in docnos if docno}
+        self.in_order = [*docnos]
+        self.docnos = {docno for docno in docnos if docno}
+        self.folded = {docno.casefold(): docno for docno in sorted(self.docnos)}
         self.max_length = max(map(len, self.docnos), default=0)
+        # "Document 2" may be the docno "doc-2".
+        self.has_labels = any(map(LABELLED.match, self.docnos))
+
+    def docno(self, text: str) -> str | None:
+        """Return the docno that a text is, maybe in another case."""
+        return text if text in self.docnos else self.folded.get(text.casefold())
+
+    @cached_property
+    def within(self) -> re.Pattern[str]:
+        """Finds docnos that aren't numbers."""
+        names = "|".join(re.escape(docno) for docno in sorted(self.docnos, reverse=True) if not docno.isdecimal())
+        return re.compile(rf"(?<![a-zA-Z0-9])(?:{names})(?![a-zA-Z0-9])" if names else r"(?!)")
 
     def whole(self, text: str) -> str | None:
         """Return the name that a text is, with brackets, quotation marks or a word such as "Passage"; None if none."""
-        inner = text.strip(MARKUP + "[]")
-        for name in (text.strip(), inner, LABEL.sub("", inner, count=1).strip(MARKUP + "[]")):
-            if name in self.docnos:
-                return name
-        if NUMBER.fullmatch(name):
-            return _position(name)
-        return name if UNKNOWN.fullmatch(name) else None
+        names = [text.strip(), text.strip(MARKUP + "[]")]
+        for _ in range(MAX_LABELS):
+            if label := LABEL.match(names[-1]):
+                names.append(names[-1][label.end() :].strip(MARKUP + "[]"))
+        for name in names:
+            if docno := self.docno(name):
+                return docno
+        if NUMBER.fullmatch(names[-1]):
+            return None if len(names) > 2 and self.has_labels else _position(names[-1])
+        return names[1] if UNKNOWN.fullmatch(names[1]) and not self.within.search(names[1]) else None
 
     def at_end(self, text: str) -> str | None:
         """Return the name that a text is or ends with: one in brackets, or after words such as "The ranking:"."""
@@ -88,29 +134,22 @@ class Candidates:
         lead, brackets, rest = text.rpartition("[") if text.endswith("]") else ("", "", "")
         if "[" in lead or not brackets:
             lead, rest = _split_lead(text)
-        return None if any(word.strip(MARKUP) in self.docnos for word in lead.split()) else self.whole(rest)
+        return None if OTHER.search(lead) or self.within.search(lead) else self.whole(rest)
 
-    def at_start(self, text: str, *, numbers: bool = True) -> str | None:
-        """Return the name that a text begins with; `numbers`: also a position without brackets and a word before it."""
-        text = text.lstrip(MARKUP)
-        unlabelled = LABEL.sub("", text, count=1).lstrip(MARKUP)
-        if docno := self._docno_at_start(text) or self._docno_at_start(unlabelled):
-            return docno
-        if brackets := BRACKETS.match(unlabelled):
-            return self.whole(brackets[1])
-        has_label = unlabelled != text
-        if number := (NUMBER if has_label else NUMBER_ALONE).match(unlabelled):
-            is_docno = number[1] in self.docnos and int(number[1]) > len(self.in_order)
-            return _position(number[1]) if numbers or has_label or is_docno else None
-        token = unlabelled.split(maxsplit=1)[0].rstrip(MARKUP) if unlabelled else ""
-        return token if UNKNOWN.fullmatch(token) else None
-
-    def _docno_at_start(self, text: str) -> str | None:
-        """Return the longest docno that a text begins with, unless it may be a position."""
+    def at_start(self, text: str, *, labels: int = MAX_LABELS) -> tuple[str | None, str]:
+        """Return the name that a text begins with, maybe after words such as "Passage", and what follows."""
         for end in range(min(self.max_length, len(text)), 0, -1):
-            if text[:end] in self.docnos and not text[:end].isdecimal() and not text[end : end + 1].isalnum():
-                return text[:end]
-        return None
+            if (docno := self.docno(text[:end])) and not text[end : end + 1].isalnum():
+                return docno, text[end:]
+        if brackets := BRACKETS.match(text):
+            return self.whole(brackets[0]), text[brackets.end() :]
+        if labels and (label := LABEL.match(text)):
+            name, rest = self.at_start(text[label.end() :].lstrip(MARKUP), labels=labels - 1)
+            return (None if self.has_labels and name and name.isdecimal() else name), rest
+        if number := NUMBER.match(text):
+            return _position(number[1]), text[number.end() :]
+        token, _, rest = text.partition(" ")
+        return self.whole(token.rstrip(MARKUP)), rest
 
     def lists(self, names: Sequence[str]) -> bool:
         """Whether names are those of the first candidates in their order."""
@@ -118,9 +157,41 @@ class Candidates:
         orders = ([*self.in_order[:n]], *([str(first + i) for i in range(n)] for first in (0, 1)))
         return [*names] in orders
 
+    def are_docnos(self, names: Sequence[str]) -> bool:
+        """Whether names can't be positions."""
+        return any(not name.isdecimal() or (name in self.docnos and int(name) > len(self.in_order)) for name in names)
+
+    def mentioned(self, text: str, are_docnos: bool) -> set[str]:
+        """Return the docnos, or the positions in brackets, that a text names."""
+        if are_docnos:
+            return {*self.within.findall(text)}
+        return {name for found in BRACKETS.findall(text) if (name := self.whole(found)) and name.isdecimal()}
+
 
 def _position(number: str) -> str:
     return number.lstrip("0") or "0"
+
+
+def _alike(names: Sequence[str | None]) -> list[str]:
+    """Return names that are all numbers, or all docnos; nothing if one is missing."""
+    found = [name for name in names if name]
+    return found if len(found) == len(names) and len({*map(str.isdecimal, found)}) == 1 else []
+
+
+def _split_lead(text: str) -> tuple[str, str]:
+    """Split a text after words without brackets that end with ":", "is" or "are"; the first part may be empty."""
+    for end in LEAD_ENDS:
+        if (found := end.search(text)) and "[" not in text[: found.start()]:
+            return text[: found.start()], text[found.end() :]
+    return "", text
+
+
+def _is_heading(text: str) -> bool:
+    """Whether a ranking may follow a line."""
+    if text.lstrip().startswith("|"):
+        first, *others = text.strip(" |").split("|")
+        return bool(re.match(r"\W*(?:#|rank|no\b)", first, re.IGNORECASE)) and "rank" not in "".join(others).lower()
+    return not text.strip() or bool(HEADING.search(text) and not OTHER.search(text))
 
 
 # ---- JSON
@@ -129,7 +200,8 @@ def _position(number: str) -> str:
 def _read_json(text: str, candidates: Candidates) -> list[str] | None:
     """Read `["d2", "d1"]`, `{"ranking": [2, 1]}` or `[{"rank": 1, "id": 2}]`, also one object per line."""
     start, end = min((i for i in map(text.find, "[{") if i >= 0), default=0), max(map(text.rfind, "]}")) + 1
-    if text[end:].strip(MARKUP) or text[:start].rstrip()[-1:] not in ("", ":"):
+    lead = text[:start].strip()
+    if text[end:].strip(MARKUP) or (lead and lead[-1] != ":"):
         return None
     lines = ",".join(line.strip().rstrip(",") for line in text[start:end].splitlines() if line.strip())
     for part in (text[start:end], f"[{lines}]" if "},{" in lines else ""):
@@ -138,43 +210,53 @@ def _read_json(text: str, candidates: Candidates) -> list[str] | None:
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
+            value = {key.replace("_", " "): item for key, item in value.items() if isinstance(item, list | str)}
+            rankings = [item for key, item in value.items() if HEADING.search(key) and not OTHER.search(key)]
             lists = [item for item in value.values() if isinstance(item, list)]
-            if not lists:
-                texts = "\n".join(item for item in value.values() if isinstance(item, str))
-                return _only_complete([*_read_chains(texts, candidates)])
-            value = lists[0] if len(lists) == 1 else []
+            is_clear = len(rankings or lists) == 1 and (rankings or not any(map(OTHER.search, value)))
+            value = (rankings or lists)[0] if is_clear else []
+            if isinstance(value, str):
+                return read_names(value, candidates.in_order)
         if isinstance(value, list):
-            names = [candidates.whole(str(item)) if _is_id(item) else None for item in _items(value)]
-            return [name for name in names if name] if all(names) else []
+            ids = _ids(value) if _is_heading(lead.splitlines()[-1] if lead else "") else []
+            return _alike([candidates.whole(name) for name in ids])
     return None
 
 
-def _items(values: list[Any]) -> list[Any]:
-    """Return what names the candidates, in the order of the ranks; nothing if scores have another order."""
+def _ids(values: list[Any]) -> list[str]:
+    """Return what names the candidates, in the order of their ranks; nothing if scores have another order."""
     if not values or not all(isinstance(value, dict) for value in values):
-        return values
+        return [str(value) for value in values if isinstance(value, str | int) and not isinstance(value, bool)]
     objects = [{key.casefold(): item for key, item in value.items()} for value in values]
-    key = next((name for name in NAMES if all(_is_id(value.get(name)) for value in objects)), None)
-    for name in (*RANKS, *SCORES):
-        numbers = [number for value in objects if isinstance(number := value.get(name), int | float)]
-        if name == key or len(numbers) < len(objects):
-            continue
-        if name in RANKS and len({*numbers}) == len(numbers):
-            objects = sorted(objects, key=lambda value: value[name])
-            break
-        if numbers != sorted(numbers, reverse=name in SCORES):
+    name_key = next((key for key in NAME_KEYS if all(isinstance(value.get(key), str | int) for value in objects)), None)
+    if name_key is None:
+        return []
+    for key in objects[0].keys() - {name_key}:
+        numbers = [_number(value.get(key)) for value in objects]
+        ranks = [number for number in numbers if number is not None]
+        if (key in RANK_KEYS or "rank" in key) and len({*ranks}) == len(objects):
+            return [str(objects[i][name_key]) for i in np.argsort(ranks)]
+        if not _falls(numbers) and (None not in numbers or re.search("scor|relevan|rank|rating|grade|label", key)):
             return []
-    return [value[key] for value in objects] if key else []
+    return [str(value[name_key]) for value in objects]
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, str | int) and not isinstance(value, bool)
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _falls(numbers: Sequence[float | None]) -> bool:
+    """Whether scores, of which none is missing, fit the order of a ranking."""
+    return all(a is not None and b is not None and a >= b for a, b in pairwise(numbers))
 
 
 # ---- chains
 
 
-def _read_chains(text: str, candidates: Candidates) -> Iterator[list[str]]:
+def _read_chains(text: str, candidates: Candidates) -> Iterator[Reading]:
     """Read "[2] > [1]" within a text or over several lines."""
     lines = [*filter(None, map(str.strip, text.splitlines()))]
     joined = lines[:1]
@@ -184,54 +266,84 @@ def _read_chains(text: str, candidates: Candidates) -> Iterator[list[str]]:
             joined[-1] += f" {line}"
         else:
             joined.append(line)
-    for line in joined:
-        parts = [part for part in ARROW.split(line) if part.strip(MARKUP)]
-        if len(parts) > 1:
-            middle = map(candidates.whole, parts[1:-1])
-            names = _alike([candidates.at_end(parts[0]), *middle, candidates.at_start(parts[-1])])
-            yield names if len({"[" in part for part in parts}) == 1 else []  # "[2] = 9" is a score
+    for i, line in enumerate(joined):
+        parts = ARROW.split(line)
+        is_cut_off = i == len(joined) - 1 and "[" in parts[-1] and "]" not in parts[-1]
+        parts = parts[0 if parts[0].strip(MARKUP) else 1 : -1 if is_cut_off or not parts[-1].strip(MARKUP) else None]
+        if len(parts) < 2:
+            continue
+        last_name, rest = candidates.at_start(parts[-1].lstrip(MARKUP))
+        names = _alike([candidates.at_end(parts[0]), *map(candidates.whole, parts[1:-1]), last_name])
+        if names:
+            is_example = candidates.lists(names) and len(names) < len(candidates.in_order)  # "the form is [1] > [2]"
+            has_scores = len({"[" in part for part in parts}) > 1  # "[2] = 9"
+            in_last = candidates.mentioned(parts[-1], candidates.are_docnos(names))
+            has_others = not in_last <= {*names}  # "[2] > [1], [3]"
+            has_scores |= "[" not in line and bool(re.match(r"\s*\w", rest))  # "5 > 3 is true"
+            yield Reading(names, not (is_example or has_scores or has_others))
 
 
-# ---- lines
+# ---- lists
 
 
 class Item(NamedTuple):
     """A line of a rank and a name, e.g. "1. Passage 2", "[1] d2" or "| 1 | d2 |"."""
 
     rank: int
-    name: str
-    is_bare: bool  # whether nothing else is in the line
+    name: str | None  # None if a line has a rank and anything else
+    comment: str
 
 
-def _read_lines(text: str, candidates: Candidates) -> Iterator[list[str]]:
+def _read_lists(text: str, candidates: Candidates) -> Iterator[Reading]:
     """Read numbered lists, lines of several names, and consecutive lines of one name."""
-    lines = [*filter(None, map(str.strip, text.splitlines()))]
+    lines = [line for line in text.splitlines() if line.strip(MARKUP)]
     items = [_item(line, candidates) for line in lines]
+    mentioned = {are_docnos: candidates.mentioned(text, are_docnos) for are_docnos in (False, True)}
+
+    def read(block: Sequence[int], names: list[str], is_ranking: bool = True, has_comments: bool = False) -> Reading:
+        """Read names in some of the lines; the others may say that they aren't the ranking."""
+        is_listing = candidates.lists(names) and (has_comments or len(block) < len(lines))
+        heading = lines[block[0] - 1] if block[0] else ""
+        has_all = not names or mentioned[candidates.are_docnos(names)] <= {*names}
+        return Reading(names, is_ranking and has_all and _is_heading(heading) and not is_listing)
+
     listed: set[int] = set()
     for run in _runs(items):
         listed.update(run)
         found = [item for i in run if (item := items[i])]
-        names = [item.name for item in found]
-        if all(item.is_bare for item in found) or not candidates.lists(names):  # else: comments on each candidate
-            yield names
+        scores = [SCORE.findall(item.comment) for item in found]
+        fits = any(len(numbers) != 1 for numbers in scores) or _falls([float(*numbers) for numbers in scores])
+        has_comments = any(item.comment.strip(MARKUP) for item in found)
+        yield read(run, _alike([item.name for item in found]), fits, has_comments)
+    block: list[int] = []
     column: list[str] = []
-    for i, line in enumerate([*lines, ""]):
-        row = [] if i in listed else _row(line, candidates)
+    for i in range(len(lines) + 1):
+        row = _row(lines[i], candidates) if i < len(lines) and i not in listed else []
         if len(row) == 1:
+            block.append(i)
             column += row
-        else:
-            yield from (column, row)
-            column = []
+            continue
+        if column:
+            yield read(block, _alike(column))
+        if row:
+            yield read([i], row)
+        block, column = [], []
 
 
 def _item(line: str, candidates: Candidates) -> Item | None:
     found = COUNTER.match(line)
-    if found is None or ARROW.match(found["rest"]):
+    docno, _ = candidates.at_start(line.lstrip(MARKUP))
+    if found is None or ARROW.match(found["rest"]) or (docno in candidates.docnos and not docno.isdecimal()):
         return None
+    sign, rest = found["sign"], found["rest"].lstrip(MARKUP)
     # After "1." or "Rank 1:", a plain number is a name; after "[1]" or "1:", it may be a score.
-    is_ordinal = bool(found["ordinal"]) or found["sign"].strip()[:1] in (".", ")")
-    name = candidates.at_start(found["rest"], numbers=is_ordinal)
-    return Item(int(found["number"]), name, candidates.whole(found["rest"]) is not None) if name else None
+    is_ordinal = bool(found["ordinal"]) or sign.strip()[:1] in (".", ")")
+    name, comment = candidates.at_start(rest)
+    if name is None or not END.match(comment):
+        return Item(int(found["number"]), None, "") if is_ordinal else None
+    if not is_ordinal and not candidates.are_docnos([name]) and (rest[0].isdigit() or "]" in sign):
+        return None
+    return Item(int(found["number"]), name, comment)
 
 
 def _runs(items: Sequence[Item | None]) -> Iterator[list[int]]:
@@ -255,22 +367,8 @@ def _runs(items: Sequence[Item | None]) -> Iterator[list[int]]:
 def _row(line: str, candidates: Candidates) -> list[str]:
     """Return the names that a line consists of, maybe after words such as "The ranking is"; none if it has others."""
     lead, rest = _split_lead(line)
-    line = (rest if RANKING.search(lead) else line).replace("][", "] [").strip(MARKUP)
+    line = (rest if lead and _is_heading(lead) else line).replace("][", "] [").strip(MARKUP)
     for parts in ([line], re.split("[,;]", line) if re.search("[,;]", line) else line.split()):
         if names := _alike([candidates.whole(part) for part in parts if part.strip()]):
             return names
     return []
-
-
-def _alike(names: Sequence[str | None]) -> list[str]:
-    """Return names that are all numbers, or all docnos; nothing if one is missing."""
-    found = [name for name in names if name]
-    return found if len(found) == len(names) and len({*map(str.isdecimal, found)}) == 1 else []
-
-
-def _split_lead(text: str) -> tuple[str, str]:
-    """Split a text after words without brackets that end with ":", "is" or "are"; the first part may be empty."""
-    for end in LEAD_ENDS:
-        if (found := end.search(text)) and "[" not in text[: found.start()]:
-            return text[: found.start()], text[found.end() :]
-    return "", text

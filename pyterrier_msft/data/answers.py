@@ -21,8 +21,7 @@ class Answer:
     def of_text(cls, text: str, docnos: Sequence[str | None]) -> "Answer":
         """Find the docnos or positions in an LLM's text; numbers are positions unless they fit docnos better."""
         names, known, positions = read_names(text, docnos), {*docnos}, {*_positions(len(docnos) + 1, 0)}
-        are_docnos = sum(name in known for name in names) > sum(name in positions for name in names)
-        return cls(docnos, names, 1 if are_docnos else -1)
+        return cls(docnos, names, sum(name in known for name in names) - sum(name in positions for name in names))
 
     @classmethod
     def of_list(cls, entries: Sequence[str | int], docnos: Sequence[str | None]) -> "Answer":
