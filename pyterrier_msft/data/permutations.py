@@ -59,10 +59,10 @@ def read_permutations(path: str | Path, *, responses: str | Path | None = None, 
       counted from 1, with a warning. A list of docnos needs no candidates. Objects in `candidates` or `hits`
       without a permutation are in the teacher's order, as RankLLM and RankGPT write them.
 
-    Of an LLM's answers, these forms are read: a chain ("[2] > [1]", "d2 > d1"), maybe with words before and after it; a
-    line of names ("2, 1"); one name per line, maybe with ranks ("1. Passage 2", "[1] d2", or the rows of a table); and
-    JSON (`["d2", "d1"]`, `{"ranking": [2, 1]}`, `[{"rank": 1, "id": 2}]`). Thoughts in `<think>` aren't read. An answer
-    of another form, or with two rankings, counts as a query without a ranking.
+    Of an LLM's answers, these forms are read: a chain within any text ("[2] > [1]", "d2 > d1"); and, with nothing but a
+    heading before them, a line of names ("2, 1"), one name per line, maybe with ranks ("1. Passage 2", "[1] d2", or the
+    rows of a table), and JSON (`["d2", "d1"]`, `{"ranking": [2, 1]}`, `[{"rank": 1, "id": 2}]`). Thoughts in `<think>`
+    aren't read. An answer of another form, or with two rankings, counts as a query without a ranking.
 
     A missing qid or docno is replaced with a digest of the text. An LLM's mistakes are counted in one warning: for a
     document that is named twice, the first position is used; an unknown document is ignored; a document that isn't
