@@ -98,7 +98,8 @@ class Candidates:
     def __init__(self, docnos: Sequence[str | None]) -> None:
         self.in_order = [*docnos]
         self.docnos = {docno for docno in docnos if docno}
-        self.folded = {docno.casefold(): docno for docno in sorted(self.docnos)}
+        folded = {docno.casefold(): docno for docno in self.docnos}
+        self.folded = folded if len(folded) == len(self.docnos) else {}
         self.max_length = max(map(len, self.docnos), default=0)
         # "Document 2" may be the docno "doc-2".
         self.has_labels = any(map(LABELLED.match, self.docnos))
