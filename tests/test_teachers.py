@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import json
 import pickle
 import time
@@ -264,13 +265,16 @@ def test_a_repetitive_answer_takes_linear_time():
         "[1], ", "2 > 1 = ", "1. [2]\n", "| 1 | 2 |\n", "rank 1: 2\n", "```a", "<a", "(", "[", "{", "[1, ", "MED-",
         "d1/", "2 and ", "1-", " ", "\n", "*", "#", '"', "9", "passage ", "id: ", "order is ", "<answer>",
     ]  # fmt: skip
-    for text in repeated:
-        times = []
+    for text, before in itertools.product(repeated, ("", "[2] > [1]\n```")):
+        fastest = []
         for n in (1000, 16000):
-            start = time.process_time()
-            read_names(text * n, ["d1", "d2"])
-            times.append(time.process_time() - start)
-        assert times[1] < 64 * max(times[0], 0.005), text  # 256 times if quadratic
+            times = []
+            for _ in range(3):
+                start = time.process_time()
+                read_names(before + text * n, ["d1", "d2"])
+                times.append(time.process_time() - start)
+            fastest.append(min(times))
+        assert fastest[1] < 64 * max(fastest[0], 0.005), text  # 256 times if quadratic
 
 
 def test_unfinished_thoughts_are_no_ranking(file):
@@ -389,7 +393,9 @@ def test_the_whole_file_decides_what_positions_count_from(file, permutations, ex
         assert ["".join(out.loc[out["qid"] == qid, "docno"]) for qid in queries] == expected
 
 
-@pytest.mark.parametrize("permutations", [[[3, 1, 2]], [[3, 1], "[2] > [4]"], [[0, 1], [5, 1]]])
+@pytest.mark.parametrize(
+    "permutations", [[[3, 1, 2]], [[3, 1], "[2] > [4]"], [[0, 1], [5, 1]], [*[[3, 1]] * 60, "[0] > [2]"]]
+)
 def test_a_warning_if_positions_may_count_from_0_or_1(file, permutations):
     lines = [line(qid=f"q{i}", candidates=FIVE, permutation=p) for i, p in enumerate(permutations)]
     with pytest.warns(UserWarning, match="positions are read as counted from 1, but they may count from 0") as caught:

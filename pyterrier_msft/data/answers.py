@@ -7,6 +7,8 @@ from pathlib import Path
 from pyterrier_msft.data.answer_text import read_names
 from pyterrier_msft.notices import warn
 
+MAX_STRAYS = 0.02  # share of answers in which an LLM may name a position that doesn't exist
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -80,12 +82,13 @@ def _first_position(answers: Mapping[int, Answer], path: str | Path) -> int:
         return int(len(from_1) > len(from_0))
     n_first = sum("0" in answer.entries for answer in answers.values())
     n_last = sum(str(len(answer.docnos)) in answer.entries for answer in answers.values())
-    if answers and n_first == n_last:
+    is_clear = abs(n_first - n_last) > MAX_STRAYS * len(answers)
+    if answers and not is_clear:
         warn(
             f"{path}: positions are read as counted from 1, but they may count from 0. No permutation is complete, "
             f"{n_first:,} name 0, and {n_last:,} the number of candidates. Docnos in place of positions are unambiguous"
         )
-    return int(n_last >= n_first)
+    return int(n_last >= n_first or not is_clear)
 
 
 def _positions(n: int, first: int) -> list[str]:
