@@ -52,7 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", default="pydocs:train", help="the dataset of training queries and documents")
     parser.add_argument("--dev", help="the dataset of validation queries; without it, the last weights are kept")
     parser.add_argument("--test", default="pydocs:test", help="the dataset of test queries")
-    parser.add_argument("--run", help="the training queries' results: a TREC run or Parquet; default: BM25's")
+    parser.add_argument("--run", help="results to train on, all of them: a TREC run or Parquet; default: BM25's")
     parser.add_argument("--model", default="google/electra-base-discriminator", help="a name on the hub, or a folder")
     parser.add_argument("--teacher", help="a run to distil, in place of training on the qrels")
     parser.add_argument(

@@ -85,7 +85,7 @@ def digestible(value: Any, name: str) -> Any:
     if name in TEACHERS and isinstance(value, Mapping):
         return sorted((str(key), digestible(item, name)) for key, item in value.items())
     if name in TEACHERS and isinstance(value, str | Path):
-        return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+        return hashlib.sha256(Path(value).expanduser().read_bytes()).hexdigest()
     return _Converter(name).convert(value)
 
 

@@ -90,7 +90,7 @@ class BM25(pt.Transformer):
         Raises:
             FileExistsError: If the folder has other files.
         """
-        folder = Path(folder).resolve()  # of a link, the folder that it leads to
+        folder = Path(folder).expanduser().resolve()  # of a link, the folder that it leads to
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
             complete = Path(temporary) / "index"
@@ -114,8 +114,9 @@ class BM25(pt.Transformer):
         """Load a saved index."""
         loaded = cls.__new__(cls)
         loaded.num_results = _check_num_results(num_results)
+        folder = Path(folder).expanduser()
         loaded._index = _engine().BM25.load(folder)
-        loaded._docnos = np.array(json.loads((Path(folder) / DOCNOS).read_text(encoding="utf-8")), dtype=object)
+        loaded._docnos = np.array(json.loads((folder / DOCNOS).read_text(encoding="utf-8")), dtype=object)
         return loaded
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:

@@ -270,7 +270,7 @@ class MonoCE(SavingMixin, CalibrationMixin, InterpolationMixin, pt.Estimator):
             lengths = [data.settings.max_length for data in prepared]
             encoders = {length: self.pair_encoder(length) for length in {None, *lengths}}
             self._replaced_fitter = None
-            folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+            folder = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
             warn_of_unfinished(self.stages, folder, len(prepared))
             try:
                 fit_reranker(
@@ -344,7 +344,7 @@ class MonoCE(SavingMixin, CalibrationMixin, InterpolationMixin, pt.Estimator):
         Raises:
             ImportError: Without pyterrier-caching (extra `[cache]`).
         """
-        return CachedMonoCE(self, Path(folder))
+        return CachedMonoCE(self, Path(folder).expanduser())
 
     def clone(self, *, fitter: Fitter | FitterSum | FitterSequence | None = None) -> "MonoCE":
         """Copy the re-ranker with its settings, weights and history; `fitter` replaces its own."""

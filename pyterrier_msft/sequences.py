@@ -70,7 +70,7 @@ def _source_digest(source: Source) -> list[Any]:
     if isinstance(source.results, pd.DataFrame):
         results = frame_digest(source.results)
     else:
-        with Path(source.results).open("rb") as file:
+        with Path(source.results).expanduser().open("rb") as file:
             results = hashlib.file_digest(file, "sha256").hexdigest()
     qrels = "" if source.qrels is None else frame_digest(source.qrels)
     return [results, qrels, float(source.weight)]
@@ -127,7 +127,7 @@ def fit_sequences(
                     reranker.reseeded(seed), own, sequences, validation=validation, save_dir=save_dir
                 )
         return by_seed
-    folders = None if save_dir is None else _Folders(Path(save_dir), reranker, stages, paths, validation)
+    folders = None if save_dir is None else _Folders(Path(save_dir).expanduser(), reranker, stages, paths, validation)
     trained: dict[tuple[str, ...], MonoCE] = {(): reranker}
     for path in paths.values():
         for length in range(1, len(path) + 1):

@@ -41,7 +41,7 @@ def check_teacher(teacher: Any, name: str = "teacher") -> None:
     if teacher is None or isinstance(teacher, pd.DataFrame | pt.Transformer):
         return
     if isinstance(teacher, str | Path):
-        if not Path(teacher).is_file():
+        if not Path(teacher).expanduser().is_file():
             raise ValueError(f"{name} must be a TREC run or permutations; there is no file {str(teacher)!r}")
     elif isinstance(teacher, Mapping) and teacher:
         for part in teacher.values():
@@ -68,7 +68,7 @@ def get_ranking(
         _warn_of_old_scores(ranked, candidates)
         return ranked
     if isinstance(teacher, str | Path):
-        return _read_ranking(Path(teacher), name)
+        return _read_ranking(Path(teacher).expanduser(), name)
     if isinstance(teacher, Mapping):
         rankings = {}
         for key, part in teacher.items():
@@ -194,7 +194,7 @@ class Cached(pt.Transformer):
             raise ValueError(f"teacher must be a transformer; got {teacher!r}")
         check_number("batch_size", batch_size, integer=True, required=True)
         self.teacher = teacher
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self.batch_size = batch_size
         self.verbose = verbose
         self._scores: dict[str, dict[str, float]] = {}  # by key: docno -> score

@@ -288,6 +288,34 @@ def test_any_index(index, scorer, tmp_path):
     same_groups(frame, QRELS.set_axis(QRELS["qid"]))
 
 
+def test_any_index_with_a_text_source(scorer):
+    ce = scorer.clone()
+    ce.text = pt.apply.generic(lambda frame: frame.reset_index(drop=True).assign(text=RESULTS["text"].tolist()))
+    found = RESULTS.drop(columns="text").set_axis(range(100, 100 + len(RESULTS)))
+    assert_frame_equal(ce(found).reset_index(drop=True), scorer(RESULTS), atol=1e-6, check_like=True)
+    assert ce(found).index.equals(found.index)
+
+
+def test_texts_of_topics_are_not_those_of_documents(scorer):
+    texts = RESULTS["text"].tolist()
+    ce = scorer.clone()
+    ce.text = pt.apply.generic(lambda frame: frame.assign(text=texts))
+    found = RESULTS.assign(text="narrative of " + RESULTS["qid"].astype(str))
+    assert_frame_equal(ce(found), scorer(RESULTS), atol=1e-6, check_like=True)
+
+
+def test_texts_for_a_query_in_another_order(scorer):
+    rows = [("a", "w1", "d", "w1 w2"), ("b", "w3", "d", "w3 w4"), ("b", "w3", "e", "w5 w6")]
+    found = pd.DataFrame(rows, columns=["qid", "query", "docno", "text"])
+    ce = scorer.clone()
+    ce.text = pt.apply.generic(lambda frame: frame.merge(found[["qid", "docno", "text"]]).iloc[::-1])
+    assert_frame_equal(ce(found.drop(columns="text")), scorer(found), atol=1e-6, check_like=True)
+
+
+def test_ranks_order_equal_scores():
+    same_groups(RESULTS.assign(score=1.0).sample(frac=1, random_state=0), QRELS)
+
+
 # ---- texts
 
 

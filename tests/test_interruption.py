@@ -368,7 +368,7 @@ FOREIGN_STATE = '{"global_step": 900, "stateful_callbacks": {}}'
 
 
 @pytest.mark.parametrize("is_used", [False, True], ids=["in a new folder", "beside ours"])
-@pytest.mark.parametrize(("name", "state"), [("900", FOREIGN_STATE), ("1", None), ("best", None), ("1", "{}")])
+@pytest.mark.parametrize(("name", "state"), [("900", FOREIGN_STATE), ("1", None), ("1", "{}")])
 def test_another_programs_checkpoints_are_refused_and_kept(ce, data, tmp_path, name, state, is_used):
     if is_used:
         with interrupted_at(1), pytest.raises(KeyboardInterrupt):
@@ -384,6 +384,27 @@ def test_another_programs_checkpoints_are_refused_and_kept(ce, data, tmp_path, n
     if is_used and state == FOREIGN_STATE:  # without it, training continues
         foreign.rename(tmp_path / "elsewhere")
         assert ce.fit(*data[:2], fitter=CL, checkpoint_dir=tmp_path).stages[-1].updates == 24
+
+
+def test_copies_of_checkpoints_are_kept(ce, data, tmp_path):
+    ce.clone().fit(*data[:2], fitter=CL, checkpoint_dir=tmp_path)
+    for name in ("checkpoint-24-copy", "checkpoint-best"):
+        shutil.copytree(tmp_path / "checkpoint-24", tmp_path / name)
+    assert ce.fit(*data[:2], fitter=CL, checkpoint_dir=tmp_path).stages[-1].updates == 24
+    assert {"checkpoint-24-copy", "checkpoint-best"} < {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_home_folder(ce, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    with interrupted_at(5), pytest.raises(KeyboardInterrupt):
+        ce.clone().fit(*data[:2], fitter=CL, checkpoint_dir="~/checkpoints")
+    assert [*(tmp_path / "home" / "checkpoints").glob("checkpoint-*")]
+    ce.fit(*data[:2], fitter=CL, checkpoint_dir=tmp_path / "home" / "checkpoints")
+    fit_sequences(ce, {"CL": Stage(CL, *data[:2])}, ["CL"], save_dir="~/models")
+    assert not (tmp_path / "~").exists()
+    assert not [*(tmp_path / "home" / "models").rglob("checkpoint-*")]
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused(ce, data, tmp_path, monkeypatch):

@@ -816,7 +816,7 @@ def test_loading_in_another_thread_does_not_change_training(ce, backbone, train_
     assert {*loaded} == {untrained}
 
 
-def test_a_re_ranker_that_another_thread_trains_is_refused(ce, train_part, test_part):
+def test_a_re_ranker_that_another_thread_trains_is_refused(ce, train_part, test_part, tmp_path):
     errors = []
 
     def attempt(use):
@@ -826,7 +826,10 @@ def test_a_re_ranker_that_another_thread_trains_is_refused(ce, train_part, test_
             errors.append(str(error))
 
     def loss(scores, labels, mask):
-        uses = [lambda: trained(test_part.results), lambda: trained.fit(train_part.results, train_part.qrels)]
+        uses = [
+            lambda: trained(test_part.results), lambda: trained.fit(train_part.results, train_part.qrels),
+            trained.clone, lambda: pickle.dumps(trained), lambda: trained.save(tmp_path / "model"),
+        ]  # fmt: skip
         threads = [threading.Thread(target=attempt, args=(use,)) for use in uses]
         for thread in threads:
             thread.start()
@@ -836,7 +839,7 @@ def test_a_re_ranker_that_another_thread_trains_is_refused(ce, train_part, test_
 
     trained = ce.clone()
     trained.fit(train_part.results, train_part.qrels, fitter=Contrastive(loss=loss, n_negatives=2, max_steps=1))
-    assert len(errors) == 2
+    assert len(errors) == 5
     assert all("must not be used while another thread trains it" in message for message in errors)
     assert len(trained(test_part.results)) == len(test_part.results)
 

@@ -118,6 +118,12 @@ def test_positions_in_text(file, response):
     assert docnos(out) == ["d2", "d1", "d3"]
 
 
+@pytest.mark.filterwarnings("ignore:.*rankings with mistakes")
+def test_an_answer_without_a_ranking_makes_way_for_one(file):
+    lines = [line(candidates=OBJECTS, response=text) for text in ("I'm sorry", "[2] > [1] > [3]", "[3] > [1] > [2]")]
+    assert docnos(teachers.read_permutations(write(file, *lines))) == ["b", "a", "c"]
+
+
 @pytest.mark.parametrize("text", ["[1], ", "1, ", "[2] > [1] = ", "[", "> ", "1. [2]\n", "<think>", "passage "])
 @pytest.mark.filterwarnings("ignore:.*rankings with mistakes", "ignore:.*may count from 0")
 def test_answers_that_repeat_themselves_take_no_time(file, text):

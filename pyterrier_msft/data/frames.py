@@ -134,6 +134,14 @@ def order_key(frame: pd.DataFrame) -> np.ndarray | None:
     return numbers if column == "score" else -numbers
 
 
+def tie_key(frame: pd.DataFrame) -> np.ndarray | None:
+    """Return the sort key of documents with equal scores, higher is better: the negative rank, or None."""
+    if not {"score", "rank"} <= {*frame.columns}:
+        return None
+    ranks = pd.to_numeric(frame["rank"], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    return -ranks if np.isfinite(ranks).all() else None  # ranks aren't needed, so they aren't refused
+
+
 def frame_digest(frame: pd.DataFrame) -> str:
     """Digest a frame's content and column names, for cache keys; the order of rows matters, that of columns doesn't."""
     digest = hashlib.sha256(repr(sorted(map(str, frame.columns))).encode())

@@ -96,8 +96,9 @@ def read_permutations(path: str | Path, *, responses: str | Path | None = None, 
         if record.qid in seen:
             counts["repeated queries"] += 1
         else:
-            seen.add(record.qid)
-            rows += [(record.qid, record.query, *passage) for passage in _rank_passages(record, unranked, counts)]
+            ranked = list(_rank_passages(record, unranked, counts))
+            seen |= {record.qid} if ranked else set()
+            rows += [(record.qid, record.query, *passage) for passage in ranked]
         for what in counts - before:
             examples.setdefault(what, record.qid)
     if not rows:
@@ -173,7 +174,7 @@ def uncompressed_suffix(path: Path) -> str:
 
 def _read(path: str | Path) -> list[tuple[int, Any]]:
     """Return the JSON values of a file by line number; the items of an array are numbered from 1."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"path must be a file of JSON lines; there is no file {str(path)!r}")
     is_array, number, values = uncompressed_suffix(path) == ".json", 1, []

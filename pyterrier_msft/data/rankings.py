@@ -19,6 +19,7 @@ from pyterrier_msft.data.frames import (
     order_key,
     require,
     require_columns,
+    tie_key,
 )
 from pyterrier_msft.ids import as_ids
 from pyterrier_msft.notices import warn_of_data
@@ -96,7 +97,7 @@ def clean_results(results: pd.DataFrame, *, text_field: str) -> tuple[Rankings, 
     key = order_key(results)
     if key is None:
         key = -np.arange(len(results), dtype=np.float64)
-    row = best_first(query, key)
+    row = best_first(query, key, tie_key(results))
     unique = row[~pd.Series(_pair_ids(query[row], document[row])).duplicated().to_numpy()]
     kept = unique[~(no_query | no_text)[unique]]
     text, texts = pd.factorize(as_texts(results[text_field]).iloc[kept])
@@ -151,7 +152,7 @@ def clean_ranking(ranking: pd.DataFrame, what: str) -> pd.DataFrame:
     if key is None:
         raise ValueError(f"{what} must have a score or a rank; got {[*map(str, ranking.columns)]}")
     frame = pd.DataFrame({"qid": as_ids(ranking["qid"]), "docno": as_ids(ranking["docno"]), "key": key})
-    return frame.sort_values("key", ascending=False, kind="stable").drop_duplicates(["qid", "docno"])
+    return frame.iloc[best_first(np.zeros(len(key)), key, tie_key(ranking))].drop_duplicates(["qid", "docno"])
 
 
 def first_stage_scores(results: pd.DataFrame, what: str) -> np.ndarray:
@@ -230,12 +231,14 @@ def parent_ids(docnos: Iterable[str], ids: dict[str, int]) -> np.ndarray:
     return assign_ids((re.sub(PASSAGE_SUFFIX, "", name) if "%p" in name else name for name in docnos), ids)
 
 
-def best_first(query: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Return the indices that sort rows by query and descending key; ties keep their order."""
+def best_first(query: np.ndarray, key: np.ndarray, ties: np.ndarray | None = None) -> np.ndarray:
+    """Return the indices that sort rows by query, descending key, and descending key of ties; then as they are."""
+    ties = np.zeros(len(key)) if ties is None else ties
     same = query[1:] == query[:-1]
-    if (query[1:] >= query[:-1]).all() and (~same | (key[1:] <= key[:-1])).all():
+    falls = (key[1:] < key[:-1]) | ((key[1:] == key[:-1]) & (ties[1:] <= ties[:-1]))
+    if (query[1:] >= query[:-1]).all() and (~same | falls).all():
         return np.arange(len(query))  # the usual case, much faster than sorting
-    return np.lexsort((-key, query))
+    return np.lexsort((-ties, -key, query))
 
 
 def query_offsets(query: np.ndarray) -> np.ndarray:

@@ -60,7 +60,7 @@ def read_run(
             queries is in the topics.
         ImportError: If polars isn't installed.
     """
-    rows = _scan(Path(path))
+    rows = _scan(Path(path).expanduser())
     columns = rows.collect_schema().names()
     require_columns(pd.DataFrame(columns=columns), ["qid", "docno"], str(path))
     key = order_column(columns)
@@ -87,14 +87,14 @@ def read_run(
 
 def has_queries(path: str | Path) -> bool:
     """Whether a file of results has the text of its queries."""
-    return "query" in _scan(Path(path)).collect_schema().names()
+    return "query" in _scan(Path(path).expanduser()).collect_schema().names()
 
 
 def sample_docnos(path: str | Path, n: int) -> list[str]:
     """Return the docnos of at most `n` rows, spread evenly over a run."""
     import polars as pl
 
-    docnos = _scan(Path(path)).select("docno")
+    docnos = _scan(Path(path).expanduser()).select("docno")
     rows = int(docnos.select(pl.len()).collect().item())
     return _as_ids(docnos.gather_every(even_step(rows, n)).collect()["docno"]).to_list()
 

@@ -21,6 +21,7 @@ from pyterrier_msft.notices import warn, warn_of_data
 MIN_LOOKUPS_FOR_CHECK = 32  # if none of so many documents has a text, the source must be wrong
 TITLE = "title"
 TITLE_SAMPLE = 200  # rows that are searched for titles
+TOPIC_SAMPLE = 1000  # rows to tell the texts of topics by
 FORM_SAMPLE = 50  # rows whose texts are compared with the source's
 HOW_TO_ADD_TEXTS = ". Put dataset.text_loader() before MonoCE, or pass MonoCE(..., text=dataset)"
 NEEDED_TEXTS = "text source must have all documents of the results, and of the qrels with add_missing_positives=True"
@@ -77,11 +78,21 @@ class TextSource:
 
     def add_to(self, results: pd.DataFrame) -> pd.DataFrame:
         """Add texts to results that lack them, if there is a source; warn about titles that aren't part of them."""
-        if self.source is None or self.field in results.columns:
+        if not self._lacks_texts(results):
             self._warn_of_unread_titles(results)
             return results
+        results = results.drop(columns=self.field, errors="ignore")
         self._warn_of_source_with_titles(results)
         return self.load(results)
+
+    def _lacks_texts(self, results: pd.DataFrame) -> bool:
+        """Whether texts are to be looked up. A text that all documents of each query share is that of the topics."""
+        if self.source is None or self.field not in results.columns:
+            return self.source is not None
+        sample = results[["qid", "docno", self.field]].head(TOPIC_SAMPLE).astype(str).groupby("qid", observed=True)
+        distinct = sample.nunique()
+        several = distinct[distinct["docno"] > 1]
+        return bool(len(several) and (several[self.field] == 1).all())
 
     def _warn_of_unread_titles(self, results: pd.DataFrame) -> None:
         """Warn if results have the documents' titles, and the texts don't: those of BEIR, for example."""
@@ -127,12 +138,14 @@ class TextSource:
         if len(loaded) != len(results):
             rows = f"all {len(results):,} rows of the results; got {len(loaded):,}"
             raise ValueError(f"text loader must keep {rows}. The {NEEDED_TEXTS}")
-        if "docno" in loaded.columns:
-            found, wanted = (as_ids(frame["docno"]).to_numpy() for frame in (loaded, results))
-            if (found != wanted).any():  # in another order
-                text = pd.Series(loaded[self.field].to_numpy(), index=found).groupby(level=0, sort=False).first()
-                loaded = results.assign(**{self.field: text.reindex(wanted).to_numpy()})
-        return loaded
+        keys = [name for name in ("qid", "docno") if name in loaded.columns and name in results.columns]
+        if "docno" in keys:
+            found, wanted = (pd.MultiIndex.from_arrays([as_ids(f[name]) for name in keys]) for f in (loaded, results))
+            if not found.equals(wanted):  # in another order
+                text = pd.Series(loaded[self.field].to_numpy(), index=found)
+                text = text[~text.index.duplicated()].reindex(wanted)
+                return results.assign(**{self.field: text.to_numpy()})
+        return loaded.set_axis(results.index)
 
     def topics(self, path: str | Path) -> pd.DataFrame | None:
         """Return the source's topics for a file of results; None if the file has queries, or the source no topics."""
@@ -154,7 +167,7 @@ class TextSource:
             topics = self.topics(results)
             frames += [self._texts(sample_docnos(results, DIGEST_SAMPLE))]
             frames += [] if topics is None else [topics[["qid", "query"]]]
-        elif self.field not in results.columns:
+        elif self._lacks_texts(results):
             frames += [self._texts(_sample(results))]
         for docno in [] if added is None else _sample(added):
             with contextlib.suppress(ValueError):  # training may not need it

@@ -120,7 +120,7 @@ class Fitter(Combinable, Hyperparameters):
         if isinstance(results, pd.DataFrame):
             rankings = head = results
         else:
-            path = Path(results)
+            path = Path(results).expanduser()
             if load_text is None:
                 is_json = {".json", ".jsonl"} & {*path.suffixes}
                 readers = "Read JSON with teachers.read_permutations or teachers.read_labelled_passages"

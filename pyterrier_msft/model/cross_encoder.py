@@ -302,6 +302,7 @@ class CrossEncoder:
 
     def clone(self, *, with_weights: bool = True) -> Self:
         """Copy the cross-encoder; without weights, the copy loads them again."""
+        self.guard.check()
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)  # copy.copy would use __getstate__
         # In one call, since the two share modules.
@@ -356,6 +357,7 @@ class CrossEncoder:
 
         The format is that of transformers or, for an adapter that isn't merged, of peft.
         """
+        self.guard.check()
         network, peft_model = self.network, self._peft_model
         if peft_model is not None and merged:
             network, peft_model = adapters.merge(peft_model), None
@@ -379,6 +381,7 @@ class CrossEncoder:
         return fingerprint_of(network, peft_model, tokenizer)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.guard.check()
         state = {**self.__dict__, "_int8": None, "guard": TrainingGuard(self.name)}
         if self._network is None:
             return state

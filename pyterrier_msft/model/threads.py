@@ -47,7 +47,7 @@ class TrainingGuard:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Train inside the block; a RuntimeError if another thread does."""
-        self._check()
+        self.check()
         self._trained_by, self._n_trainings = threading.get_ident(), self._n_trainings + 1
         try:
             yield
@@ -58,12 +58,13 @@ class TrainingGuard:
     def scoring(self) -> Iterator[None]:
         """Score inside the block; a RuntimeError if another thread trains before its end."""
         n_trainings = self._n_trainings
-        self._check()
+        self.check()
         yield
         if self._n_trainings > n_trainings:
             raise self._error()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise a RuntimeError if another thread trains the weights."""
         if self._trained_by not in {None, threading.get_ident()}:
             raise self._error()
 

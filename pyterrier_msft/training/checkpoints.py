@@ -20,7 +20,7 @@ KEPT_WEIGHTS_NAME = "kept.safetensors"
 MARKER_NAME = ".pyterrier_msft"  # the first file of each checkpoint: even an incomplete one is known to be ours
 
 # Increase this when the same data, settings and initial weights would give other weights than before.
-SEMANTICS_VERSION = 7
+SEMANTICS_VERSION = 8
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def checkpoint_to_resume(folder: Path, identity: Mapping[str, str], limit: int |
     """
 
     def find() -> Checkpoint | None:
-        if foreign := sorted(path.name for path in folder.glob("checkpoint-*") if _is_foreign(path)):
+        if foreign := sorted(path.name for path in _checkpoint_folders(folder) if _is_foreign(path)):
             raise ValueError(
                 f"checkpoint_dir {folder} must not have checkpoints of another program; got {', '.join(foreign)}. Use "
                 "another checkpoint_dir"
@@ -109,7 +109,7 @@ def checkpoint_to_resume(folder: Path, identity: Mapping[str, str], limit: int |
                 )
         limited = limit is not None and limit > 0  # as Trainer reads it
         kept = {checkpoint.path for checkpoint in (checkpoints[:limit] if limited else checkpoints)}
-        for path in folder.glob("checkpoint-*"):
+        for path in _checkpoint_folders(folder):
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
         return checkpoints[0] if checkpoints else None
@@ -122,7 +122,8 @@ def delete_checkpoints(folder: Path) -> None:
 
     def delete() -> None:
         for path in [*folder.rglob("checkpoint-*")]:
-            shutil.rmtree(path, ignore_errors=True)
+            if _step(path) >= 0:
+                shutil.rmtree(path, ignore_errors=True)
         for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
             with contextlib.suppress(OSError):  # not empty, or not a folder
                 path.rmdir()
@@ -153,9 +154,14 @@ def check_writable(folder: str | Path, name: str) -> Path:
 
 def _complete_checkpoints(folder: Path) -> Iterator[Checkpoint]:
     """Yield the complete checkpoints in a folder, the newest first."""
-    for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+    for path in sorted(_checkpoint_folders(folder), key=_step, reverse=True):
         if (checkpoint := read_checkpoint(path)) is not None:
             yield checkpoint
+
+
+def _checkpoint_folders(folder: Path) -> list[Path]:
+    """Return what Trainer takes for checkpoints in a folder; "checkpoint-24-copy" is a copy that a user has made."""
+    return [path for path in folder.glob("checkpoint-*") if _step(path) >= 0]
 
 
 def _is_foreign(path: Path) -> bool:
@@ -165,10 +171,10 @@ def _is_foreign(path: Path) -> bool:
     try:
         state = json.loads((path / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
-        return _step(path) < 0 or not (path / MARKER_NAME).is_file()
+        return not (path / MARKER_NAME).is_file()
     return not isinstance(state, dict) or "CheckpointCallback" not in state.get("stateful_callbacks", {})
 
 
 def _step(checkpoint: Path) -> int:
-    number = checkpoint.name.rpartition("-")[2]
+    number = checkpoint.name.removeprefix("checkpoint-")
     return int(number) if number.isdecimal() else -1

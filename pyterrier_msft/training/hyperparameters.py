@@ -30,6 +30,7 @@ SET_ELSEWHERE = {
 }
 # Arguments of `transformers.TrainingArguments` that this package doesn't support.
 UNSUPPORTED = (
+    "accelerator_config",
     "auto_find_batch_size", "bf16_full_eval", "data_seed", "dataloader_drop_last", "deepspeed", "disable_tqdm",
     "do_eval", "do_predict", "do_train", "eval_accumulation_steps", "eval_delay", "eval_on_start", "eval_strategy",
     "fp16_full_eval", "fsdp", "fsdp_config", "greater_is_better", "label_names", "label_smoothing_factor",

@@ -24,6 +24,12 @@ DETERMINISM_VARIABLES = {
     "FLASH_ATTENTION_DETERMINISTIC",
 }
 
+FP32_PRECISIONS: tuple[Any, ...] = (
+    torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+    torch.backends.cudnn.rnn,
+)  # fmt: skip
+
 
 @contextlib.contextmanager
 def preserve_global_state() -> Iterator[None]:
@@ -37,6 +43,7 @@ def preserve_global_state() -> Iterator[None]:
     environment = {name: value for name, value in os.environ.items() if _is_changed_by_training(name)}
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    precisions = [(owner, owner.fp32_precision) for owner in FP32_PRECISIONS]
     with torch.random.fork_rng():
         try:
             os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # Trainer would follow it; the re-ranker's dtype decides
@@ -53,6 +60,8 @@ def preserve_global_state() -> Iterator[None]:
             # trainer_args={"full_determinism": True} changes it
             torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+            for owner, precision in precisions:  # trainer_args={"tf32": True} changes it
+                owner.fp32_precision = precision
 
 
 def _is_changed_by_training(variable: str) -> bool:

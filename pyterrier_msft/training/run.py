@@ -1,6 +1,7 @@
 """A training run: from objectives and a cross-encoder to trained weights."""
 
 import contextlib
+import copy
 import logging
 import os
 import tempfile
@@ -156,7 +157,7 @@ def training_arguments(
         "disable_tqdm": True,
         "report_to": "none",
     }
-    arguments = TrainingArguments(**{**own, **hyperparameters.trainer_args})
+    arguments = TrainingArguments(**{**own, **copy.deepcopy(hyperparameters.trainer_args)})
     if arguments.world_size != distributed.world_size():
         raise ValueError(
             f"the process group must be started by torchrun; got a group of {distributed.world_size()} processes "
