@@ -103,6 +103,9 @@ def test_docnos_that_look_like_positions(file):
         "[2] > [1]\n> [3]", "1. [2] >\n2. [1]\n3. [3]", "I rank them:\n> [2] > [1] > [3]", "[2] >\n[1] > [3]",
         "1. [2] (score > 0.9)\n2. [1] (score > 0.8)\n3. [3]", "<ranking>2, 1, 3</ranking>", "2\n1\n3",
         "[2], [1], [3]\nAll scores > 0.5 except for 3.", "**Ranking:** 2, 1, 3", "A: [2] > [1] > [3]",
+        "Here is the ranking of the passages, from most to least relevant:\n1. [2]\n2. [1]\n3. [3]",
+        '[{"id": "d3", "original_rank": 1, "rank": 3}, {"id": "d2", "original_rank": 2, "rank": 1}, '
+        '{"id": "d1", "original_rank": 3, "rank": 2}]',
         "The final ranking would be [2] > [1] > [3]", "<answer>2, 1, 3", "\\boxed{2 > 1 > 3}", "[2] > [1] > [3] > [",
         '{"ranked_passages": [2, 1, 3], "reasons": ["2 is on topic"]}', '{"ranking": "2, 1, 3"}', "排名：2 > 1 > 3",
         '[{"id": "d3", "new_rank": "3"}, {"id": "d1", "new_rank": "2"}, {"id": "d2", "new_rank": "1"}]',
@@ -209,6 +212,7 @@ def test_forms_of_answers(file, form, kind):
         '[{"id": "d1", "relevance": "low"}, {"id": "d2"}]',
         # excluded or equal documents, the worst first, and examples
         "The least relevant are:\n1. [3]\n2. [2]", "From least to most relevant: [3] > [1] > [2]", "Not [2] > [1]",
+        "[1] = [2] = [3]", '[{"id": "d3", "rank_score": 1}, {"id": "d2", "rank_score": 9}]',
         "[2] > [1], [3]", "1. [2] and [1]\n2. [3]", "1. [2], [1]\n2. [3]", "- [2] (best)\n- [1]\n- [3]",
         "[2] > ... > [1]",
         "1. [3] is off topic.\n2. [2] is the best.", "Reasons:\n1. [3]\n2. [2]", "The form is [1] > [2].",

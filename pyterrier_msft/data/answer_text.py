@@ -40,13 +40,14 @@ HEADING = re.compile(r"\b(?:ranking|ranked|order|answer|result)\b", re.IGNORECAS
 OTHER = re.compile(
     r"\b(?:scores?|ratings?|ranks|irrelevant|not|least|worst|lowest|ascending|exclu\w*)\b", re.IGNORECASE
 )
+BEST_FIRST = re.compile(r"\b(?:most|best|highest)\b[^.:\n]{0,40}?\b(?:least|worst|lowest)\b", FLAGS)
 SCORE = re.compile(r"(?<![\w./])\d+(?:\.\d+)?(?=(?:/\d+)?(?![\w/]))")
 COUNTER = re.compile(
     r"[\W_]*?(?P<ordinal>#|(?:rank|place|number|no)\b[^\w\n]*)?(?P<number>\d{1,5})(?!\w)(?P<sign>[^\w\n\[>≻→=]*)"
     r"(?P<rest>.*)",
     re.IGNORECASE,
 )
-RANK_KEYS = ("rank", "position", "order")
+RANK_KEY = re.compile(r"(?:(?:new|final)[ _-]?)?rank(?:ing)?|order|position")
 DOCNO = ("docno", "docid", "doc_id", "pid", "id", "_id")
 NAME_KEYS = (*DOCNO, "document_id", "passage_id", "document", "passage", "doc", "index")
 
@@ -192,6 +193,7 @@ def _is_heading(text: str) -> bool:
     if text.lstrip().startswith("|"):
         first, *others = text.strip(" |").split("|")
         return bool(re.match(r"\W*(?:#|rank|no\b)", first, re.IGNORECASE)) and "rank" not in "".join(others).lower()
+    text = BEST_FIRST.sub("", text)
     return not text.strip() or bool(HEADING.search(text) and not OTHER.search(text))
 
 
@@ -232,10 +234,11 @@ def _ids(values: list[Any]) -> list[str]:
     name_key = next((key for key in NAME_KEYS if all(isinstance(value.get(key), str | int) for value in objects)), None)
     if name_key is None:
         return []
-    for key in objects[0].keys() - {name_key}:
+    keys = [key for key in objects[0] if key != name_key]
+    for key in sorted(keys, key=lambda key: RANK_KEY.fullmatch(key) is None):  # ranks first
         numbers = [_number(value.get(key)) for value in objects]
         ranks = [number for number in numbers if number is not None]
-        if (key in RANK_KEYS or "rank" in key) and len({*ranks}) == len(objects):
+        if RANK_KEY.fullmatch(key) and len({*ranks}) == len(objects):
             return [str(objects[i][name_key]) for i in np.argsort(ranks)]
         if not _falls(numbers) and (None not in numbers or re.search("scor|relevan|rank|rating|grade|label", key)):
             return []
@@ -245,7 +248,7 @@ def _ids(values: list[Any]) -> list[str]:
 def _number(value: Any) -> float | None:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -271,7 +274,7 @@ def _read_chains(text: str, candidates: Candidates) -> Iterator[Reading]:
         parts = ARROW.split(line)
         is_cut_off = i == len(joined) - 1 and "[" in parts[-1] and "]" not in parts[-1]
         parts = parts[0 if parts[0].strip(MARKUP) else 1 : -1 if is_cut_off or not parts[-1].strip(MARKUP) else None]
-        if len(parts) < 2:
+        if len(parts) < 2 or not re.search("[>≻→]", line):  # "[1] = [2]" is no ranking
             continue
         last_name, rest = candidates.at_start(parts[-1].lstrip(MARKUP))
         names = _alike([candidates.at_end(parts[0]), *map(candidates.whole, parts[1:-1]), last_name])
