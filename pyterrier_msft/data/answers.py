@@ -70,15 +70,18 @@ def resolve(answers: Mapping[int, Answer], path: str | Path) -> dict[int, list[i
 
 
 def _first_position(answers: Mapping[int, Answer], path: str | Path) -> int:
-    """Return what the positions in a file count from, 1 or 0: complete permutations tell, else 0 or the last one."""
+    """Return what the positions in a file count from, 1 or 0: complete permutations tell, else 0 or the last one.
+
+    Neither does if it is as rare as an LLM's mistakes.
+    """
     answers = {i: answer for i, answer in answers.items() if answer.entries and len(answer.docnos) > 1}
     from_0, from_1 = ([i for i, answer in answers.items() if answer.is_complete(first)] for first in (0, 1))
-    if from_0 and len(from_0) == len(from_1):
-        raise ValueError(
-            f"{path}: positions must be counted from 1 in all lines, or from 0 in all; got 1 to n in line {from_1[0]} "
-            f"and 0 to n - 1 in line {from_0[0]}"
-        )
-    if from_0 or from_1:
+    if len(from_0) + len(from_1) > MAX_STRAYS * len(answers):
+        if len(from_0) == len(from_1):
+            raise ValueError(
+                f"{path}: positions must be counted from 1 in all lines, or from 0 in all; got 1 to n in line "
+                f"{from_1[0]} and 0 to n - 1 in line {from_0[0]}"
+            )
         return int(len(from_1) > len(from_0))
     n_first = sum("0" in answer.entries for answer in answers.values())
     n_last = sum(str(len(answer.docnos)) in answer.entries for answer in answers.values())
